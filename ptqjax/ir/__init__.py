@@ -1,0 +1,31 @@
+"""The intermediate representation: an immutable graph beside a tree of parameters."""
+
+from ptqjax.ir.graph import Attribute, Constant, Graph, Model, Node, Statistics, TensorSpec, captured, place_of
+from ptqjax.ir.query import fresh_name, is_private, only_reader, scalar_of, value_of
+from ptqjax.ir.record import Record, Report
+from ptqjax.ir.rewrite import rebuild, sort_topologically
+from ptqjax.ir.text import text
+from ptqjax.ir.verify import verify
+
+__all__ = [
+    "Attribute",
+    "Constant",
+    "Graph",
+    "Model",
+    "Node",
+    "Record",
+    "Report",
+    "Statistics",
+    "TensorSpec",
+    "captured",
+    "fresh_name",
+    "is_private",
+    "only_reader",
+    "place_of",
+    "rebuild",
+    "scalar_of",
+    "sort_topologically",
+    "text",
+    "value_of",
+    "verify",
+]
