@@ -1,0 +1,1 @@
+"""What needs the model's behaviour on data."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ptqjax.ir.graph import Attribute, Constant, Graph, Model, Node, TensorSpec
 
+_SHOWN = 8  # elements of a constant that a line shows
+
 
 def text(model: Model) -> str:
     """Returns the model as text: inputs, parameters with types, nodes in order, outputs; no values of parameters.
@@ -45,4 +47,6 @@ def _attribute(value: Attribute) -> str:
 
 def _short(constant: Constant) -> str:
     values = constant.value.ravel().tolist()
-    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ... {len(values)} in all]"
+    return (
+        str(values) if len(values) <= _SHOWN else f"[{', '.join(map(str, values[:_SHOWN]))}, ... {len(values)} in all]"
+    )

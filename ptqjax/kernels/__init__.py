@@ -1,0 +1,1 @@
+"""Array mathematics: no names, no graphs, no files."""

@@ -1,0 +1,1 @@
+"""Grids, where they go, and how their ranges are found."""

@@ -1,0 +1,1 @@
+"""Rewrites of a model: they return another model and a report, and run nothing."""
