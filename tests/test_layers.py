@@ -1,0 +1,104 @@
+"""Imports point downwards only: the table of the design, held against every module of the package."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ptqjax"
+
+# Per level: the modules on it, and what they may import besides `errors`; None: whatever stands above it.
+LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
+    (("errors",), set()),
+    (("kernels", "ir", "config", "targets"), set()),
+    (("ops",), {"kernels"}),
+    (("onnx_io",), {"ir"}),
+    (("transforms",), {"ir", "kernels"}),
+    (("lowering",), {"ir", "ops"}),
+    (("quantize",), {"ir", "kernels", "config", "lowering"}),
+    (("simulate",), {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize"}),
+    (("export",), {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize", "onnx_io"}),
+    (("validate", "fit"), None),
+    (("evaluate",), None),
+    (("report",), None),
+    (("pipeline", "experiments"), None),
+    (("cli", "__main__"), None),
+]
+ALONE = {"onnx": "onnx_io", "onnx_ir": "onnx_io", "onnxruntime": "validate", "torch": None}
+
+
+def table() -> dict[str, set[str]]:
+    """What each module at the top of the package may import from it."""
+    allowed: dict[str, set[str]] = {}
+    for names, imports in LEVELS:
+        above = set(allowed)
+        allowed |= {name: (above if imports is None else imports) | {"errors", name} for name in names}
+    return allowed
+
+
+ALLOWED = table()
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def room_of(module: Path) -> str:
+    """The name at the package's top that a module belongs to."""
+    return module.parts[0].removesuffix(".py")
+
+
+def imported(source: str, module: Path) -> set[str]:
+    """Dotted names of all that a module imports, wherever in the file, relative ones resolved."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = ("ptqjax", *module.parts[: len(module.parts) - node.level])
+            base = ".".join((*(parents if node.level else ()), *filter(None, [node.module])))
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return names
+
+
+def violations(source: str, module: Path) -> list[str]:
+    """The imports of a module that the table forbids."""
+    room, names = room_of(module), imported(source, module)
+    forbidden = []
+    for name in sorted(names):
+        root, *rest = name.split(".")
+        if root in ALONE and ALONE[root] != room:
+            forbidden.append(name)
+        if root == "ptqjax" and room != "__init__":
+            target = rest[0] if rest and rest[0] in ALLOWED else "the public functions"
+            may = target in ALLOWED[room] or (target == "the public functions" and room in {"cli", "__main__"})
+            forbidden += [] if may else [name]
+    return forbidden
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_point_downwards(module):
+    assert room_of(module) in {*ALLOWED, "__init__"}, f"{module} has no place in the table of layers"
+    assert violations((PACKAGE / module).read_text(), module) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("kernels/grid.py", "from ptqjax.ir import Model"),
+        ("ir/graph.py", "import onnx"),
+        ("transforms/fold.py", "from ..lowering import apply"),
+        ("quantize/search.py", "def f():\n    import onnxruntime"),
+        ("fit/bias.py", "import torch.nn"),
+        ("simulate.py", "from ptqjax import onnx_io"),
+        ("report.py", "import ptqjax"),
+        ("export.py", "import importlib\nimportlib.import_module('onnx')"),
+    ],
+)
+def test_a_forbidden_import_is_found(module, source):
+    assert violations(source, Path(module))
+
+
+def test_a_permitted_import_is_passed():
+    assert (
+        violations("from ptqjax.ir import Model\nfrom .fold import fold\nimport numpy", Path("transforms/x.py")) == []
+    )
