@@ -1,0 +1,6 @@
+"""Protobuf on one side, the intermediate representation on the other: the only place that knows `onnx`."""
+
+from ptqjax.onnx_io.read import read
+from ptqjax.onnx_io.write import to_proto, write
+
+__all__ = ["read", "to_proto", "write"]
