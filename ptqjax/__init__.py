@@ -1,1 +1,115 @@
-"""Post-training quantization of ONNX models by pure JAX functions."""
+"""Post-training quantization of ONNX models by pure JAX functions.
+
+    model = ptqjax.read("model.onnx")
+    result = ptqjax.quantize(model, batches)
+    ptqjax.export(result.model, result.encodings, "out", "model")
+
+`import ptqjax` reads no other module: a name is looked up in its room at its first use, and no backend starts before
+something is computed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ptqjax.config import QuantizationConfig
+    from ptqjax.errors import ConfigError, DataError, ModelError, OutputError, PtqjaxError, UnsupportedOperatorError
+    from ptqjax.evaluate import evaluate
+    from ptqjax.export import export
+    from ptqjax.fit import correct_biases
+    from ptqjax.ir import Model, Record
+    from ptqjax.lowering import apply
+    from ptqjax.onnx_io import read, write
+    from ptqjax.pipeline import quantize
+    from ptqjax.quantize import Encoding, calibrate, choose_encoding
+    from ptqjax.simulate import simulate
+    from ptqjax.transforms import equalize, fold_batch_norms
+    from ptqjax.validate import validate
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "Encoding",
+    "Model",
+    "ModelError",
+    "OutputError",
+    "PtqjaxError",
+    "QuantizationConfig",
+    "Record",
+    "UnsupportedOperatorError",
+    "apply",
+    "calibrate",
+    "choose_encoding",
+    "correct_biases",
+    "equalize",
+    "evaluate",
+    "export",
+    "fold_batch_norms",
+    "quantize",
+    "read",
+    "simulate",
+    "validate",
+    "write",
+]
+
+_ROOM = {
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Encoding": "quantize",
+    "Model": "ir",
+    "ModelError": "errors",
+    "OutputError": "errors",
+    "PtqjaxError": "errors",
+    "QuantizationConfig": "config",
+    "Record": "ir",
+    "UnsupportedOperatorError": "errors",
+    "apply": "lowering",
+    "calibrate": "quantize",
+    "choose_encoding": "quantize",
+    "correct_biases": "fit",
+    "equalize": "transforms",
+    "evaluate": "evaluate",
+    "export": "export",
+    "fold_batch_norms": "transforms",
+    "quantize": "pipeline",
+    "read": "onnx_io",
+    "simulate": "simulate",
+    "validate": "validate",
+    "write": "onnx_io",
+}
+
+
+class _Package(ModuleType):
+    """A package in which the public functions keep their names.
+
+    Five of them (`quantize`, `simulate`, `export`, `evaluate`, `validate`) are called like the module that they live in
+    or beside. The import system sets each imported submodule as an attribute of its package; for these names it must
+    not, or `ptqjax.simulate` would be the function or the module depending on who imported what before.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _ROOM and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415  (slow to import, seldom asked for)
+
+        return version(__name__)
+    if name not in _ROOM:
+        raise AttributeError(f"module 'ptqjax' has no attribute '{name}'; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"{__name__}.{_ROOM[name]}"), name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,130 @@
+"""The contract: which names exist, how they are called, and that importing them costs and changes nothing."""
+
+import dataclasses
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ptqjax
+
+ROOT = Path(__file__).parents[1]
+REQUIRED = inspect.Parameter.empty
+
+# Function: its leading parameters with their defaults; it may have more, all with defaults.
+SIGNATURES = {
+    "read": [(None, REQUIRED)],
+    "write": [("model", REQUIRED), (None, REQUIRED)],
+    "apply": [("graph", REQUIRED), ("params", REQUIRED), ("inputs", REQUIRED)],
+    "fold_batch_norms": [("model", REQUIRED)],
+    "equalize": [("model", REQUIRED), ("absorb", "exact")],
+    "calibrate": [("model", REQUIRED), ("batches", REQUIRED), ("config", None)],
+    "simulate": [("model", REQUIRED), ("encodings", REQUIRED), ("arithmetic", "float")],
+    "correct_biases": [("model", REQUIRED), ("encodings", REQUIRED), ("batches", REQUIRED)],
+    "choose_encoding": [("samples", REQUIRED), ("dtype", "int8"), ("ranges", "sqnr")],
+    "export": [("model", REQUIRED), ("encodings", REQUIRED), ("directory", REQUIRED), ("name", REQUIRED)],
+    "quantize": [("model", REQUIRED), ("batches", REQUIRED), ("config", None)],
+}
+CONFIG = {
+    "weights": "int8",
+    "activations": "uint8",
+    "granularity": "channel",
+    "ranges": "sqnr",
+    "equalize": True,
+    "absorb": "exact",
+    "correct": "empirical",
+    "target": "ort-cpu",
+}
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120, cwd=ROOT
+    ).stdout
+
+
+@pytest.mark.parametrize("name", ptqjax.__all__)
+def test_every_public_name_exists_and_says_what_it_is(name):
+    thing = getattr(ptqjax, name)
+    assert not inspect.ismodule(thing)
+    assert thing.__doc__
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_functions_are_called_as_the_contract_says(name):
+    parameters = list(inspect.signature(getattr(ptqjax, name)).parameters.values())
+    assert len(parameters) >= len(SIGNATURES[name])
+    for found, (wanted, default) in zip(parameters, SIGNATURES[name], strict=False):
+        assert wanted in (None, found.name)
+        assert found.default == default
+    assert all(more.default is not REQUIRED for more in parameters[len(SIGNATURES[name]) :])
+
+
+def test_config_has_the_fields_and_defaults_of_the_contract():
+    defaults = {field.name: field.default for field in dataclasses.fields(ptqjax.QuantizationConfig)}
+    assert {name: defaults[name] for name in CONFIG} == CONFIG
+
+
+def test_all_homes_and_type_checker_agree():
+    source = (ROOT / "ptqjax" / "__init__.py").read_text()
+    imports = source[source.index("if TYPE_CHECKING:") : source.index("__all__")]
+    seen = {
+        name.strip(): room
+        for room, names in re.findall(r"from ptqjax\.(\w+) import (.+)", imports)
+        for name in names.split(",")
+    }
+    assert seen == ptqjax._ROOM
+    assert sorted(seen) == ptqjax.__all__
+
+
+def test_documentation_names_every_public_name():
+    documentation = (ROOT / "docs" / "architecture.md").read_text()
+    assert [name for name in ptqjax.__all__ if f"`{name}" not in documentation] == []
+
+
+def test_import_is_light():
+    """No backend, no ONNX Runtime, no 64-bit mode, hardly any time: not even JAX is read before it is used."""
+    code = """
+import json, sys, time
+start = time.perf_counter()
+import ptqjax
+seconds = time.perf_counter() - start
+read = [name for name in ("jax", "onnx", "onnxruntime", "torch", "matplotlib") if name in sys.modules]
+for name in ptqjax.__all__:
+    getattr(ptqjax, name)
+import jax
+from jax._src import xla_bridge
+runtime = "onnxruntime" in sys.modules
+print(json.dumps([seconds, read, runtime, xla_bridge.backends_are_initialized(), jax.config.jax_enable_x64]))
+"""
+    seconds, read, runtime, backend, x64 = json.loads(run_python(code))
+    assert seconds < 1  # measured: 0.02; the bound allows for a busy machine
+    assert (read, runtime, backend, x64) == ([], False, False, False)
+
+
+def test_functions_keep_their_names_when_modules_of_that_name_are_imported():
+    code = """
+import importlib, types
+import ptqjax
+first = [name for name in ("evaluate", "export", "quantize", "simulate", "validate")
+         if isinstance(importlib.import_module(f"ptqjax.{name}"), types.ModuleType) and callable(getattr(ptqjax, name))]
+from ptqjax import simulate
+from ptqjax.quantize import Encoding
+import ptqjax.simulate, ptqjax.quantize.encodings
+print(first, callable(simulate), callable(ptqjax.simulate), callable(ptqjax.quantize))
+"""
+    assert run_python(code) == "['evaluate', 'export', 'quantize', 'simulate', 'validate'] True True True\n"
+
+
+def test_an_unknown_name_is_an_attribute_error_that_lists_the_names():
+    with pytest.raises(AttributeError, match="fold_batch_norms"):
+        _ = ptqjax.no_such_name
+
+
+def test_version_is_that_of_the_package():
+    assert ptqjax.__version__ == importlib.metadata.version("ptqjax")
