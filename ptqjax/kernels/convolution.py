@@ -1,0 +1,157 @@
+"""Convolutions: one program in ONNX's layout, for accelerators, and one in channels-last layout, for CPUs.
+
+XLA's CPU convolutions are far from what the machine can do: depthwise ones 30 times, small dense ones 3 times
+(measured, 2 cores with AVX2, in ms at batch 16; see `scripts/bench_lowering.py`). So there a 1x1 kernel is a dot, a
+depthwise one a sum of shifted products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Shaped
+
+from ptqjax.kernels.windows import Padding, output_sizes, pad_spatial, seen_by_tap
+
+_EXACT = lax.Precision.HIGHEST  # float32 products, never TF32 or bfloat16
+
+
+def convolve(
+    x: Shaped[Array, "n c *spatial"],
+    w: Shaped[Array, "o i *kernel"],
+    *,
+    strides: Sequence[int],
+    padding: Padding,
+    dilations: Sequence[int],
+    groups: int,
+) -> Shaped[Array, "n o *out"]:
+    """Returns the cross-correlation of `x` with the kernels `w`, in ONNX's layout, by XLA's own convolution."""
+    return lax.conv_general_dilated(
+        x,
+        w,
+        window_strides=strides,
+        padding=padding,
+        rhs_dilation=dilations,
+        feature_group_count=groups,
+        precision=_EXACT,
+    )
+
+
+def convolve_channels_last(
+    x: Shaped[Array, "n *spatial c"],
+    w: Shaped[Array, "o i *kernel"],
+    *,
+    strides: Sequence[int],
+    padding: Padding,
+    dilations: Sequence[int],
+    groups: int,
+) -> Shaped[Array, "n *out o"]:
+    """Returns the same as `convolve` for channels-last `x`; `w` is in ONNX's layout. The program is made for CPUs."""
+    kernel = w.shape[2:]
+    if math.prod(kernel) == 1 and groups == 1:
+        return _pointwise(_one_tap(x, strides, padding, dilations), w)
+    window = {"strides": strides, "padding": padding, "dilations": dilations}
+    if w.shape[1] == 1 and groups > 1:
+        return _depthwise(x, w, **window)
+    if groups > 1:
+        return _grouped(x, w, groups=groups, **window)
+    return _dense(x, w, **window)
+
+
+def _one_tap(x: jax.Array, strides: Sequence[int], padding: Padding, dilations: Sequence[int]) -> jax.Array:
+    ones = (1,) * len(strides)
+    counts = output_sizes(x.shape[1:-1], kernel=ones, strides=strides, dilations=dilations, padding=padding)
+    return seen_by_tap(pad_spatial(x, padding), (0,) * len(ones), counts=counts, strides=strides, dilations=ones)
+
+
+def _pointwise(x: jax.Array, w: jax.Array) -> jax.Array:
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.dot(rows, w.reshape(w.shape[:2]).T, precision=_EXACT).reshape(*x.shape[:-1], w.shape[0])
+
+
+def _depthwise(
+    x: jax.Array, w: jax.Array, *, strides: Sequence[int], padding: Padding, dilations: Sequence[int]
+) -> jax.Array:
+    """y[n, p, o] = sum over taps k of x[n, s p + d k, o // m] w[o, k], with m kernels for each channel."""
+    kernel = w.shape[2:]
+    counts = output_sizes(x.shape[1:-1], kernel=kernel, strides=strides, dilations=dilations, padding=padding)
+    padded = pad_spatial(x, padding)
+    multiplier = w.shape[0] // x.shape[-1]
+    if multiplier > 1:
+        padded = jnp.repeat(padded, multiplier, axis=-1)
+    ones = (1,) * (x.ndim - 1)
+    terms = (
+        seen_by_tap(padded, tap, counts=counts, strides=strides, dilations=dilations)
+        * w[(slice(None), 0, *tap)].reshape(*ones, -1)
+        for tap in product(*map(range, kernel))
+    )
+    return sum(terms, start=jnp.zeros((), x.dtype).reshape((1,) * x.ndim))
+
+
+def _grouped(
+    x: jax.Array, w: jax.Array, *, groups: int, strides: Sequence[int], padding: Padding, dilations: Sequence[int]
+) -> jax.Array:
+    parts = zip(jnp.split(x, groups, axis=-1), jnp.split(w, groups, axis=0), strict=True)
+    window = {"strides": strides, "padding": padding, "dilations": dilations}
+    return jnp.concatenate([_dense(part, kernels, **window) for part, kernels in parts], axis=-1)
+
+
+def _dense(
+    x: jax.Array, w: jax.Array, *, strides: Sequence[int], padding: Padding, dilations: Sequence[int]
+) -> jax.Array:
+    """A dot of the patches [n, *out, taps * c] with the kernels [taps * c, o]."""
+    kernel = w.shape[2:]
+    counts = output_sizes(x.shape[1:-1], kernel=kernel, strides=strides, dilations=dilations, padding=padding)
+    padded = pad_spatial(x, padding)
+    taps = [
+        seen_by_tap(padded, tap, counts=counts, strides=strides, dilations=dilations)
+        for tap in product(*map(range, kernel))
+    ]
+    patches = jnp.concatenate(taps, axis=-1).reshape(-1, len(taps) * x.shape[-1])
+    kernels = jnp.moveaxis(w.reshape(*w.shape[:2], -1), (0, 1, 2), (2, 1, 0)).reshape(-1, w.shape[0])
+    return jnp.dot(patches, kernels, precision=_EXACT).reshape(x.shape[0], *counts, w.shape[0])
+
+
+def transposed_convolve(
+    x: Shaped[Array, "n c *spatial"],
+    w: Shaped[Array, "c i *kernel"],
+    *,
+    strides: Sequence[int],
+    crops: Padding,
+    dilations: Sequence[int],
+    extra: Sequence[int],
+    groups: int,
+) -> Shaped[Array, "n o *out"]:
+    """Returns the transpose of `convolve` (in its first argument) applied to `x`, in ONNX's layout.
+
+    Args:
+        x: What the transpose is applied to.
+        w: The kernels, from channel c to the i output channels of its group.
+        strides: Distance between the places that neighbours in `x` write to.
+        crops: Elements taken off the full result, per axis, at both ends.
+        dilations: Distance between the kernel's taps.
+        extra: Elements added behind the full result, per axis (ONNX's output_padding).
+        groups: Number of groups of channels.
+    """
+    kernel = w.shape[2:]
+    inside = w.reshape(groups, -1, *w.shape[1:])  # [g, c / g, i, *kernel]
+    swapped = jnp.swapaxes(inside, 1, 2).reshape(-1, w.shape[0] // groups, *kernel)
+    extents = [(taps - 1) * dilation for taps, dilation in zip(kernel, dilations, strict=True)]
+    padding = [
+        (extent - low, extent - high + more) for extent, (low, high), more in zip(extents, crops, extra, strict=True)
+    ]
+    return lax.conv_general_dilated(
+        x,
+        jnp.flip(swapped, range(2, w.ndim)),
+        window_strides=(1,) * len(kernel),
+        padding=padding,
+        lhs_dilation=strides,
+        rhs_dilation=dilations,
+        feature_group_count=groups,
+        precision=_EXACT,
+    )

@@ -1,0 +1,84 @@
+"""Where the windows of convolutions and pools lie: padding, output sizes, the elements that one tap sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Padding: TypeAlias = tuple[tuple[int, int], ...]
+"""Elements added before and after, per spatial axis."""
+
+
+def explicit_padding(
+    sizes: Sequence[int],
+    *,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    pads: Sequence[int],
+    auto_pad: str,
+) -> Padding:
+    """Returns the padding per axis that ONNX's `pads` (all begins, then all ends) or `auto_pad` ask for."""
+    if auto_pad == "NOTSET":
+        rank = len(sizes)
+        return tuple(zip(pads[:rank], pads[rank:], strict=True))
+    if auto_pad == "VALID":
+        return ((0, 0),) * len(sizes)
+    padding = []
+    for size, taps, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+        extent = (taps - 1) * dilation + 1
+        total = max((-(-size // stride) - 1) * stride + extent - size, 0)
+        less, more = total // 2, total - total // 2
+        padding.append((less, more) if auto_pad == "SAME_UPPER" else (more, less))
+    return tuple(padding)
+
+
+def output_sizes(
+    sizes: Sequence[int],
+    *,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    padding: Padding,
+    ceil_mode: bool = False,
+) -> tuple[int, ...]:
+    """Returns how many windows fit along each axis; with `ceil_mode` also one that begins inside and ends outside."""
+    counts = []
+    for size, taps, stride, dilation, (low, high) in zip(sizes, kernel, strides, dilations, padding, strict=True):
+        span = size + low + high - (taps - 1) * dilation - 1
+        count = (-(-span // stride) if ceil_mode else span // stride) + 1
+        if ceil_mode and (count - 1) * stride >= size + low:
+            count -= 1  # a window that would begin in the padding at the end is none
+        counts.append(count)
+    return tuple(counts)
+
+
+def seen_by_tap(
+    padded: jax.Array,
+    tap: Sequence[int],
+    *,
+    counts: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+) -> jax.Array:
+    """Returns the element under the kernel's position `tap` of every window: [n, *counts, c] from [n, *padded, c]."""
+    starts = [position * dilation for position, dilation in zip(tap, dilations, strict=True)]
+    stops = [start + (count - 1) * stride + 1 for start, count, stride in zip(starts, counts, strides, strict=True)]
+    return lax.slice(
+        padded,
+        (0, *starts, 0),
+        (padded.shape[0], *stops, padded.shape[-1]),
+        (1, *strides, 1),
+    )
+
+
+def pad_spatial(x: jax.Array, padding: Padding, *, fill: float = 0.0) -> jax.Array:
+    """Returns the channels-last `x` with its spatial axes padded by `fill`; negative padding crops."""
+    if all(low == high == 0 for low, high in padding):
+        return x
+    config = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+    return lax.pad(x, jnp.asarray(fill, x.dtype), config)

@@ -1,0 +1,210 @@
+"""Operators on integers, as ONNX Runtime's CPU kernels compute them: ONNX's QLinear* and com.microsoft's.
+
+Zero points of weights may be left out where they are zero, which halves the bound on their sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ptqjax.kernels import integer
+from ptqjax.kernels.pooling import average_pool
+from ptqjax.ops.convolution import conv, conv_channels_last
+from ptqjax.ops.registry import lowers, lowers_channels_last
+from ptqjax.kernels.windows import explicit_padding
+
+_MICROSOFT = "com.microsoft"
+
+
+@lowers("QLinearConv", since=10)
+def qlinear_conv(
+    x: Any,
+    x_scale: Any,
+    x_zero_point: Any,
+    w: Any,
+    w_scale: Any,
+    w_zero_point: Any,
+    y_scale: Any,
+    y_zero_point: Any,
+    bias: Any = None,
+    /,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Any = (),
+    group: int = 1,
+    kernel_shape: Any = (),
+    pads: Any = (),
+    strides: Any = (),
+) -> Any:
+    """Returns the integer convolution of `x` [n, c, *spatial], requantized."""
+    window = {"auto_pad": auto_pad, "dilations": dilations, "group": group, "pads": pads, "strides": strides}
+    del kernel_shape
+    total = _conv_sum(lambda a, b: conv(a, b, **window), x, x_zero_point, w, w_zero_point)
+    along = (1, -1, *(1,) * (x.ndim - 2))
+    return _requantized_conv(total, x_scale, w_scale, y_scale, y_zero_point, bias, along)
+
+
+@lowers_channels_last("QLinearConv", since=10, starts=True)
+def qlinear_conv_channels_last(
+    x: Any,
+    x_scale: Any,
+    x_zero_point: Any,
+    w: Any,
+    w_scale: Any,
+    w_zero_point: Any,
+    y_scale: Any,
+    y_zero_point: Any,
+    bias: Any = None,
+    /,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Any = (),
+    group: int = 1,
+    kernel_shape: Any = (),
+    pads: Any = (),
+    strides: Any = (),
+) -> Any:
+    """Returns `qlinear_conv` of a channels-last `x`, channels last."""
+    window = {"auto_pad": auto_pad, "dilations": dilations, "group": group, "pads": pads, "strides": strides}
+    del kernel_shape
+    total = _conv_sum(lambda a, b: conv_channels_last(a, b, **window), x, x_zero_point, w, w_zero_point)
+    along = (*(1,) * (x.ndim - 1), -1)
+    return _requantized_conv(total, x_scale, w_scale, y_scale, y_zero_point, bias, along)
+
+
+def _conv_sum(product: Callable[[Any, Any], Any], x: Any, x_zero_point: Any, w: Any, w_zero_point: Any) -> Any:
+    kernels = integer.centred(w, _column(w_zero_point, w.ndim))
+    return integer.sum_of_products(
+        product,
+        integer.centred(x, _scalar(x_zero_point, x.ndim)),
+        kernels,
+        num_terms=int(np.prod(w.shape[1:])),
+        largest_x=integer.largest_difference(x.dtype),
+        largest_w=_largest_weight(w, w_zero_point),
+    )
+
+
+def _requantized_conv(
+    total: Any, x_scale: Any, w_scale: Any, y_scale: Any, y_zero_point: Any, bias: Any, along: tuple[int, ...]
+) -> Any:
+    if bias is not None:
+        total = total + bias.reshape(along)
+    multiplier = _scalar(x_scale, 1) * w_scale.reshape(-1) / _scalar(y_scale, 1)
+    return integer.requantize(total, multiplier.reshape(along), _scalar(y_zero_point, total.ndim))
+
+
+@lowers("QLinearMatMul", since=10)
+def qlinear_matmul(
+    a: Any,
+    a_scale: Any,
+    a_zero_point: Any,
+    b: Any,
+    b_scale: Any,
+    b_zero_point: Any,
+    y_scale: Any,
+    y_zero_point: Any,
+    /,
+) -> Any:
+    """Returns the integer product of matrices, requantized; the scale of `b` may be one per column."""
+    total = _dot_sum(a, a_zero_point, b, b_zero_point)
+    multiplier = _scalar(a_scale, 1) * b_scale.reshape(-1) / _scalar(y_scale, 1)
+    return integer.requantize(total, _row(multiplier, total.ndim), _scalar(y_zero_point, total.ndim))
+
+
+@lowers("QGemm", since=1, domain=_MICROSOFT)
+def qgemm(
+    a: Any,
+    a_scale: Any,
+    a_zero_point: Any,
+    b: Any,
+    b_scale: Any,
+    b_zero_point: Any,
+    bias: Any,
+    y_scale: Any,
+    y_zero_point: Any,
+    /,
+    *,
+    alpha: float = 1.0,
+    transA: int = 0,  # noqa: N803 - ONNX's name
+    transB: int = 0,  # noqa: N803 - ONNX's name
+) -> Any:
+    """Returns a b + bias in integers, requantized by alpha s_a s_b / s_y."""
+    total = _dot_sum(a.T if transA else a, a_zero_point, b.T if transB else b, b_zero_point)
+    if bias is not None:
+        total = total + bias.reshape((1,) * (2 - bias.ndim) + bias.shape)
+    multiplier = np.float32(alpha) * _scalar(a_scale, 1) * b_scale.reshape(-1) / _scalar(y_scale, 1)
+    return integer.requantize(total, _row(multiplier, 2), _scalar(y_zero_point, 2))
+
+
+def _dot_sum(a: Any, a_zero_point: Any, b: Any, b_zero_point: Any) -> Any:
+    columns = None if b_zero_point is None else _row(b_zero_point.reshape(-1), b.ndim)
+    return integer.sum_of_products(
+        lambda x, w: jnp.matmul(x, w, precision="highest"),
+        integer.centred(a, _scalar(a_zero_point, a.ndim)),
+        integer.centred(b, columns),
+        num_terms=a.shape[-1],
+        largest_x=integer.largest_difference(a.dtype),
+        largest_w=_largest_weight(b, b_zero_point),
+    )
+
+
+@lowers("QLinearAdd", since=1, domain=_MICROSOFT, elementwise=True)
+def qlinear_add(a: Any, a_scale: Any, a_zero_point: Any, b: Any, *rest: Any) -> Any:
+    """Returns the sum of two quantized tensors, quantized."""
+    return _elementwise(integer.add, a, a_scale, a_zero_point, b, *rest)
+
+
+@lowers("QLinearMul", since=1, domain=_MICROSOFT, elementwise=True)
+def qlinear_mul(a: Any, a_scale: Any, a_zero_point: Any, b: Any, *rest: Any) -> Any:
+    """Returns the product of two quantized tensors, quantized."""
+    return _elementwise(integer.multiply, a, a_scale, a_zero_point, b, *rest)
+
+
+def _elementwise(function: Callable[..., Any], *arguments: Any) -> Any:
+    rank = max(value.ndim for value in arguments)
+    return function(*(value.reshape((1,) * (rank - value.ndim) + value.shape) for value in arguments))
+
+
+@lowers("QLinearGlobalAveragePool", since=1, domain=_MICROSOFT)
+def qlinear_global_average_pool(
+    x: Any, x_scale: Any, x_zero_point: Any, y_scale: Any, y_zero_point: Any, /, *, channels_last: int = 0
+) -> Any:
+    """Returns the mean of each plane of `x` [n, c, *spatial], requantized."""
+    values = jnp.moveaxis(x, -1, 1) if channels_last else x
+    parameters = (_scalar(value, x.ndim) for value in (x_scale, x_zero_point, y_scale, y_zero_point))
+    y = integer.global_average(values, *parameters)
+    return jnp.moveaxis(y, 1, -1) if channels_last else y
+
+
+@lowers("QLinearSoftmax", since=1, domain=_MICROSOFT)
+def qlinear_softmax(
+    x: Any, x_scale: Any, x_zero_point: Any, y_scale: Any, y_zero_point: Any, /, *, axis: int = -1, opset: int = 13
+) -> Any:
+    """Returns the softmax over `axis` (before opset 13: over all axes from it on), quantized."""
+    del x_zero_point  # a shift of x leaves softmax as it is
+    first_of_many = 13
+    values = x if opset >= first_of_many else x.reshape(*x.shape[: axis % x.ndim], -1)
+    along = axis if opset >= first_of_many else -1
+    parameters = (_scalar(value, values.ndim) for value in (x_scale, y_scale, y_zero_point))
+    return integer.softmax(values, *parameters, axis=along).reshape(x.shape)
+
+
+def _scalar(value: Any, rank: int) -> Any:
+    """Returns a tensor of one element with `rank` axes; None stays None."""
+    return None if value is None else value.reshape((1,) * rank)
+
+
+def _column(value: Any, rank: int) -> Any:
+    return None if value is None else value.reshape((-1, *(1,) * (rank - 1)))
+
+
+def _row(value: Any, rank: int) -> Any:
+    return value.reshape((*(1,) * (rank - 1), -1))
+
+
+def _largest_weight(w: Any, zero_point: Any) -> int:
+    return integer.largest_difference(w.dtype) if zero_point is not None else integer.largest_magnitude(w.dtype)
