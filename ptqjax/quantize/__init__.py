@@ -1,1 +1,19 @@
 """Grids, where they go, and how their ranges are found."""
+
+from ptqjax.quantize.bias import BiasSite, bias_encoding, bias_sites, guard_biases
+from ptqjax.quantize.encodings import Encoding, Encodings, make_encoding
+from ptqjax.quantize.placement import Placement, Site, Skipped, place
+
+__all__ = [
+    "BiasSite",
+    "Encoding",
+    "Encodings",
+    "Placement",
+    "Site",
+    "Skipped",
+    "bias_encoding",
+    "bias_sites",
+    "guard_biases",
+    "make_encoding",
+    "place",
+]

@@ -1,0 +1,116 @@
+"""What a tensor's integers mean: scale, zero point and grid, as arrays that a compiled program takes as arguments."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import flax.struct
+import ml_dtypes
+import numpy as np
+
+from ptqjax.kernels import grid
+from ptqjax.kernels.namespace import array_namespace
+
+_STORED = ("int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32")
+
+
+class Encoding(flax.struct.PyTreeNode):
+    """The grid of one tensor: x stands for (q - zero_point) * scale, q an integer in [qmin, qmax].
+
+    q = clip(round_half_to_even(x / scale) + zero_point, qmin, qmax). All fields but the static `axis` and `block_size`
+    are arrays, so that one compiled program serves all widths and ranges.
+    """
+
+    scale: Any
+    """Step of the grid, float32, more than 0: a scalar; [c] along `axis`; with blocks an array of the tensor's rank."""
+    zero_point: Any
+    """The integer that stands for 0, as float32 so that it can be learned; of the shape of `scale`."""
+    qmin: Any
+    """Smallest integer, float32 scalar."""
+    qmax: Any
+    """Largest integer, float32 scalar."""
+    enabled: Any
+    """Boolean scalar; False leaves the tensor in float."""
+    axis: int | None = flax.struct.field(pytree_node=False, default=None)
+    """Axis of the tensor that `scale` runs along (as ONNX has it, may be negative); None where one scale serves all."""
+    block_size: int | None = flax.struct.field(pytree_node=False, default=None)
+    """Number of neighbours along `axis` that share a scale; None where not by blocks. Along each other axis `scale`
+    then has the tensor's size or 1."""
+
+    @property
+    def dtype(self) -> str:
+        """The narrowest integer type that holds the grid: "int8", "uint4", ... (needs concrete `qmin`, `qmax`)."""
+        low, high = float(self.qmin), float(self.qmax)
+        ranges = ((name, grid.integer_range(name)) for name in _STORED if name.startswith("u") == (low >= 0))
+        return next(name for name, (smallest, largest) in ranges if smallest <= low and high <= largest)
+
+
+Encodings: TypeAlias = dict[str, Encoding]
+"""Encodings by tensor name: weights and activations. Biases have none, see `quantize.bias`."""
+
+
+def make_encoding(
+    scale: Any, zero_point: Any, *, dtype: str, axis: int | None = None, block_size: int | None = None
+) -> Encoding:
+    """Returns an enabled encoding on the whole grid of `dtype`, its leaves in float32 (NumPy where given NumPy)."""
+    xp = array_namespace(scale, zero_point)
+    qmin, qmax = grid.integer_range(dtype)
+    scale = xp.asarray(scale, dtype=np.float32)
+    return Encoding(
+        scale=scale,
+        zero_point=xp.broadcast_to(xp.asarray(zero_point, dtype=np.float32), scale.shape),
+        qmin=xp.asarray(qmin, dtype=np.float32),
+        qmax=xp.asarray(qmax, dtype=np.float32),
+        enabled=xp.asarray(True),
+        axis=axis,
+        block_size=block_size,
+    )
+
+
+def along_axis(values: Any, encoding: Encoding, shape: tuple[int, ...]) -> Any:
+    """Returns `values` (a scale or zero point of `encoding`) in a shape that broadcasts to `shape`, of equal rank."""
+    if np.ndim(values) == 0 or encoding.axis is None:
+        return values
+    xp = array_namespace(values)
+    axis = encoding.axis % len(shape)
+    if encoding.block_size is None:
+        return xp.reshape(values, tuple(-1 if i == axis else 1 for i in range(len(shape))))
+    repeated = xp.repeat(values, encoding.block_size, axis=axis)
+    return repeated[(slice(None),) * axis + (slice(shape[axis]),)]  # the last block may be partial
+
+
+def quantize(x: Any, encoding: Encoding) -> Any:
+    """Returns the codes of `x` as integer-valued floats; `enabled` is not looked at."""
+    scale, zero_point = (along_axis(v, encoding, np.shape(x)) for v in (encoding.scale, encoding.zero_point))
+    return grid.quantize(x, scale, zero_point, encoding.qmin, encoding.qmax)
+
+
+def dequantize(codes: Any, encoding: Encoding) -> Any:
+    """Returns the real numbers that `codes` stand for; `enabled` is not looked at."""
+    scale, zero_point = (along_axis(v, encoding, np.shape(codes)) for v in (encoding.scale, encoding.zero_point))
+    return grid.dequantize(codes, scale, zero_point)
+
+
+def fake_quantize(x: Any, encoding: Encoding) -> Any:
+    """Returns `x` rounded to the grid, or `x` where the encoding is not enabled; gradients pass straight through.
+
+    Differentiable in `x`, `scale` and `zero_point`, see `kernels.grid.fake_quantize`.
+    """
+    scale, zero_point = (along_axis(v, encoding, np.shape(x)) for v in (encoding.scale, encoding.zero_point))
+    return grid.fake_quantize(x, scale, zero_point, encoding.qmin, encoding.qmax, enabled=encoding.enabled)
+
+
+def integers(x: Any, encoding: Encoding) -> np.ndarray:
+    """Returns the codes of concrete `x` in the integer type of the encoding, as they are stored in a file."""
+    return np.asarray(quantize(np.asarray(x), concrete(encoding))).astype(storage_dtype(encoding.dtype))
+
+
+def storage_dtype(dtype: str) -> np.dtype:
+    """Returns the array type for a grid's type: NumPy's own, or that of `ml_dtypes` below 8 bits."""
+    return np.dtype(getattr(ml_dtypes, dtype) if dtype.endswith(("int2", "int4")) else dtype)
+
+
+def concrete(encoding: Encoding) -> Encoding:
+    """Returns the encoding with its leaves as NumPy arrays."""
+    leaves = {name: np.asarray(getattr(encoding, name)) for name in ("scale", "zero_point", "qmin", "qmax", "enabled")}
+    return encoding.replace(**leaves)
