@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def seen_by_tap(
     )
 
 
-def pad_spatial(x: jax.Array, padding: Padding, *, fill: float = 0.0) -> jax.Array:
+def pad_spatial(x: jax.Array, padding: Padding, *, fill: Any = 0) -> jax.Array:
     """Returns the channels-last `x` with its spatial axes padded by `fill`; negative padding crops."""
     if all(low == high == 0 for low, high in padding):
         return x
