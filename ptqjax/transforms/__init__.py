@@ -1,1 +1,5 @@
-"""Rewrites of a model: they return another model and a report, and run nothing."""
+"""Rewrites of a model that keep its function: Model -> (Model, report). They run nothing."""
+
+from ptqjax.transforms.fold import fold_batch_norms
+
+__all__ = ["fold_batch_norms"]
