@@ -6,6 +6,7 @@ from ptqjax.ops import (  # noqa: F401 (importing a family registers its operato
     linear,
     normalization,
     pooling,
+    qlinear,
     quantization,
     reduction,
     shape,

@@ -12,16 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.kernels import integer
-from ptqjax.kernels.pooling import average_pool
+from ptqjax.kernels.integer import Grid
 from ptqjax.ops.convolution import conv, conv_channels_last
+from ptqjax.ops.layout import with_rank
+from ptqjax.ops.pooling import average_pool
+from ptqjax.ops.quantization import dequantize_linear, quantize_linear
 from ptqjax.ops.registry import lowers, lowers_channels_last
-from ptqjax.kernels.windows import explicit_padding
 
 _MICROSOFT = "com.microsoft"
 
+# The runtime's own spelling, for types that ONNX's operators of the model's opset do not have yet.
+lowers("QuantizeLinear", since=1, domain=_MICROSOFT)(quantize_linear)
+lowers("DequantizeLinear", since=1, domain=_MICROSOFT)(dequantize_linear)
+
 
 @lowers("QLinearConv", since=10)
-def qlinear_conv(
+def qlinear_conv(  # noqa: PLR0917 - ONNX's operands
     x: Any,
     x_scale: Any,
     x_zero_point: Any,
@@ -44,12 +50,12 @@ def qlinear_conv(
     window = {"auto_pad": auto_pad, "dilations": dilations, "group": group, "pads": pads, "strides": strides}
     del kernel_shape
     total = _conv_sum(lambda a, b: conv(a, b, **window), x, x_zero_point, w, w_zero_point)
-    along = (1, -1, *(1,) * (x.ndim - 2))
-    return _requantized_conv(total, x_scale, w_scale, y_scale, y_zero_point, bias, along)
+    multiplier = _multiplier(x_scale, w_scale, y_scale)
+    return _requantized(total, bias, multiplier, y_zero_point, (1, -1, *(1,) * (x.ndim - 2)))
 
 
 @lowers_channels_last("QLinearConv", since=10, starts=True)
-def qlinear_conv_channels_last(
+def qlinear_conv_channels_last(  # noqa: PLR0917 - ONNX's operands
     x: Any,
     x_scale: Any,
     x_zero_point: Any,
@@ -72,8 +78,8 @@ def qlinear_conv_channels_last(
     window = {"auto_pad": auto_pad, "dilations": dilations, "group": group, "pads": pads, "strides": strides}
     del kernel_shape
     total = _conv_sum(lambda a, b: conv_channels_last(a, b, **window), x, x_zero_point, w, w_zero_point)
-    along = (*(1,) * (x.ndim - 1), -1)
-    return _requantized_conv(total, x_scale, w_scale, y_scale, y_zero_point, bias, along)
+    multiplier = _multiplier(x_scale, w_scale, y_scale)
+    return _requantized(total, bias, multiplier, y_zero_point, (*(1,) * (x.ndim - 1), -1))
 
 
 def _conv_sum(product: Callable[[Any, Any], Any], x: Any, x_zero_point: Any, w: Any, w_zero_point: Any) -> Any:
@@ -88,17 +94,19 @@ def _conv_sum(product: Callable[[Any, Any], Any], x: Any, x_zero_point: Any, w: 
     )
 
 
-def _requantized_conv(
-    total: Any, x_scale: Any, w_scale: Any, y_scale: Any, y_zero_point: Any, bias: Any, along: tuple[int, ...]
-) -> Any:
+def _multiplier(x_scale: Any, w_scale: Any, y_scale: Any) -> Any:
+    return _scalar(x_scale, 1) * w_scale.reshape(-1) / _scalar(y_scale, 1)
+
+
+def _requantized(total: Any, bias: Any, multiplier: Any, zero_point: Any, along: tuple[int, ...]) -> Any:
+    """Returns the sums with the bias, requantized; bias and multiplier run along one axis of them."""
     if bias is not None:
         total = total + bias.reshape(along)
-    multiplier = _scalar(x_scale, 1) * w_scale.reshape(-1) / _scalar(y_scale, 1)
-    return integer.requantize(total, multiplier.reshape(along), _scalar(y_zero_point, total.ndim))
+    return integer.requantize(total, multiplier.reshape(along), _scalar(zero_point, total.ndim))
 
 
 @lowers("QLinearMatMul", since=10)
-def qlinear_matmul(
+def qlinear_matmul(  # noqa: PLR0917 - ONNX's operands
     a: Any,
     a_scale: Any,
     a_zero_point: Any,
@@ -111,12 +119,12 @@ def qlinear_matmul(
 ) -> Any:
     """Returns the integer product of matrices, requantized; the scale of `b` may be one per column."""
     total = _dot_sum(a, a_zero_point, b, b_zero_point)
-    multiplier = _scalar(a_scale, 1) * b_scale.reshape(-1) / _scalar(y_scale, 1)
-    return integer.requantize(total, _row(multiplier, total.ndim), _scalar(y_zero_point, total.ndim))
+    along = (*(1,) * (total.ndim - 1), -1)
+    return _requantized(total, None, _multiplier(a_scale, b_scale, y_scale), y_zero_point, along)
 
 
 @lowers("QGemm", since=1, domain=_MICROSOFT)
-def qgemm(
+def qgemm(  # noqa: PLR0917 - ONNX's operands
     a: Any,
     a_scale: Any,
     a_zero_point: Any,
@@ -135,9 +143,9 @@ def qgemm(
     """Returns a b + bias in integers, requantized by alpha s_a s_b / s_y."""
     total = _dot_sum(a.T if transA else a, a_zero_point, b.T if transB else b, b_zero_point)
     if bias is not None:
-        total = total + bias.reshape((1,) * (2 - bias.ndim) + bias.shape)
-    multiplier = np.float32(alpha) * _scalar(a_scale, 1) * b_scale.reshape(-1) / _scalar(y_scale, 1)
-    return integer.requantize(total, _row(multiplier, 2), _scalar(y_zero_point, 2))
+        total = total + with_rank(bias, 2)
+    multiplier = _multiplier(np.float32(alpha) * a_scale, b_scale, y_scale)
+    return _requantized(total, None, multiplier, y_zero_point, (1, -1))
 
 
 def _dot_sum(a: Any, a_zero_point: Any, b: Any, b_zero_point: Any) -> Any:
@@ -153,20 +161,21 @@ def _dot_sum(a: Any, a_zero_point: Any, b: Any, b_zero_point: Any) -> Any:
 
 
 @lowers("QLinearAdd", since=1, domain=_MICROSOFT, elementwise=True)
-def qlinear_add(a: Any, a_scale: Any, a_zero_point: Any, b: Any, *rest: Any) -> Any:
-    """Returns the sum of two quantized tensors, quantized."""
-    return _elementwise(integer.add, a, a_scale, a_zero_point, b, *rest)
+def qlinear_add(*operands: Any) -> Any:
+    """Returns the sum of two quantized tensors, quantized: a, its scale and zero point, b and its, those of the sum."""
+    return _elementwise(integer.add, *operands)
 
 
 @lowers("QLinearMul", since=1, domain=_MICROSOFT, elementwise=True)
-def qlinear_mul(a: Any, a_scale: Any, a_zero_point: Any, b: Any, *rest: Any) -> Any:
-    """Returns the product of two quantized tensors, quantized."""
-    return _elementwise(integer.multiply, a, a_scale, a_zero_point, b, *rest)
+def qlinear_mul(*operands: Any) -> Any:
+    """Returns the product of two quantized tensors, quantized; the operands are those of `qlinear_add`."""
+    return _elementwise(integer.multiply, *operands)
 
 
-def _elementwise(function: Callable[..., Any], *arguments: Any) -> Any:
-    rank = max(value.ndim for value in arguments)
-    return function(*(value.reshape((1,) * (rank - value.ndim) + value.shape) for value in arguments))
+def _elementwise(function: Callable[..., Any], *operands: Any) -> Any:
+    rank = max(value.ndim for value in operands)
+    a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero = (with_rank(value, rank) for value in operands)
+    return function(a, Grid(a_scale, a_zero), b, Grid(b_scale, b_zero), Grid(y_scale, y_zero))
 
 
 @lowers("QLinearGlobalAveragePool", since=1, domain=_MICROSOFT)
@@ -175,9 +184,39 @@ def qlinear_global_average_pool(
 ) -> Any:
     """Returns the mean of each plane of `x` [n, c, *spatial], requantized."""
     values = jnp.moveaxis(x, -1, 1) if channels_last else x
-    parameters = (_scalar(value, x.ndim) for value in (x_scale, x_zero_point, y_scale, y_zero_point))
-    y = integer.global_average(values, *parameters)
+    y = integer.global_average(values, _grid(x_scale, x_zero_point, x.ndim), _grid(y_scale, y_zero_point, x.ndim))
     return jnp.moveaxis(y, 1, -1) if channels_last else y
+
+
+@lowers("QLinearAveragePool", since=1, domain=_MICROSOFT)
+def qlinear_average_pool(
+    x: Any,
+    x_scale: Any,
+    x_zero_point: Any,
+    y_scale: Any,
+    y_zero_point: Any,
+    /,
+    *,
+    kernel_shape: Any,
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    count_include_pad: int = 0,
+    dilations: Any = (),
+    pads: Any = (),
+    strides: Any = (),
+) -> Any:
+    """Returns the mean of each window of the dequantized `x`, quantized; the zero point is added before rounding."""
+    mean = average_pool(
+        dequantize_linear(x, x_scale, x_zero_point),
+        kernel_shape=kernel_shape,
+        auto_pad=auto_pad,
+        ceil_mode=ceil_mode,
+        count_include_pad=count_include_pad,
+        dilations=dilations,
+        pads=pads,
+        strides=strides,
+    )
+    return integer.quantize_shifted(mean, _grid(y_scale, y_zero_point, x.ndim))
 
 
 @lowers("QLinearSoftmax", since=1, domain=_MICROSOFT)
@@ -189,8 +228,12 @@ def qlinear_softmax(
     first_of_many = 13
     values = x if opset >= first_of_many else x.reshape(*x.shape[: axis % x.ndim], -1)
     along = axis if opset >= first_of_many else -1
-    parameters = (_scalar(value, values.ndim) for value in (x_scale, y_scale, y_zero_point))
-    return integer.softmax(values, *parameters, axis=along).reshape(x.shape)
+    y_grid = _grid(y_scale, y_zero_point, values.ndim)
+    return integer.softmax(values, _scalar(x_scale, values.ndim), y_grid, axis=along).reshape(x.shape)
+
+
+def _grid(scale: Any, zero_point: Any, rank: int) -> Grid:
+    return Grid(_scalar(scale, rank), _scalar(zero_point, rank))
 
 
 def _scalar(value: Any, rank: int) -> Any:

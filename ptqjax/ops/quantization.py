@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.errors import UnsupportedOperatorError
+from ptqjax.kernels.quotient import quotient
 from ptqjax.ops.element_types import element_type, integer_range
 from ptqjax.ops.layout import along_axis, channels_last_axis
 from ptqjax.ops.registry import lowers, lowers_channels_last
@@ -40,7 +41,7 @@ def quantize_linear(
     low, high = _grid(dtype, "QuantizeLinear")
     compute = element_type(precision) if precision else scale.dtype
     step = _spread(scale, x, axis, block_size).astype(compute)
-    steps = jnp.round(x.astype(compute) / step)
+    steps = jnp.round(quotient(x.astype(compute), step))
     if zero_point is not None:
         steps = steps + _spread(zero_point, x, axis, block_size).astype(compute)
     return jnp.clip(steps, low, high).astype(dtype)

@@ -1,0 +1,99 @@
+"""A model and its encodings as the function that the quantized model computes.
+
+Two programs: *float*, fake quantization, differentiable and one trace for all bit widths; *integer*, the runtime's own
+arithmetic, equal to ONNX Runtime group by group. Both have the placement that is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+from ptqjax.errors import ConfigError
+from ptqjax.ir import Graph, Model
+from ptqjax.lowering import apply, interpret
+from ptqjax.quantize.bias import bias_encoding, bias_sites
+from ptqjax.quantize.encodings import Encoding, Encodings, fake_quantize
+from ptqjax.quantize.qdq import check_tensors, grid_dtypes, insert_qdq
+from ptqjax.transforms.fuse_quantized import fuse_quantized
+
+Simulation: TypeAlias = Callable[[Mapping[str, Any], Encodings, Mapping[str, Any]], dict[str, jax.Array]]
+"""The quantized model: (params, encodings, inputs) -> outputs by name."""
+
+
+def simulate(model: Model, encodings: Encodings, *, arithmetic: str = "float") -> Simulation:
+    """Returns the function that the quantized model computes, of parameters, encodings and inputs.
+
+    The function is pure; `jit`, `vmap` and `grad` work through it. Called on concrete arrays, it is compiled once for
+    a graph and shapes, whichever `simulate` it came from.
+
+    Args:
+        model: The float model.
+        encodings: The grids by tensor. Their names, axes and block sizes decide what is quantized; the values that
+            count are those of the call.
+        arithmetic: "float": weights and activations are rounded to their grids and computed with in float32, biases
+            lie on the grid s_x s_w. Gradients pass straight through. Types and switches are values: one program
+            serves them all. "integer": integer operands, exact sums, and ONNX Runtime's order of roundings. Types,
+            switches and which groups are integer are decided here, from the concrete values of `model` and `encodings`.
+
+    Raises:
+        ConfigError: `arithmetic` is neither, or an encoding is for a tensor that the model has not.
+    """
+    check_tensors(model.graph, encodings)
+    if arithmetic == "float":
+        return partial(_float_program, model.graph)
+    if arithmetic == "integer":
+        dtypes = tuple(sorted(grid_dtypes(encodings).items()))
+        fused, _ = fuse_quantized(insert_qdq(model, encodings, dtypes=dict(dtypes)))
+        return partial(_integer_program, _IntegerGraphs(model.graph, fused.graph, dtypes))
+    raise ConfigError(f"arithmetic={arithmetic!r} is unknown; expected float or integer")
+
+
+@partial(jax.jit, static_argnums=0)
+def _float_program(
+    graph: Graph, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    grids = _with_biases(graph, encodings)
+
+    def intercept(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, None]:
+        if name not in grids:
+            return value, None
+        return fake_quantize(value, _in_layout(grids[name], value.ndim, channel_axis)), None
+
+    return interpret(graph, params, inputs, intercept=intercept)[0]
+
+
+class _IntegerGraphs(NamedTuple):
+    """What is static in the integer program."""
+
+    source: Graph
+    """The float model's graph."""
+    fused: Graph
+    """The quantized model's, with integer operators."""
+    dtypes: tuple[tuple[str, str], ...]
+    """The integer type of each quantized tensor, by name."""
+
+
+@partial(jax.jit, static_argnums=0)
+def _integer_program(
+    graphs: _IntegerGraphs, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    model = Model(graph=graphs.source, params=dict(params))
+    quantized = insert_qdq(model, encodings, dtypes=dict(graphs.dtypes))
+    return apply(graphs.fused, {name: quantized.params[name] for name in graphs.fused.parameters}, inputs)
+
+
+def _with_biases(graph: Graph, encodings: Encodings) -> Encodings:
+    """Returns the encodings with those of the biases, which follow from input and weight."""
+    biases = ((site.bias, bias_encoding(encodings, site)) for site in bias_sites(graph))
+    return encodings | {name: encoding for name, encoding in biases if encoding is not None}
+
+
+def _in_layout(encoding: Encoding, rank: int, channel_axis: int | None) -> Encoding:
+    """Returns the encoding with its axis, if it is ONNX's axis 1, where that lies in a value of this layout."""
+    if encoding.axis is None or channel_axis is None or encoding.axis % rank != 1:
+        return encoding
+    return encoding.replace(axis=channel_axis)

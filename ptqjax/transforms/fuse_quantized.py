@@ -1,0 +1,198 @@
+"""The groups of a QDQ model that ONNX Runtime computes in integers, as the integer operators that it puts in place.
+
+A group is an operator between DequantizeLinear and QuantizeLinear nodes. The rules are those of ONNX Runtime's CPU
+provider (1.32): all inputs dequantized from 8 bits, one reader, which quantizes to the same type, and between them at
+most a Relu or Clip that the quantizer's range implies. Data movement and operators that the runtime computes through
+tables give the same integers as they stand, in float, so they are left as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ptqjax.ir import Model, Node, Record, Report, only_reader, rebuild, scalar_of, value_of
+
+_MICROSOFT = "com.microsoft"
+_EIGHT_BITS = (np.dtype(np.int8), np.dtype(np.uint8))
+
+# Operators that become one on integers.
+_ELEMENTWISE = {"Add": "QLinearAdd", "Mul": "QLinearMul"}
+_UNARY = {
+    "AveragePool": "QLinearAveragePool",
+    "GlobalAveragePool": "QLinearGlobalAveragePool",
+    "Softmax": "QLinearSoftmax",
+}
+_INTEGER = {"Conv": "QLinearConv", "Gemm": "QGemm", "MatMul": "QLinearMatMul"} | _ELEMENTWISE | _UNARY
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Group:
+    """An operator with all that is quantized around it."""
+
+    node: Node
+    """The operator."""
+    dequantizers: tuple[Node, ...]
+    """The producers of its inputs."""
+    quantizer: Node
+    """The reader of its output, or of the Relu or Clip behind it."""
+
+
+def fuse_quantized(model: Model) -> tuple[Model, Report]:
+    """Returns the QDQ `model` with QLinear operators for the groups that a runtime computes in integers.
+
+    The result denotes what ONNX Runtime computes (the float model denotes it up to roundings). It has no parameters
+    that `model` has not; where the zero points of a weight are all zero, the input is left out.
+
+    Returns:
+        The model, and a record for each operator that could have been fused: done, or why not.
+    """
+    replaced: dict[int, Node] = {}
+    report: list[Record] = []
+    for node in model.graph.nodes:
+        if node.op_type not in _INTEGER or node.domain:
+            continue
+        group = _group(model, node)
+        reason = group if isinstance(group, str) else _objection(model, group)
+        report.append(_record(node, reason))
+        if not reason and isinstance(group, _Group):
+            replaced[id(group.quantizer)] = _integer_node(model, group)
+    nodes = [replaced.get(id(node), node) for node in model.graph.nodes]
+    return rebuild(model, nodes=nodes), tuple(report)
+
+
+def _record(node: Node, reason: str) -> Record:
+    what = "computed in float" if reason else "computed in integers"
+    return Record(
+        transform="fuse_quantized", done=not reason, what=f"{node.op_type} {what}", where=(node.output,), reason=reason
+    )
+
+
+def _group(model: Model, node: Node) -> _Group | str:
+    """Returns the group around `node`, or why there is none."""
+    producers = [model.graph.producers.get(name) for name in node.inputs if name]
+    dequantizers = [
+        producer for producer in producers if producer is not None and producer.op_type == "DequantizeLinear"
+    ]
+    if len(dequantizers) < len(producers):
+        return "an input is not quantized"
+    reader = only_reader(model.graph, node.output)
+    if reader is not None and reader.op_type in ("Relu", "Clip"):
+        quantizer = only_reader(model.graph, reader.output)
+        if quantizer is None or quantizer.op_type != "QuantizeLinear":
+            return f"the output of the {reader.op_type} behind it is not quantized, or read elsewhere"
+        if not _is_implied(model, reader, quantizer):
+            return f"the range of '{quantizer.output}' does not imply the {reader.op_type} behind it"
+        reader = quantizer
+    if reader is None or reader.op_type != "QuantizeLinear":
+        return "the output is not quantized, or read elsewhere"
+    return _Group(node=node, dequantizers=tuple(dequantizers), quantizer=reader)
+
+
+def _is_implied(model: Model, activation: Node, quantizer: Node) -> bool:
+    """Tells whether quantizing clips at least as much as the Relu or Clip before it does."""
+    zero_point = _array(model, quantizer, 2)
+    scale = _array(model, quantizer, 1)
+    if zero_point is None or scale is None or zero_point.size != 1 or zero_point.dtype not in _EIGHT_BITS:
+        return False
+    info = np.iinfo(zero_point.dtype)
+    if activation.op_type == "Relu":
+        return int(zero_point.item()) == info.min
+    low, high = _bound(model, activation, 1, -np.inf), _bound(model, activation, 2, np.inf)
+    if low is None or high is None:
+        return False
+    step, offset = np.float32(scale.item()), int(zero_point.item())
+    return (
+        np.rint(np.float32(low) / step) + offset <= info.min and np.rint(np.float32(high) / step) + offset >= info.max
+    )
+
+
+def _bound(model: Model, clip: Node, index: int, absent: float) -> float | None:
+    """Returns a bound of a Clip; `absent` where it has none; None where it is not a known number."""
+    name = _input(clip, index)
+    return scalar_of(model, name) if name else absent
+
+
+def _objection(model: Model, group: _Group) -> str:
+    """Returns why the runtime leaves the group in float, or nothing."""
+    y_type = _grid_type(model, group.quantizer)
+    x_type, *other_types = (_grid_type(model, node) for node in group.dequantizers)
+    op_type = group.node.op_type
+    if y_type not in _EIGHT_BITS or x_type != y_type:
+        return f"input and output have the types {x_type} and {y_type}; integers need the same 8-bit type"
+    num_activations = 2 if op_type in _ELEMENTWISE else 1
+    if not all(_has_one_scale(model, node) for node in (*group.dequantizers[:num_activations], group.quantizer)):
+        return "an activation has more than one scale"
+    if op_type in _UNARY:
+        return ""
+    if op_type in _ELEMENTWISE:
+        return "" if other_types == [y_type] else "the inputs have two types"
+    return _weight_objection(op_type, group.node.attribute("beta", 1.0), *other_types)
+
+
+def _weight_objection(op_type: str, beta: float, weight_type: Any, bias_type: Any = None) -> str:
+    if weight_type not in _EIGHT_BITS:
+        return f"the weight has the type {weight_type}; integers need 8 bits"
+    if bias_type not in (None, np.dtype(np.int32)):
+        return f"the bias has the type {bias_type}; integers need int32"
+    return f"beta is {beta}, not 1" if op_type == "Gemm" and beta != 1 else ""
+
+
+def _has_one_scale(model: Model, node: Node) -> bool:
+    scale = _array(model, node, 1)
+    return scale is not None and scale.size == 1
+
+
+def _grid_type(model: Model, node: Node) -> np.dtype | None:
+    """Returns the integer type that a Q or DQ node writes or reads, told by its zero point or its integer weight."""
+    zero_point = _array(model, node, 2)
+    if zero_point is None and node.op_type == "DequantizeLinear":
+        zero_point = _array(model, node, 0)
+    return None if zero_point is None else np.dtype(zero_point.dtype)
+
+
+def _array(model: Model, node: Node, index: int) -> np.ndarray | None:
+    value = value_of(model, _input(node, index))
+    return None if value is None else np.asarray(value)
+
+
+def _integer_node(model: Model, group: _Group) -> Node:
+    node, operands = group.node, [_triple(dequantizer) for dequantizer in group.dequantizers]
+    end = group.quantizer.inputs[1:3]
+    attributes = dict(node.attributes)
+    if node.op_type in _UNARY or node.op_type in _ELEMENTWISE:
+        inputs = (*(name for operand in operands for name in operand), *end)
+    else:
+        x, w, *bias = operands
+        bias = tuple(tensor for tensor, _, _ in bias)
+        weight = _without_zeros(model, w)
+        inputs = (*x, *weight, *(bias or ("",)), *end) if node.op_type == "Gemm" else (*x, *weight, *end, *bias)
+        attributes.pop("beta", None)
+    if node.op_type == "Softmax":
+        attributes["opset"] = model.graph.opset()
+    return Node(
+        op_type=_INTEGER[node.op_type],
+        inputs=inputs,
+        outputs=group.quantizer.outputs,
+        attributes=tuple(sorted(attributes.items())),
+        domain="" if node.op_type in ("Conv", "MatMul") else _MICROSOFT,
+        name=node.name,
+    )
+
+
+def _triple(dequantizer: Node) -> tuple[str, str, str]:
+    tensor, scale = dequantizer.inputs[:2]
+    return tensor, scale, _input(dequantizer, 2)
+
+
+def _input(node: Node, index: int) -> str:
+    return node.inputs[index] if index < len(node.inputs) else ""
+
+
+def _without_zeros(model: Model, operand: tuple[str, str, str]) -> tuple[str, str, str]:
+    """Returns tensor, scale and zero point of a weight; "" for zero points that are all zero."""
+    tensor, scale, zero_point = operand
+    value = value_of(model, zero_point)
+    return tensor, scale, "" if value is not None and not np.any(np.asarray(value)) else zero_point
