@@ -12,7 +12,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("errors",), set()),
     (("kernels", "ir", "config", "targets"), set()),
     (("ops",), {"kernels"}),
-    (("onnx_io",), {"ir"}),
+    (("onnx_io", "data"), {"ir"}),
     (("transforms",), {"ir", "kernels"}),
     (("lowering",), {"ir", "ops"}),
     (("quantize",), {"ir", "kernels", "config", "lowering"}),

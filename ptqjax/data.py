@@ -1,0 +1,111 @@
+"""Samples from a `DATA.npz`: one array per model input, first axis the samples, and optionally `labels`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ptqjax.errors import DataError
+from ptqjax.ir import Graph
+
+_LABELS = "labels"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """What a data file holds: as many samples of each input, and of the labels where there are any."""
+
+    inputs: dict[str, np.ndarray]
+    """Each model input, first axis the samples."""
+    labels: np.ndarray | None
+    """The class index of each sample, where known."""
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples there are."""
+        return len(next(iter(self.inputs.values())))
+
+
+def load_samples(path: str | os.PathLike[str], graph: Graph) -> Samples:
+    """Returns the samples in the file `path` for the inputs of `graph`.
+
+    Names and counts are checked here; shapes, types and values where the samples are used.
+
+    Raises:
+        DataError: The file is missing, is not an .npz, lacks an input or holds an unknown array, has no samples, or
+            different numbers of them.
+    """
+    arrays = _read(Path(path))
+    labels = None if _LABELS in {spec.name for spec in graph.inputs} else arrays.pop(_LABELS, None)
+    wanted = [spec.name for spec in graph.inputs]
+    for name in [name for name in wanted if name not in arrays]:
+        raise DataError(
+            f"'{path}' has no array '{name}', which the model takes; it holds {_list(arrays)}{_near(name, arrays)}; "
+            f"save it as np.savez(path, {name}=...)"
+        )
+    for name in [name for name in arrays if name not in wanted]:
+        raise DataError(
+            f"'{path}' holds '{name}', which is no input of the model{_near(name, wanted)}; "
+            f"expected {_list(wanted)} and optionally '{_LABELS}'"
+        )
+    _check_counts(path, arrays if labels is None else arrays | {_LABELS: labels})
+    return Samples(inputs={name: arrays[name] for name in wanted}, labels=labels)
+
+
+def batches_of(samples: Samples, graph: Graph, *, size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the inputs in order, `size` samples at a time, or as many as the model's fixed batch size asks for.
+
+    Raises:
+        DataError: The model's batch size is fixed and does not divide the number of samples.
+    """
+    fixed = {spec.shape[0] for spec in graph.inputs if spec.shape and isinstance(spec.shape[0], int)}
+    size = min(fixed) if fixed else size
+    if fixed and samples.num_samples % size:
+        raise DataError(
+            f"the model takes exactly {size} samples at a time, which does not divide the {samples.num_samples} given; "
+            f"leave {samples.num_samples % size} of them out, or export the model with a dynamic first axis"
+        )
+    for start in range(0, samples.num_samples, size):
+        yield {name: array[start : start + size] for name, array in samples.inputs.items()}
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"'{path}' holds a single array without a name; save it as np.savez(path, input=array)")
+            return {name: archive[name] for name in archive.files}
+    except OSError as error:
+        raise DataError(
+            f"data file '{path}' cannot be opened: {error.strerror or error}; expected an .npz file"
+        ) from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"'{path}' is not a readable .npz of plain arrays ({error}); write it with np.savez(path, input=array)"
+        ) from error
+
+
+def _check_counts(path: str | os.PathLike[str], arrays: dict[str, np.ndarray]) -> None:
+    for name in [name for name, array in arrays.items() if array.ndim == 0]:
+        raise DataError(f"'{path}': '{name}' is a single number; expected an array whose first axis counts samples")
+    counts = {name: len(array) for name, array in arrays.items()}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"'{name}' {count}" for name, count in counts.items())
+        raise DataError(f"'{path}': the arrays hold different numbers of samples ({found}); expected as many of each")
+    if not min(counts.values(), default=0):
+        raise DataError(f"'{path}' holds no samples: the first axis of {_list(arrays)} is 0; give at least one")
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "nothing"
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,0 +1,157 @@
+"""What a report says, as plain data: the content of `report.json`, and what the page is made from."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from ptqjax.ir import Model, Record, TensorSpec
+from ptqjax.quantize import Encoding
+
+_PACKAGES = ("ptqjax", "jax", "jaxlib", "numpy", "onnx", "flax", "onnxruntime", "onnxruntime-gpu")
+_WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}  # operator -> axis of the weight's output channels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row of the table: the model after a stage, against the float model as it was read."""
+
+    stage: str
+    """What was done last: "float", "fold", "equalize", "correct"."""
+    metrics: Mapping[str, float]
+    """Figures by name. Of the model computed in float: "float_sqnr_db" (dB). Quantized: "sqnr_db" (dB), "agreement" and
+    "top1" (0..1)."""
+
+
+def facts(
+    *,
+    source: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    device: str,
+    rows: Sequence[Row],
+    records: Iterable[Record],
+    encodings: Mapping[str, Encoding],
+    before: Model,
+    after: Model,
+) -> dict[str, Any]:
+    """Returns all that a report says, as data that JSON can hold; the same run gives the same order of keys.
+
+    Args:
+        source: Where the model and the data came from: paths, hashes, counts.
+        settings: The configuration, by field.
+        device: The device that computed.
+        rows: The table, in order.
+        records: What every transform did and left alone.
+        encodings: The chosen grids, by tensor.
+        before: The model before equalization (batch norms folded): its weights are compared with those of `after`.
+        after: The model that was exported.
+    """
+    return {
+        "source": dict(source),
+        "settings": dict(settings),
+        "device": device,
+        "versions": versions(),
+        "model": contents(after),
+        "stages": [{"stage": row.stage, "metrics": numbers(row.metrics)} for row in rows],
+        "records": [_record(record) for record in records],
+        "encodings": {name: encoding_facts(name, encodings[name], after) for name in sorted(encodings)},
+        "weight_ranges": weight_ranges(before, after),
+    }
+
+
+def to_json(report: Mapping[str, Any]) -> str:
+    """Returns the facts as JSON text; figures that are no numbers (the SQNR of an exact copy) become strings."""
+    return json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide what is computed, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def contents(model: Model) -> dict[str, Any]:
+    """Returns what is in a model: inputs, outputs, opset, how many of each operator, how many parameters."""
+    graph = model.graph
+    operators = Counter(node.op_type for node in graph.nodes)
+    return {
+        "inputs": [_spec(spec) for spec in graph.inputs],
+        "outputs": [_spec(spec) for spec in graph.outputs],
+        "opset": graph.opset(),
+        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
+        "num_parameters": int(sum(np.size(value) for value in model.params.values())),
+    }
+
+
+def encoding_facts(name: str, encoding: Encoding, model: Model) -> dict[str, Any]:
+    """Returns a grid as plain data: what it is for, its type, and the range that it spans, per channel where it is."""
+    scale = np.asarray(encoding.scale, np.float64).ravel()
+    zero_point = np.asarray(encoding.zero_point, np.float64).ravel()
+    return {
+        "kind": "weight" if name in model.params else "activation",
+        "dtype": encoding.dtype,
+        "axis": encoding.axis,
+        "block_size": encoding.block_size,
+        "enabled": bool(np.all(np.asarray(encoding.enabled))),
+        "scale": scale.tolist(),
+        "zero_point": zero_point.astype(np.int64).tolist(),
+        "minimum": float(np.min((np.asarray(encoding.qmin, np.float64).ravel() - zero_point) * scale)),
+        "maximum": float(np.max((np.asarray(encoding.qmax, np.float64).ravel() - zero_point) * scale)),
+    }
+
+
+def weight_ranges(before: Model, after: Model) -> dict[str, dict[str, list[float]]]:
+    """Returns the largest magnitude in each output channel of each weight that both models have, before and after."""
+    found = {}
+    for node in after.graph.nodes:
+        name = node.inputs[1] if node.op_type in _WEIGHTED else ""
+        if name not in after.params or name not in before.params:
+            continue
+        axis = _WEIGHTED[node.op_type]
+        if node.op_type == "Gemm" and node.attribute("transB", 0):
+            axis = 0
+        old, new = np.asarray(before.params[name]), np.asarray(after.params[name])
+        if new.ndim > axis and old.shape == new.shape:
+            found[name] = {"before": _channel_ranges(old, axis), "after": _channel_ranges(new, axis)}
+    return found
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics as Python floats."""
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _channel_ranges(weight: np.ndarray, axis: int) -> list[float]:
+    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    return np.abs(rows.astype(np.float64)).max(axis=1, initial=0.0).tolist()
+
+
+def _record(record: Record) -> dict[str, Any]:
+    fields = record.as_dict()
+    return fields | {"where": list(record.where), "before": numbers(record.before), "after": numbers(record.after)}
+
+
+def _spec(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": spec.dtype.name, "shape": None if spec.shape is None else list(spec.shape)}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value
