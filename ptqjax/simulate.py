@@ -14,7 +14,7 @@ import jax
 
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model
-from ptqjax.lowering import apply, interpret
+from ptqjax.lowering import Intercept, apply, interpret
 from ptqjax.quantize.bias import bias_encoding, bias_sites
 from ptqjax.quantize.encodings import Encoding, Encodings, fake_quantize
 from ptqjax.quantize.qdq import check_tensors, grid_dtypes, insert_qdq
@@ -52,10 +52,8 @@ def simulate(model: Model, encodings: Encodings, *, arithmetic: str = "float") -
     raise ConfigError(f"arithmetic={arithmetic!r} is unknown; expected float or integer")
 
 
-@partial(jax.jit, static_argnums=0)
-def _float_program(
-    graph: Graph, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
-) -> dict[str, jax.Array]:
+def fake_quantization(graph: Graph, encodings: Encodings) -> Intercept:
+    """Returns what `interpret` calls to run `graph` as the float program: each tensor and bias rounded to its grid."""
     grids = _with_biases(graph, encodings)
 
     def intercept(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, None]:
@@ -63,7 +61,14 @@ def _float_program(
             return value, None
         return fake_quantize(value, _in_layout(grids[name], value.ndim, channel_axis)), None
 
-    return interpret(graph, params, inputs, intercept=intercept)[0]
+    return intercept
+
+
+@partial(jax.jit, static_argnums=0)
+def _float_program(
+    graph: Graph, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    return interpret(graph, params, inputs, intercept=fake_quantization(graph, encodings))[0]
 
 
 class _IntegerGraphs(NamedTuple):
