@@ -1,0 +1,205 @@
+"""Bias correction: the mean error that quantization leaves in a layer's output, taken out through its bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ptqjax.errors import DataError
+from ptqjax.ir import Graph, Model, Node, Record, Report, fresh_name, is_private, only_reader, rebuild
+from ptqjax.lowering import interpret
+from ptqjax.quantize.encodings import Encodings
+from ptqjax.simulate import fake_quantization
+
+_BIAS_INPUT = 2  # of Conv, ConvTranspose and Gemm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layer:
+    """A layer whose mean output error a bias can take out."""
+
+    output: str
+    """The tensor measured: the layer's output with its bias, before the activation function."""
+    node: Node
+    """The node that adds the bias: the layer itself, or the Add behind a MatMul."""
+    weight: str
+    """The quantized weight."""
+    bias: str | None
+    """The bias parameter; None where the layer has none yet."""
+    channels_last: bool
+    """Whether the output's channels are its last axis (MatMul) or axis 1."""
+
+
+def correct_biases(
+    model: Model, encodings: Encodings, batches: Iterable[Mapping[str, Any]] | None
+) -> tuple[Model, Report]:
+    """Returns the model with biases that take out the mean error which quantization leaves in each layer's output.
+
+    b <- b - E[y_q - y], y the layer's float output before its activation function, y_q that of the simulated model in
+    which every earlier layer is corrected already (sequential). One pass over the data: within a batch each layer's
+    error is subtracted as the program runs, so that the next layer sees it corrected; the error that goes into the
+    bias is the mean over all batches, weighted by their size. Memory is that of one batch.
+
+    Args:
+        model: The float model that `encodings` belong to.
+        encodings: Of weights and activations.
+        batches: Arrays by input name; samples along the first axis.
+
+    Returns:
+        The corrected model, and a record per layer with the mean error of its worst channel, in the output's units.
+
+    Raises:
+        DataError: `batches` is empty or None: the correction from statistics alone is not available yet.
+
+    Source:
+        Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2
+        and appendix D. There the correction is measured layer by layer with a forward pass each.
+    """
+    layers, left_alone = _find_layers(model, encodings)
+    errors = _mean_errors(model, encodings, layers, batches)
+    params = dict(model.params)
+    nodes = {node.output: node for node in model.graph.nodes}
+    records = []
+    for layer in layers:
+        error = np.asarray(errors[layer.output])
+        bias = layer.bias or fresh_name(model.graph, f"{layer.weight}.bias")
+        if layer.bias is None:
+            node = nodes[layer.node.output]
+            nodes[node.output] = replace(node, inputs=(*node.inputs[:_BIAS_INPUT], bias))
+            params[bias] = np.zeros(error.shape, np.asarray(params[layer.weight]).dtype)
+        dtype = np.asarray(params[bias]).dtype
+        params[bias] = (np.asarray(params[bias], np.float64) - error.reshape(np.shape(params[bias]))).astype(dtype)
+        records.append(_corrected(layer, bias, error))
+    return rebuild(model, nodes=nodes.values(), params=params), (*records, *left_alone)
+
+
+def _corrected(layer: _Layer, bias: str, error: np.ndarray) -> Record:
+    return Record(
+        transform="correct_biases",
+        done=True,
+        what="mean output error subtracted from the bias",
+        where=(layer.output, bias),
+        before={"mean error, largest channel": float(np.max(np.abs(error), initial=0.0))},
+    )
+
+
+def _find_layers(model: Model, encodings: Encodings) -> tuple[tuple[_Layer, ...], Report]:
+    """Returns the layers to correct, in topological order, and records of those that are left alone."""
+    layers: list[_Layer] = []
+    left_alone: list[Record] = []
+    for node in model.graph.nodes:
+        if node.op_type not in {"Conv", "ConvTranspose", "Gemm", "MatMul"} or node.inputs[1] not in encodings:
+            continue
+        layer = _matmul_layer(model.graph, node) if node.op_type == "MatMul" else _layer(node)
+        reason = _obstacle(model, layer)
+        if layer is not None and not reason:
+            layers.append(layer)
+        else:
+            left_alone.append(
+                Record(
+                    transform="correct_biases",
+                    done=False,
+                    what="left as it is",
+                    where=(node.output,),
+                    reason=reason,
+                )
+            )
+    return tuple(layers), tuple(left_alone)
+
+
+def _layer(node: Node) -> _Layer:
+    bias = node.inputs[_BIAS_INPUT] if len(node.inputs) > _BIAS_INPUT and node.inputs[_BIAS_INPUT] else None
+    return _Layer(output=node.output, node=node, weight=node.inputs[1], bias=bias, channels_last=False)
+
+
+def _matmul_layer(graph: Graph, node: Node) -> _Layer | None:
+    add = only_reader(graph, node.output)
+    if add is None or add.op_type != "Add":
+        return None
+    bias = next((name for name in add.inputs if name in graph.parameters), None)
+    if bias is None:
+        return None
+    return _Layer(output=add.output, node=add, weight=node.inputs[1], bias=bias, channels_last=True)
+
+
+def _obstacle(model: Model, layer: _Layer | None) -> str:
+    """Returns why a layer cannot be corrected, or nothing."""
+    if layer is None:
+        return "a MatMul without an Add of a constant behind it has no bias"
+    if layer.bias is None:
+        return ""
+    if layer.bias not in model.params:
+        return f"its bias '{layer.bias}' is computed, not a parameter"
+    shape = np.shape(model.params[layer.bias])
+    obstacles = {
+        f"its bias '{layer.bias}' is shared with another node": not is_private(model.graph, layer.bias),
+        "its bias is scaled by beta, which is not 1": layer.node.attribute("beta", 1.0) != 1.0,
+        f"its bias '{layer.bias}' of shape {shape} is not one value per channel": np.prod(shape)
+        != max(shape, default=0),
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), "")
+
+
+def _mean_errors(
+    model: Model, encodings: Encodings, layers: tuple[_Layer, ...], batches: Iterable[Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
+    """Returns E[y_q - y] per channel and layer, each layer seeing corrected predecessors; float64 across batches."""
+    program = jax.jit(partial(_batch_errors, model.graph, layers))
+    totals = {layer.output: np.zeros((), np.float64) for layer in layers}
+    num_samples = 0
+    params = jax.device_put(model.params)
+    for batch in batches or ():
+        size = len(next(iter(batch.values())))
+        errors = jax.device_get(program(params, encodings, dict(batch)))
+        totals = {name: total + size * np.asarray(errors[name], np.float64) for name, total in totals.items()}
+        num_samples += size
+    if not num_samples:
+        raise DataError("bias correction got no data: expected at least one batch; pass calibration batches")
+    return {name: total / num_samples for name, total in totals.items()}
+
+
+def _batch_errors(
+    graph: Graph,
+    layers: tuple[_Layer, ...],
+    params: Mapping[str, Any],
+    encodings: Encodings,
+    batch: Mapping[str, Any],
+) -> dict[str, Float[Array, " c"]]:
+    by_output = {layer.output: layer for layer in layers}
+    quantize = fake_quantization(graph, encodings)
+
+    def measure(name: str, value: Array, channel_axis: int | None) -> tuple[Array, Array | None]:
+        return value, _channel_means(by_output[name], value, channel_axis) if name in by_output else None
+
+    _, float_means = interpret(graph, params, batch, intercept=measure)
+
+    def correct(name: str, value: Array, channel_axis: int | None) -> tuple[Array, Array | None]:
+        error = None
+        if name in by_output:
+            axis = _channel_axis(by_output[name], value, channel_axis)
+            error = _channel_means(by_output[name], value, channel_axis) - float_means[name]
+            value = value - jnp.expand_dims(error, tuple(i for i in range(value.ndim) if i != axis))
+        return quantize(name, value, channel_axis)[0], error
+
+    _, errors = interpret(graph, params, batch, intercept=correct)
+    return errors
+
+
+def _channel_axis(layer: _Layer, value: Array, channel_axis: int | None) -> int:
+    """Returns the axis of `value` that holds the layer's channels, whichever layout the program chose."""
+    axis = 1 if channel_axis is None else channel_axis
+    if not layer.channels_last:
+        return axis
+    return value.ndim - 1 if axis == 1 else value.ndim - 2
+
+
+def _channel_means(layer: _Layer, value: Array, channel_axis: int | None) -> Float[Array, " c"]:
+    axis = _channel_axis(layer, value, channel_axis)
+    return jnp.mean(value, axis=tuple(i for i in range(value.ndim) if i != axis))

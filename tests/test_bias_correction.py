@@ -1,0 +1,171 @@
+"""Bias correction: afterwards no layer's output is off on average, and nothing else has changed."""
+
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnx.helper as oh
+import onnx.numpy_helper as onh
+import pytest
+
+from ptqjax import onnx_io
+from ptqjax.config import QuantizationConfig
+from ptqjax.errors import DataError
+from ptqjax.fit import bias_correction, correct_biases
+from ptqjax.lowering import interpret
+from ptqjax.quantize import calibrate
+from ptqjax.simulate import fake_quantization
+
+PER_TENSOR = QuantizationConfig(granularity="tensor", ranges="min-max", weights="int4")
+
+
+def read(nodes, tensors, *, shape, outputs=("y",)):
+    def info(name, size):
+        return oh.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size)
+
+    initializers = [onh.from_array(value, name) for name, value in tensors.items()]
+    outs = [info(name, None) for name in outputs]
+    graph = oh.make_graph(nodes, "g", [info("x", ["n", *shape])], outs, initializers)
+    return onnx_io.read(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=8))
+
+
+def normal(*shape, seed):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def convolutions():
+    """Conv without bias, Relu, grouped Conv with bias, Relu, pool, Gemm: layers with channels on axis 1."""
+    nodes = [
+        oh.make_node("Conv", ["x", "w1"], ["a"], pads=[1, 1, 1, 1]),
+        oh.make_node("Relu", ["a"], ["ra"]),
+        oh.make_node("Conv", ["ra", "w2", "b2"], ["b"], group=2, strides=[2, 2]),
+        oh.make_node("Relu", ["b"], ["rb"]),
+        oh.make_node("GlobalAveragePool", ["rb"], ["p"]),
+        oh.make_node("Flatten", ["p"], ["f"]),
+        oh.make_node("Gemm", ["f", "w3", "b3"], ["y"], transB=1),
+    ]
+    tensors = {"w1": normal(6, 3, 3, 3, seed=0), "w2": normal(4, 3, 3, 3, seed=1), "b2": normal(4, seed=2)}
+    tensors |= {"w3": normal(5, 4, seed=3), "b3": normal(5, seed=4)}
+    return read(nodes, tensors, shape=(3, 8, 8)), ("a", "b", "y")
+
+
+def matmuls():
+    """Two MatMul + Add on rank 3, whose channels are last."""
+    nodes = [
+        oh.make_node("MatMul", ["x", "w1"], ["m1"]),
+        oh.make_node("Add", ["b1", "m1"], ["a"]),
+        oh.make_node("Relu", ["a"], ["r"]),
+        oh.make_node("MatMul", ["r", "w2"], ["m2"]),
+        oh.make_node("Add", ["m2", "b2"], ["y"]),
+    ]
+    tensors = {"w1": normal(5, 7, seed=0), "b1": normal(7, seed=1), "w2": normal(7, 3, seed=2), "b2": normal(3, seed=3)}
+    return read(nodes, tensors, shape=(4, 5)), ("a", "y")
+
+
+def outputs_of(graph, params, batch, names, quantize=None):
+    """The tensors `names` in ONNX's layout, before they are quantized."""
+
+    def intercept(name, value, channel_axis):
+        seen = jnp.moveaxis(value, channel_axis, 1) if name in names else None
+        return (quantize(name, value, channel_axis)[0] if quantize else value), seen
+
+    return interpret(graph, params, batch, intercept=intercept)[1]
+
+
+@pytest.mark.parametrize("network", [convolutions, matmuls])
+def test_no_layer_is_off_on_average_after_correction(network):
+    model, layers = network()
+    x = np.abs(normal(16, *model.graph.inputs[0].shape[1:], seed=9))
+    encodings = calibrate(model, [{"x": x}], PER_TENSOR)
+    corrected, report = correct_biases(model, encodings, [{"x": x}])
+    channel = -1 if network is matmuls else 1
+
+    def largest_mean_error(candidate):
+        exact = outputs_of(model.graph, model.params, {"x": x}, layers)
+        quantize = fake_quantization(candidate.graph, encodings)
+        rounded = outputs_of(candidate.graph, candidate.params, {"x": x}, layers, quantize)
+        axes = tuple(i for i in range(exact[layers[0]].ndim) if i != channel % exact[layers[0]].ndim)
+        errors = {name: np.asarray(rounded[name] - exact[name]) for name in layers}
+        axes = {name: tuple(i for i in range(e.ndim) if i != channel % e.ndim) for name, e in errors.items()}
+        return max(np.abs(e.mean(axes[name])).max() / np.abs(exact[name]).max() for name, e in errors.items())
+
+    assert largest_mean_error(model) > 1e-2
+    # what is left is the rounding of biases to the int32 grid s_x s_w, and float32 sums
+    assert largest_mean_error(corrected) < 1e-5
+    assert [record.where[0] for record in report if record.done] == list(layers)
+
+
+def test_the_shift_is_the_mean_over_samples_however_they_are_batched():
+    model, layers = convolutions()
+    x = np.abs(normal(12, 3, 8, 8, seed=9))
+    encodings = calibrate(model, [{"x": x}], PER_TENSOR)
+    whole, _ = correct_biases(model, encodings, [{"x": x}])
+    parts, _ = correct_biases(model, encodings, [{"x": x[:8]}, {"x": x[8:]}])
+    first = whole.graph.nodes[0].inputs[2]
+    # the first layer's error does not depend on other corrections: equal to rounding of float32 means
+    np.testing.assert_allclose(parts.params[first], whole.params[first], atol=1e-6)
+    assert len(layers) == 3
+
+
+def test_a_missing_bias_is_made_and_the_callers_model_stays_as_it_was():
+    model, _ = convolutions()
+    before = {name: np.array(value) for name, value in model.params.items()}
+    x = np.abs(normal(4, 3, 8, 8, seed=9))
+    encodings = calibrate(model, [{"x": x}], PER_TENSOR)
+    corrected, _ = correct_biases(model, encodings, [{"x": x}])
+    assert len(corrected.graph.nodes[0].inputs) == 3
+    assert len(model.graph.nodes[0].inputs) == 2
+    assert all(np.array_equal(model.params[name], value) for name, value in before.items())
+    assert set(before) == set(model.params)
+
+
+def test_quantization_that_is_switched_off_corrects_nothing():
+    model, _ = convolutions()
+    x = np.abs(normal(4, 3, 8, 8, seed=9))
+    encodings = calibrate(model, [{"x": x}], PER_TENSOR)
+    off = {name: encoding.replace(enabled=np.asarray(False)) for name, encoding in encodings.items()}
+    corrected, _ = correct_biases(model, off, [{"x": x}])
+    for name in ("b2", "b3"):
+        np.testing.assert_allclose(corrected.params[name], model.params[name], atol=1e-6)
+
+
+def test_a_shared_bias_and_a_matmul_without_bias_are_left_alone_with_a_reason():
+    nodes = [
+        oh.make_node("Conv", ["x", "w1", "b"], ["a"]),
+        oh.make_node("Conv", ["a", "w2", "b"], ["c"]),
+        oh.make_node("Flatten", ["c"], ["f"]),
+        oh.make_node("MatMul", ["f", "w3"], ["y"]),
+    ]
+    tensors = {"w1": normal(3, 3, 1, 1, seed=0), "w2": normal(3, 3, 1, 1, seed=1), "b": normal(3, seed=2)}
+    model = read(nodes, tensors | {"w3": normal(12, 2, seed=3)}, shape=(3, 2, 2))
+    batch = {"x": normal(4, 3, 2, 2, seed=9)}
+    encodings = calibrate(model, [batch], PER_TENSOR)
+    corrected, report = correct_biases(model, encodings, [batch])
+    assert corrected.params.keys() == model.params.keys()
+    assert not any(record.done for record in report)
+    assert {record.where[0]: record.reason for record in report} == {
+        "a": "its bias 'b' is shared with another node",
+        "c": "its bias 'b' is shared with another node",
+        "y": "a MatMul without an Add of a constant behind it has no bias",
+    }
+
+
+def test_no_batches_is_an_error():
+    model, _ = convolutions()
+    encodings = calibrate(model, [{"x": np.abs(normal(4, 3, 8, 8, seed=9))}], PER_TENSOR)
+    with pytest.raises(DataError, match="at least one batch"):
+        correct_biases(model, encodings, [])
+
+
+def test_one_program_serves_all_batches_of_a_size(monkeypatch):
+    model, _ = convolutions()
+    x = np.abs(normal(12, 3, 8, 8, seed=9))
+    encodings = calibrate(model, [{"x": x}], PER_TENSOR)
+    traced = []
+
+    def counting(*args, **kwargs):
+        traced.append(args)
+        return interpret(*args, **kwargs)
+
+    monkeypatch.setattr(bias_correction, "interpret", counting)
+    correct_biases(model, encodings, [{"x": x[:6]}, {"x": x[6:]}])
+    assert len(traced) == 2  # the float and the quantized program, each once
