@@ -1,0 +1,97 @@
+"""The AIMET half of the comparisons: run by the benches with the interpreter of an environment that has aimet-onnx.
+
+    python scripts/aimet_side.py quantize MODEL CALIBRATION.npy OUT.onnx [--per-channel] [--scheme tf_enhanced] [--equalize]
+    python scripts/aimet_side.py forward MODEL INPUT.npy      answers each line on stdin with the seconds of one forward
+
+AIMET knows nodes by their names and takes a Conv without a `group` attribute for an unknown layer; both are added
+before it sees the model. Clip bounds stay initializers.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import aimet_onnx  # pyright: ignore[reportMissingImports]
+import numpy as np
+import onnx
+from aimet_onnx.batch_norm_fold import fold_all_batch_norms_to_weight  # pyright: ignore[reportMissingImports]
+from aimet_onnx.cross_layer_equalization import equalize_model  # pyright: ignore[reportMissingImports]
+
+BATCH = 16
+
+
+def prepare(path: str, *, equalize: bool) -> onnx.ModelProto:
+    """Returns the model with names, groups and opset imports as AIMET wants them, folded or equalized."""
+    model = onnx.load(path)
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+        if node.op_type == "Conv" and all(attribute.name != "group" for attribute in node.attribute):
+            node.attribute.append(onnx.helper.make_attribute("group", 1))
+    if equalize:
+        equalize_model(model)
+    else:
+        fold_all_batch_norms_to_weight(model)
+    return model
+
+
+def simulation(
+    model: onnx.ModelProto, samples: np.ndarray, *, per_channel: bool = True, scheme: str = "min_max"
+) -> Any:
+    """Returns AIMET's simulation at 8 bits, calibrated on `samples`; the CPU alone."""
+    folder = Path(str(aimet_onnx.__file__)).parent / "common" / "quantsim_config"
+    config = folder / ("default_config_per_channel.json" if per_channel else "default_config.json")
+    sim = aimet_onnx.QuantizationSimModel(
+        model,
+        param_type="int8",
+        activation_type="int8",
+        quant_scheme=scheme,
+        config_file=str(config),
+        providers=["CPUExecutionProvider"],
+    )
+    name = model.graph.input[0].name
+    sim.compute_encodings([{name: samples[i : i + BATCH]} for i in range(0, len(samples), BATCH)])
+    return sim
+
+
+def answer_forwards(sim: Any, samples: np.ndarray) -> None:
+    """Writes versions, then for each line read the seconds of one forward of `samples`; as JSON lines."""
+    feed = {sim.session.get_inputs()[0].name: samples}
+    sim.session.run(None, feed)
+    print(json.dumps({"aimet_onnx": version("aimet-onnx"), "onnxruntime": version("onnxruntime")}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        sim.session.run(None, feed)
+        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+
+
+def main() -> None:
+    """Reads the command line and does one of the two."""
+    parser = argparse.ArgumentParser(description="The AIMET half of the comparisons.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    quantize = commands.add_parser("quantize", help="write AIMET's QDQ model")
+    forward = commands.add_parser("forward", help="time AIMET's simulated forward on demand")
+    for command in (quantize, forward):
+        command.add_argument("model")
+        command.add_argument("samples", help="an .npy of network inputs")
+    quantize.add_argument("out")
+    quantize.add_argument("--per-channel", action="store_true")
+    quantize.add_argument("--scheme", default="min_max")
+    quantize.add_argument("--equalize", action="store_true")
+    arguments = parser.parse_args()
+    samples = np.load(arguments.samples, mmap_mode="r")
+    if arguments.command == "forward":
+        answer_forwards(simulation(prepare(arguments.model, equalize=False), samples), np.asarray(samples))
+        return
+    model = prepare(arguments.model, equalize=arguments.equalize)
+    sim = simulation(model, samples, per_channel=arguments.per_channel, scheme=arguments.scheme)
+    onnx.save(sim.to_onnx_qdq(), arguments.out)
+
+
+if __name__ == "__main__":
+    main()
