@@ -54,8 +54,8 @@ def fake_quantize(x: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any, *, 
     derivative in `scale` is (c - zero_point) - x / scale on the grid and c - zero_point outside; that in `zero_point`
     is 0 on the grid and -scale outside. `qmin` and `qmax` have no derivative.
 
-    Source: Esser et al., Learned Step Size Quantization (2020), eqs. 3 and 5, without their gradient scale; Jain et al.,
-        Trained Quantization Thresholds (2020), for the offset.
+    Source: Esser et al., Learned Step Size Quantization (2020), eqs. 3 and 5, without their gradient scale; Jain et
+        al., Trained Quantization Thresholds (2020), for the offset.
     """
     xp = array_namespace(x, scale, zero_point, qmin, qmax, enabled)
     if xp is np:

@@ -1,8 +1,10 @@
 """Grids, where they go, and how their ranges are found."""
 
 from ptqjax.quantize.bias import BiasSite, bias_encoding, bias_sites, guard_biases
+from ptqjax.quantize.calibrate import calibrate, calibrate_and_report
 from ptqjax.quantize.encodings import Encoding, Encodings, make_encoding
 from ptqjax.quantize.placement import Placement, Site, Skipped, place
+from ptqjax.quantize.search import choose_encoding
 
 __all__ = [
     "BiasSite",
@@ -13,6 +15,9 @@ __all__ = [
     "Skipped",
     "bias_encoding",
     "bias_sites",
+    "calibrate",
+    "calibrate_and_report",
+    "choose_encoding",
     "guard_biases",
     "make_encoding",
     "place",

@@ -35,7 +35,7 @@ class Encoding(flax.struct.PyTreeNode):
     """Axis of the tensor that `scale` runs along (as ONNX has it, may be negative); None where one scale serves all."""
     block_size: int | None = flax.struct.field(pytree_node=False, default=None)
     """Number of neighbours along `axis` that share a scale; None where not by blocks. Along each other axis `scale`
-    then has the tensor's size or 1."""
+    then has the tensor's size, as ONNX has it."""
 
     @property
     def dtype(self) -> str:

@@ -1,0 +1,100 @@
+"""Histograms of many tensors at once that grow with their data: integer counts, bounded memory, any order.
+
+The bins of a tensor have the width 2^e and 0 is an edge in the middle. Where new values lie outside, e grows and
+neighbouring bins are merged, which gives the counts that the wider bins would have had from the beginning:
+floor(floor(x / 2^e) / 2^d) = floor(x / 2^(e + d)). So the result depends on neither order nor grouping of the data.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+_Any: TypeAlias = Array | np.ndarray
+
+NUM_BINS = 4096
+"""Bins of a histogram. A tensor without negative values uses a quarter of them or more: at least four bins to a step of
+an 8-bit grid over the whole range."""
+
+_LOWEST_EXPONENT = -126  # of the normal float32 numbers
+_SIGNIFICAND_BITS = 23
+_EXPONENT_BIAS = 127
+
+
+class Histogram(flax.struct.PyTreeNode):
+    """Counts of t tensors; bin i of tensor j holds the values in [(i - b/2) 2^e, (i + 1 - b/2) 2^e), e = exponent[j]."""
+
+    counts: Int[_Any, "t b"]
+    """Number of values in each bin."""
+    exponent: Int[_Any, " t"]
+    """Binary logarithm of the bins' width."""
+
+
+def empty_histogram(num_tensors: int, num_bins: int = NUM_BINS) -> Histogram:
+    """Returns histograms without a value, with the narrowest bins."""
+    return Histogram(
+        counts=jnp.zeros((num_tensors, num_bins), dtype=jnp.int32),
+        exponent=jnp.full((num_tensors,), _LOWEST_EXPONENT, dtype=jnp.int32),
+    )
+
+
+def add_values(
+    histogram: Histogram,
+    values: Float[Array, "t k"],
+    counted: Bool[Array, "t k"],
+    largest: Float[Array, " t"],
+) -> Histogram:
+    """Returns the histograms with the values that are `counted`; none of them exceeds `largest` in magnitude."""
+    num_bins = histogram.counts.shape[1]
+    needed = _exponent_holding(largest) - (num_bins.bit_length() - 2)
+    grown = widen(histogram, jnp.maximum(histogram.exponent, needed))
+    steps = values * power_of_two(-grown.exponent)[:, None]
+    bins = jnp.clip(jnp.floor(steps).astype(jnp.int32) + num_bins // 2, 0, num_bins - 1)
+    return grown.replace(counts=_scatter_add(grown.counts, bins, counted.astype(jnp.int32)))
+
+
+def merge_histograms(first: Histogram, second: Histogram) -> Histogram:
+    """Returns the histograms of both sets of data together."""
+    exponent = jnp.maximum(first.exponent, second.exponent)
+    first, second = widen(first, exponent), widen(second, exponent)
+    return Histogram(counts=first.counts + second.counts, exponent=exponent)
+
+
+def widen(histogram: Histogram, exponent: Int[_Any, " t"]) -> Histogram:
+    """Returns the histograms with bins merged to the width 2^exponent, which is not below the present one."""
+    half = histogram.counts.shape[1] // 2
+    doublings = jnp.minimum(exponent - histogram.exponent, 31)[:, None]
+    bins = ((jnp.arange(2 * half, dtype=jnp.int32)[None, :] - half) >> doublings) + half
+    counts = _scatter_add(jnp.zeros_like(histogram.counts), bins, histogram.counts)
+    return Histogram(counts=counts, exponent=exponent)
+
+
+def representatives(num_bins: int = NUM_BINS) -> Float[Array, " b"]:
+    """Returns the value that stands for each bin, in units of the bins' width: its middle, but 0 next to 0.
+
+    Zeros are the most frequent value of an activation and lie on every grid: they must not seem to be rounded.
+    """
+    middles = jnp.arange(num_bins, dtype=jnp.float32) - (num_bins / 2 - 0.5)
+    return jnp.where(jnp.abs(middles) < 1, 0.0, middles)
+
+
+def power_of_two(exponent: Int[_Any, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns 2^exponent, exactly; exponents beyond the normal float32 numbers are clipped."""
+    biased = jnp.clip(exponent, _LOWEST_EXPONENT, _EXPONENT_BIAS) + _EXPONENT_BIAS
+    return jax.lax.bitcast_convert_type(biased.astype(jnp.int32) << _SIGNIFICAND_BITS, jnp.float32)
+
+
+def _exponent_holding(magnitude: Float[Array, " t"]) -> Int[Array, " t"]:
+    """Returns the smallest p with magnitude < 2^p (not below that of the normal numbers)."""
+    biased = jax.lax.bitcast_convert_type(magnitude.astype(jnp.float32), jnp.int32) >> _SIGNIFICAND_BITS
+    return (biased & (2 * _EXPONENT_BIAS + 1)) - (_EXPONENT_BIAS - 1)
+
+
+def _scatter_add(counts: Int[_Any, "t b"], bins: Int[_Any, "t k"], increments: Int[_Any, "t k"]) -> Int[Array, "t b"]:
+    rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
+    return counts.at[rows, bins].add(increments)

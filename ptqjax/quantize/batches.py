@@ -1,0 +1,88 @@
+"""Calibration batches, checked before anything is computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ptqjax.config import near_names
+from ptqjax.errors import DataError
+from ptqjax.ir import Graph, TensorSpec
+
+
+def checked_batches(graph: Graph, batches: Iterable[Mapping[str, Any]] | None) -> Iterator[dict[str, Any]]:
+    """Yields the batches one by one, each an array for every graph input; the size of a batch may change.
+
+    Raises:
+        DataError: There is no batch; or one lacks an input, has a surplus one, or an array of another type, rank or
+            shape, or without elements, or with NaN or infinity. The message names the batch by its index from 0.
+    """
+    if batches is None or isinstance(batches, Mapping | str | np.ndarray) or not isinstance(batches, Iterable):
+        found = "None" if batches is None else f"a {type(batches).__name__}"
+        raise DataError(
+            f"batches is {found}; expected an iterable of mappings {_example(graph)}. "
+            "Ranges from statistics alone, without data, are not yet available"
+        )
+    index = -1
+    for index, batch in enumerate(batches):  # noqa: B007 - tells below whether there was a batch
+        yield _checked(graph, batch, f"batch {index}")
+    if index < 0:
+        raise DataError(f"batches is empty; expected at least one mapping {_example(graph)}")
+
+
+def num_samples(inputs: Mapping[str, Any]) -> int:
+    """Returns the number of samples in a batch: the first axis of its first array that has one."""
+    return next((array.shape[0] for array in inputs.values() if array.ndim), 1)
+
+
+def _checked(graph: Graph, batch: Any, place: str) -> dict[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise DataError(f"{place} is a {type(batch).__name__}; expected a mapping {_example(graph)}")
+    known = [spec.name for spec in graph.inputs]
+    surplus = [name for name in batch if name not in known]
+    if surplus:
+        raise DataError(
+            f"{place} has the input {surplus[0]!r}, which the model has not; its inputs are {', '.join(known)}"
+            f"{near_names(str(surplus[0]), known)}"
+        )
+    missing = [name for name in known if name not in batch]
+    if missing:
+        raise DataError(f"{place} lacks the input {missing[0]!r}; it has {', '.join(map(str, batch)) or 'none'}")
+    symbols: dict[str, int] = {}
+    return {spec.name: _checked_array(spec, batch[spec.name], place, symbols) for spec in graph.inputs}
+
+
+def _checked_array(spec: TensorSpec, value: Any, place: str, symbols: dict[str, int]) -> Any:
+    array = value if hasattr(value, "dtype") and hasattr(value, "shape") else np.asarray(value)
+    if array.dtype != spec.dtype:
+        raise DataError(
+            f"{place}: input '{spec.name}' has the type {array.dtype}; expected {spec.dtype.name} "
+            f"(convert it with .astype('{spec.dtype.name}'))"
+        )
+    _check_shape(spec, tuple(array.shape), place, symbols)
+    if np.issubdtype(spec.dtype, np.floating) and not np.isfinite(host := np.asarray(array)).all():
+        at = tuple(int(i) for i in np.argwhere(~np.isfinite(host))[0])
+        raise DataError(f"{place}: input '{spec.name}' holds {host[at]} at {at}; expected finite numbers")
+    return array
+
+
+def _check_shape(spec: TensorSpec, shape: tuple[int, ...], place: str, symbols: dict[str, int]) -> None:
+    if spec.shape is None:
+        fits = True
+    else:
+        fits = len(shape) == len(spec.shape)
+        for size, declared in zip(shape, spec.shape, strict=False):
+            wanted = symbols.setdefault(declared, size) if isinstance(declared, str) else declared
+            fits = fits and wanted in (None, size)
+    if not fits:
+        expected = "x".join("?" if size is None else str(size) for size in spec.shape or ())
+        found = "x".join(map(str, shape)) or "a single number"
+        raise DataError(f"{place}: input '{spec.name}' has the shape {found}; expected {expected}")
+    if 0 in shape:
+        raise DataError(f"{place}: input '{spec.name}' has no elements (shape {shape}); leave the batch out")
+
+
+def _example(graph: Graph) -> str:
+    return "{" + ", ".join(f"'{spec.name}': array" for spec in graph.inputs) + "}"

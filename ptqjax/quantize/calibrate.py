@@ -1,0 +1,128 @@
+"""From a model and calibration data to encodings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptqjax.config import QuantizationConfig
+from ptqjax.errors import DataError, ModelError
+from ptqjax.ir import Graph, Model, Report
+from ptqjax.kernels.grid import integer_range
+from ptqjax.kernels.ranges import GridKind, grid_of_range
+from ptqjax.lowering import interpret
+from ptqjax.quantize.batches import checked_batches, num_samples
+from ptqjax.quantize.bias import guard_biases
+from ptqjax.quantize.encodings import Encoding, Encodings, make_encoding
+from ptqjax.quantize.observers import RangeScheme, find_scheme, stack_kinds
+from ptqjax.quantize.placement import ACTIVATION, Site, place
+from ptqjax.quantize.search import encode_constants
+
+
+def calibrate(
+    model: Model, batches: Iterable[Mapping[str, Any]] | None, config: QuantizationConfig | None = None
+) -> Encodings:
+    """Returns the encodings of all tensors that `place` plans to round; see `calibrate_and_report`."""
+    return calibrate_and_report(model, batches, config)[0]
+
+
+def calibrate_and_report(
+    model: Model, batches: Iterable[Mapping[str, Any]] | None, config: QuantizationConfig | None = None
+) -> tuple[Encodings, Report]:
+    """Returns the encodings, and a record for each weight whose scale was raised so that its bias fits into int32.
+
+    Activations are those of the float model. Batches are read once, one at a time, in any order and of any sizes (each
+    new size is compiled anew); memory does not grow with their number. Extremes are those of all values; the scheme
+    "sqnr" counts `observers.SAMPLES` values of each tensor and sample, always at the same places.
+
+    Args:
+        model: The model; nothing in it changes.
+        batches: An iterable of {input name: array}, first axis samples.
+        config: Types, granularity, scheme, target; None: the defaults.
+
+    Raises:
+        DataError: The batches do not fit the model, or a tensor takes a value that is not finite; the message names the
+            tensor or input and the batch.
+        ConfigError: A pattern of `config.exclude` matches nothing, or the target cannot be read.
+        UnsupportedOperatorError: A node has no lowering.
+    """
+    config = QuantizationConfig() if config is None else config
+    placement, scheme = place(model, config), find_scheme(config.ranges)
+    data = checked_batches(model.graph, batches)
+    constant = [site for site in placement.sites if site.kind != ACTIVATION]
+    roots = [site for site in placement.sites if site.kind == ACTIVATION and site.root == site.tensor]
+    own = encode_constants(constant, model.params, scheme)
+    own |= {site.tensor: _fixed(site) for site in roots if site.fixed_range is not None}
+    own |= _encode_observed(model, data, [site for site in roots if site.fixed_range is None], scheme)
+    return guard_biases(model, {site.tensor: own[site.root] for site in placement.sites})
+
+
+class _Progress(flax.struct.PyTreeNode):
+    """What the stream of batches has shown so far."""
+
+    state: Any
+    """The scheme's state."""
+    first_bad: jax.Array
+    """Per tensor the index of the first batch in which it was not finite, or -1."""
+
+
+def _encode_observed(
+    model: Model, data: Iterable[Mapping[str, Any]], sites: Sequence[Site], scheme: RangeScheme
+) -> dict[str, Encoding]:
+    tensors = tuple(site.tensor for site in sites)
+    progress = _Progress(state=scheme.init(len(tensors)), first_bad=jnp.full((len(tensors),), -1, dtype=jnp.int32))
+    params = jax.device_put(dict(model.params))
+    for index, inputs in enumerate(data):
+        progress = _step(model.graph, tensors, scheme, params, progress, inputs, np.int32(index))
+    _check_finite(tensors, np.asarray(progress.first_bad))
+    kind = stack_kinds([(*integer_range(site.dtype), site.symmetric) for site in sites])
+    lowest, highest = scheme.finish(progress.state, kind)
+    scale, zero_point = grid_of_range(np.asarray(lowest), np.asarray(highest), kind)
+    return {site.tensor: make_encoding(scale[i], zero_point[i], dtype=site.dtype) for i, site in enumerate(sites)}
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _step(
+    graph: Graph,
+    tensors: tuple[str, ...],
+    scheme: RangeScheme,
+    params: dict[str, Any],
+    progress: _Progress,
+    inputs: dict[str, Any],
+    index: jax.Array,
+) -> _Progress:
+    wanted = frozenset(tensors)
+    _, observed = interpret(
+        graph, params, inputs, intercept=lambda name, value, _: (value, value if name in wanted else None)
+    )
+    absent = [name for name in tensors if name not in observed]
+    if absent:
+        raise ModelError(f"tensor '{absent[0]}' depends on constants alone; fold it into a parameter, or exclude it")
+    state = scheme.update(progress.state, [observed[name] for name in tensors], num_samples(inputs))
+    extremes = scheme.extremes(state)
+    is_bad = ~(jnp.isfinite(extremes.lowest) & jnp.isfinite(extremes.highest))
+    is_first = is_bad & (progress.first_bad < 0)
+    return _Progress(state=state, first_bad=jnp.where(is_first, index, progress.first_bad))
+
+
+def _check_finite(tensors: tuple[str, ...], first_bad: np.ndarray) -> None:
+    bad = np.flatnonzero(first_bad >= 0)
+    if bad.size:
+        worst = bad[np.argmin(first_bad[bad])]  # the first tensor in order of computation, of the first batch
+        raise DataError(
+            f"tensor '{tensors[worst]}' is NaN or infinite in batch {first_bad[worst]}; "
+            "check the model in float on that batch, or exclude the tensor"
+        )
+
+
+def _fixed(site: Site) -> Encoding:
+    low, high = site.fixed_range or (0.0, 0.0)
+    qmin, qmax = integer_range(site.dtype)
+    scale, zero_point = grid_of_range(low, high, GridKind(qmin=qmin, qmax=qmax, symmetric=site.symmetric))
+    return make_encoding(scale, zero_point, dtype=site.dtype)

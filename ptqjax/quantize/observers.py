@@ -1,0 +1,229 @@
+"""Schemes that choose ranges: records of pure functions over bounded, mergeable state of many tensors at once.
+
+A scheme sees data in two ways: streamed, batch after batch (`init`, `update`, `merge`, `finish`), for activations; and
+whole, in hand (`in_hand`), for weights. Both return the range of each tensor or channel; `kernels.ranges` makes its grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ptqjax.errors import ConfigError
+from ptqjax.kernels.histogram import (
+    NUM_BINS,
+    Histogram,
+    add_values,
+    empty_histogram,
+    merge_histograms,
+    power_of_two,
+    representatives,
+)
+from ptqjax.kernels.ranges import GridKind
+from ptqjax.kernels.search import Rows, rows_of, search_fractions_jitted
+
+SAMPLES = 1024
+"""Values of a tensor that the histogram of `SQNR` counts, for each sample of a batch; the extremes are of all values."""
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class Extremes(flax.struct.PyTreeNode):
+    """Smallest and largest value of t tensors; inf and -inf before any is seen, NaN after a NaN."""
+
+    lowest: Any
+    """Shape [t]."""
+    highest: Any
+    """Shape [t]."""
+
+
+class Distribution(flax.struct.PyTreeNode):
+    """Extremes of all values of t tensors, and a histogram of a sample of them."""
+
+    extremes: Extremes
+    """Of all values."""
+    histogram: Histogram
+    """Of the same places of each sample of a batch, `SAMPLES` at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RangeScheme:
+    """A way to choose ranges."""
+
+    name: str
+    """As `QuantizationConfig.ranges` has it."""
+    init: Callable[[int], Any]
+    """(number of tensors) -> state before any data."""
+    update: Callable[[Any, Sequence[Any], int], Any]
+    """(state, one array per tensor, samples in this batch) -> state; traces under `jit`."""
+    merge: Callable[[Any, Any], Any]
+    """(state, state) -> the state after the data of both, in any order."""
+    finish: Callable[[Any, GridKind], tuple[Any, Any]]
+    """(state, grids) -> lowest and highest value of each tensor's range."""
+    in_hand: Callable[[list[np.ndarray], GridKind], tuple[np.ndarray, np.ndarray]]
+    """(matrices, grids) -> lowest and highest value of the range of each row of each matrix."""
+    extremes: Callable[[Any], Extremes]
+    """(state) -> the extremes of all values so far."""
+
+
+def find_scheme(name: str) -> RangeScheme:
+    """Returns the scheme that `QuantizationConfig.ranges` names.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    scheme = next((scheme for scheme in (MIN_MAX, SQNR) if scheme.name == name), None)
+    if scheme is None:
+        raise ConfigError(f"ranges={name!r} is not yet available; expected one of {MIN_MAX.name}, {SQNR.name}")
+    return scheme
+
+
+def stack_kinds(kinds: Sequence[tuple[int, int, bool]]) -> GridKind:
+    """Returns (qmin, qmax, symmetric) of several ranges as arrays."""
+    qmin, qmax, symmetric = zip(*kinds, strict=True)
+    return GridKind(
+        qmin=np.asarray(qmin, dtype=np.float32),
+        qmax=np.asarray(qmax, dtype=np.float32),
+        symmetric=np.asarray(symmetric, dtype=bool),
+    )
+
+
+def sampled(value: Float[Array, "..."], num_samples: int, limit: int = SAMPLES) -> Float[Array, " k"]:
+    """Returns at most `limit` values of each of `num_samples` samples: always the same places, spread over all.
+
+    The places are i * s modulo the sample's size n, with s coprime to n and near n times the golden ratio: evenly spread
+    in space and over channels, wherever the channel axis is. A tensor that does not divide into samples is one.
+    """
+    groups = num_samples if num_samples and value.size % num_samples == 0 else 1
+    rows = value.reshape(groups, -1).astype(jnp.float32)
+    size, wanted = rows.shape[1], limit * num_samples // groups
+    return rows.reshape(-1) if size <= wanted else rows[:, _places(size, wanted)].reshape(-1)
+
+
+def _places(size: int, wanted: int) -> np.ndarray:
+    stride = round(size * _GOLDEN)
+    while math.gcd(stride, size) > 1:
+        stride += 1
+    return np.sort(np.arange(wanted, dtype=np.int64) * stride % size).astype(np.int32)
+
+
+def _init_extremes(num_tensors: int) -> Extremes:
+    nothing = jnp.full((num_tensors,), jnp.inf, dtype=jnp.float32)
+    return Extremes(lowest=nothing, highest=-nothing)
+
+
+def _batch_extremes(values: Sequence[Any]) -> Extremes:
+    return Extremes(
+        lowest=jnp.stack([value.min().astype(jnp.float32) for value in values]),
+        highest=jnp.stack([value.max().astype(jnp.float32) for value in values]),
+    )
+
+
+def _merge_extremes(first: Extremes, second: Extremes) -> Extremes:
+    return Extremes(lowest=jnp.minimum(first.lowest, second.lowest), highest=jnp.maximum(first.highest, second.highest))
+
+
+def _update_extremes(state: Extremes, values: Sequence[Any], num_samples: int) -> Extremes:
+    del num_samples  # extremes do not depend on how the values are grouped
+    return _merge_extremes(state, _batch_extremes(values))
+
+
+def _range_of_extremes(state: Extremes, kind: GridKind) -> tuple[Any, Any]:
+    del kind  # the whole range, on any grid
+    return state.lowest, state.highest
+
+
+def _extremes_in_hand(matrices: list[np.ndarray], kind: GridKind) -> tuple[np.ndarray, np.ndarray]:
+    del kind
+    return np.concatenate([m.min(axis=1) for m in matrices]), np.concatenate([m.max(axis=1) for m in matrices])
+
+
+def _init_distribution(num_tensors: int) -> Distribution:
+    return Distribution(extremes=_init_extremes(num_tensors), histogram=empty_histogram(num_tensors))
+
+
+def _update_distribution(state: Distribution, values: Sequence[Any], num_samples: int) -> Distribution:
+    batch = _batch_extremes(values)
+    chosen = [sampled(value, num_samples) for value in values]
+    longest = max(value.shape[0] for value in chosen)
+    sizes = np.asarray([value.shape[0] for value in chosen], dtype=np.int32)
+    counted = jnp.arange(longest, dtype=jnp.int32)[None, :] < sizes[:, None]
+    rows = jnp.stack([jnp.pad(value, (0, longest - value.shape[0])) for value in chosen])
+    largest = jnp.maximum(jnp.abs(batch.lowest), jnp.abs(batch.highest))
+    return Distribution(
+        extremes=_merge_extremes(state.extremes, batch),
+        histogram=add_values(state.histogram, rows, counted, largest),
+    )
+
+
+def _merge_distributions(first: Distribution, second: Distribution) -> Distribution:
+    return Distribution(
+        extremes=_merge_extremes(first.extremes, second.extremes),
+        histogram=merge_histograms(first.histogram, second.histogram),
+    )
+
+
+def _best_range_of_distribution(state: Distribution, kind: GridKind) -> tuple[Any, Any]:
+    low, high = jnp.minimum(state.extremes.lowest, 0), jnp.maximum(state.extremes.highest, 0)
+    fractions = search_fractions_jitted(_rows_of_histogram(state.histogram, low, high), kind, both_ends=True)
+    return low * fractions[:, 0], high * fractions[:, 1]
+
+
+def _rows_of_histogram(histogram: Histogram, low: Any, high: Any) -> Rows:
+    num_tensors = histogram.exponent.shape[0]
+    unit = power_of_two(-histogram.exponent)
+    return Rows(
+        values=jnp.broadcast_to(representatives(NUM_BINS)[None, :], (num_tensors, NUM_BINS)),
+        counts=histogram.counts.astype(jnp.float32),
+        ranges=jnp.arange(num_tensors, dtype=jnp.int32),
+        lowest=low * unit,
+        highest=high * unit,
+    )
+
+
+def _best_range_in_hand(matrices: list[np.ndarray], kind: GridKind) -> tuple[np.ndarray, np.ndarray]:
+    low, high = _extremes_in_hand(matrices, kind)
+    rows = rows_of(matrices)
+    filled = jax.tree.map(lambda limit: _filled(np.broadcast_to(limit, low.shape), len(rows.lowest)), kind)
+    both_ends = not np.all(kind.symmetric)
+    fractions = np.asarray(search_fractions_jitted(rows, filled, both_ends=both_ends), dtype=np.float64)[: len(low)]
+    return np.minimum(low, 0) * fractions[:, 0], np.maximum(high, 0) * fractions[:, 1]
+
+
+def _filled(array: np.ndarray, length: int) -> np.ndarray:
+    return np.concatenate([array, np.repeat(array[-1:], length - len(array), axis=0)])
+
+
+MIN_MAX = RangeScheme(
+    name="min-max",
+    init=_init_extremes,
+    update=_update_extremes,
+    merge=_merge_extremes,
+    finish=_range_of_extremes,
+    in_hand=_extremes_in_hand,
+    extremes=lambda state: state,
+)
+"""The whole range that was seen."""
+
+SQNR = RangeScheme(
+    name="sqnr",
+    init=_init_distribution,
+    update=_update_distribution,
+    merge=_merge_distributions,
+    finish=_best_range_of_distribution,
+    in_hand=_best_range_in_hand,
+    extremes=lambda state: state.extremes,
+)
+"""The range with the least error of rounding plus three times that of clipping, see `kernels.search`.
+
+Differs from aimet-onnx 2.42's tf_enhanced: nothing is dropped when later batches are wider than the first, every sample
+weighs the same, rounding is half to even, an end may stay where it is while the other moves, and weights are not binned.
+"""
