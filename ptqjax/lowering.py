@@ -25,6 +25,7 @@ from ptqjax.ops.layout import to_channels_last, to_onnx, with_rank
 Intercept: TypeAlias = Callable[[str, jax.Array, int | None], tuple[jax.Array, Any]]
 """Called with a tensor's name, its value and its channel axis; returns the value to use and what was observed."""
 
+_NUM_OUTPUTS = "num_node_outputs"  # a lowering with this keyword is told how many outputs the node has
 _FIRST_WITH_LAYOUT = 3  # a tensor of rank 2 is the same in both layouts
 
 
@@ -36,7 +37,7 @@ class _Value(NamedTuple):
 
 
 def apply(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Returns the graph's outputs by name: a pure function of parameters and inputs, compiled once per graph and shapes.
+    """Returns the graph's outputs by name: a pure function of parameters and inputs, compiled once for each shape.
 
     `jit`, `vmap` and `grad` work through it. On concrete arrays 64-bit types are computed in 64 bits, whatever the
     caller's setting; on tracers the caller's setting holds, with a warning where it narrows.
@@ -132,11 +133,11 @@ def _attributes(node: Node, lowering: Lowering, opset: int) -> dict[str, Any]:
     unknown = sorted(set(attributes) - lowering.parameters)
     if unknown:
         raise UnsupportedOperatorError(
-            f"{place_of(node)}: attribute '{unknown[0]}' = {attributes[unknown[0]]!r} has no lowering in opset {opset}; "
-            f"known are {sorted(lowering.parameters)}"
+            f"{place_of(node)}: attribute '{unknown[0]}' = {attributes[unknown[0]]!r} has no lowering in opset {opset} "
+            f"(since {lowering.since}); known are {sorted(lowering.parameters - {_NUM_OUTPUTS})}"
         )
-    if "num_node_outputs" in lowering.parameters:
-        attributes["num_node_outputs"] = len(node.outputs)
+    if _NUM_OUTPUTS in lowering.parameters:
+        attributes[_NUM_OUTPUTS] = len(node.outputs)
     return attributes
 
 
@@ -248,7 +249,8 @@ def _check_params(graph: Graph, params: Mapping[str, Any]) -> None:
 @contextmanager
 def _precision(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) -> Iterator[None]:
     wide = _has_64_bits(graph, params)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in (*params.values(), *inputs.values()))
+    tracer = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue]
+    traced = any(isinstance(leaf, tracer) for leaf in (*params.values(), *inputs.values()))
     if wide and traced and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         warnings.warn(
             f"tensor '{wide}' is of a 64-bit type and is computed in 32 bits under the caller's transformation; "

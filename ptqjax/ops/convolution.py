@@ -28,7 +28,7 @@ def conv(
 ) -> Any:
     """Returns the cross-correlation of `x` [n, c, *spatial] with `w` [o, c / group, *kernel], plus the bias."""
     del kernel_shape  # the weight has it
-    window = _window(x.shape[2:], w.shape[2:], auto_pad, dilations, pads, strides)
+    window = _window(x.shape[2:], w.shape[2:], auto_pad=auto_pad, dilations=dilations, pads=pads, strides=strides)
     y = convolve(x, w, groups=group, **window)
     return y if bias is None else y + bias.reshape(1, -1, *(1,) * (y.ndim - 2))
 
@@ -49,7 +49,7 @@ def conv_channels_last(
 ) -> Any:
     """Returns `conv` of a channels-last `x`, channels last."""
     del kernel_shape
-    window = _window(x.shape[1:-1], w.shape[2:], auto_pad, dilations, pads, strides)
+    window = _window(x.shape[1:-1], w.shape[2:], auto_pad=auto_pad, dilations=dilations, pads=pads, strides=strides)
     y = convolve_channels_last(x, w, groups=group, **window)
     return y if bias is None else y + bias.reshape(*(1,) * (y.ndim - 1), -1)
 
@@ -74,7 +74,16 @@ def conv_transpose(
     del kernel_shape
     ones = (1,) * (x.ndim - 2)
     strides, dilations, extra = strides or ones, dilations or ones, output_padding or (0,) * len(ones)
-    crops = _cropped(x.shape[2:], w.shape[2:], auto_pad, dilations, extra, output_shape, pads, strides)
+    crops = _cropped(
+        x.shape[2:],
+        w.shape[2:],
+        auto_pad=auto_pad,
+        dilations=dilations,
+        extra=extra,
+        output_shape=output_shape,
+        pads=pads,
+        strides=strides,
+    )
     y = transposed_convolve(x, w, strides=strides, crops=crops, dilations=dilations, extra=extra, groups=group)
     return y if bias is None else y + jnp.reshape(bias, (1, -1, *ones))
 
@@ -82,6 +91,7 @@ def conv_transpose(
 def _window(
     sizes: Sequence[int],
     kernel: Sequence[int],
+    *,
     auto_pad: str,
     dilations: Sequence[int],
     pads: Sequence[int],
@@ -96,6 +106,7 @@ def _window(
 def _cropped(
     sizes: Sequence[int],
     kernel: Sequence[int],
+    *,
     auto_pad: str,
     dilations: Sequence[int],
     extra: Sequence[int],
@@ -112,7 +123,7 @@ def _cropped(
     for size, taps, stride, dilation, more, goal in zip(
         sizes, kernel, strides, dilations, extra, wanted[-len(sizes) :], strict=True
     ):
-        total = max(stride * (size - 1) + more + (taps - 1) * dilation + 1 - goal, 0)
+        total = stride * (size - 1) + more + (taps - 1) * dilation + 1 - goal  # below 0: zeros are added
         less, rest = total // 2, total - total // 2
         crops.append((less, rest) if auto_pad == "SAME_UPPER" else (rest, less))
     return tuple(crops)

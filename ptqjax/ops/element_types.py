@@ -21,12 +21,10 @@ _DTYPES = {
     12: np.uint32,
     13: np.uint64,
     16: ml_dtypes.bfloat16,
-    17: ml_dtypes.float8_e4m3fn,
-    18: ml_dtypes.float8_e4m3fnuz,
-    19: ml_dtypes.float8_e5m2,
-    20: ml_dtypes.float8_e5m2fnuz,
     21: ml_dtypes.uint4,
     22: ml_dtypes.int4,
+    25: ml_dtypes.uint2,
+    26: ml_dtypes.int2,
 }
 
 
@@ -34,7 +32,7 @@ def element_type(number: int) -> np.dtype:
     """Returns the NumPy type of ONNX's type `number`.
 
     Raises:
-        UnsupportedOperatorError: No array here can hold it (strings, complex numbers).
+        UnsupportedOperatorError: No array here can hold it (strings, complex numbers, 8-bit floats).
     """
     if number not in _DTYPES:
         raise UnsupportedOperatorError(f"element type {number} (TensorProto.DataType) has no array type here")

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptqjax.errors import UnsupportedOperatorError
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.ops.element_types import element_type
 from ptqjax.ops.layout import with_rank
 from ptqjax.ops.registry import lowers
 
 _FLOAT32_MAX = 3.4028234663852886e38
+_NARROW = ("int4", "uint4", "int2", "uint2")
 
 
 def _lower_unary(op_type: str, function: Callable[[Any], Any]) -> None:
@@ -35,6 +35,13 @@ def _lower_variadic(op_type: str, since: int, function: Callable[[Any, Any, Any]
 
     variadic.__doc__ = f"Returns ONNX's {op_type} of the operands, which are broadcast."
     lowers(op_type, since=since, elementwise=True)(variadic)
+
+
+def _divide(xp: Any, a: Any, b: Any) -> Any:
+    if not np.issubdtype(a.dtype, np.integer):
+        return xp.divide(a, b)
+    quotient = xp.abs(a) // xp.abs(b)  # integers are divided towards zero
+    return xp.where((a < 0) != (b < 0), -quotient, quotient).astype(a.dtype)
 
 
 for _op_type, _function in {
@@ -56,7 +63,7 @@ for _op_type, _since, _binary in (
     ("Add", 7, lambda xp, a, b: xp.add(a, b)),
     ("Sub", 7, lambda xp, a, b: xp.subtract(a, b)),
     ("Mul", 7, lambda xp, a, b: xp.multiply(a, b)),
-    ("Div", 7, lambda xp, a, b: _divide(xp, a, b)),
+    ("Div", 7, _divide),
     ("Min", 8, lambda xp, a, b: xp.minimum(a, b)),
     ("Max", 8, lambda xp, a, b: xp.maximum(a, b)),
     ("PRelu", 7, lambda xp, x, slope: xp.where(x < 0, x * slope, x)),
@@ -103,13 +110,6 @@ def cast(x: Any, /, *, to: int, saturate: int = 1, round_mode: str = "up") -> An
     """Returns `x` as ONNX's element type number `to`; floats lose their fraction on the way to integers."""
     del saturate, round_mode  # they speak of 8-bit floats alone, which are refused
     dtype = element_type(to)
-    if dtype.name.startswith("float8") or x.dtype.name.startswith("float8"):
-        raise UnsupportedOperatorError(f"Cast from {x.dtype.name} to {dtype.name}: 8-bit floats have no lowering")
+    if dtype.name in _NARROW:
+        x = x.astype(np.int32)  # what does not fit wraps around, as it does for the wider integers
     return x.astype(dtype)
-
-
-def _divide(xp: Any, a: Any, b: Any) -> Any:
-    if not np.issubdtype(a.dtype, np.integer):
-        return xp.divide(a, b)
-    quotient = xp.abs(a) // xp.abs(b)  # integers are divided towards zero
-    return xp.where((a < 0) != (b < 0), -quotient, quotient).astype(a.dtype)

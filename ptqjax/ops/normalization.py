@@ -54,7 +54,8 @@ def batch_normalization(
         UnsupportedOperatorError: The node is in training mode.
     """
     del momentum
-    return _normalized(x, gamma, beta, mean, variance, epsilon, training_mode, axis=min(1, x.ndim - 1))
+    _refuse_training(training_mode)
+    return _normalized(x, *_affine(gamma, beta, mean, variance, epsilon), axis=min(1, x.ndim - 1))
 
 
 @lowers_channels_last("BatchNormalization", since=9)
@@ -72,7 +73,8 @@ def batch_normalization_channels_last(
 ) -> Any:
     """Returns `batch_normalization` of a channels-last value."""
     del momentum
-    return _normalized(x, gamma, beta, mean, variance, epsilon, training_mode, axis=-1)
+    _refuse_training(training_mode)
+    return _normalized(x, *_affine(gamma, beta, mean, variance, epsilon), axis=-1)
 
 
 @lowers("LayerNormalization", since=17)
@@ -89,21 +91,17 @@ def layer_normalization(
     return y if bias is None else y + with_rank(bias, x.ndim), mean, inverse
 
 
-def _normalized(
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    mean: Any,
-    variance: Any,
-    epsilon: float,
-    training_mode: int,
-    *,
-    axis: int,
-) -> Any:
+def _refuse_training(training_mode: int) -> None:
     if training_mode:
         raise UnsupportedOperatorError(
             "BatchNormalization in training mode has no lowering; export the model for inference"
         )
+
+
+def _affine(gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float) -> tuple[Any, Any]:
     scale = gamma * lax.rsqrt(variance + jnp.asarray(epsilon, variance.dtype))
-    shift = beta - mean * scale
+    return scale, beta - mean * scale
+
+
+def _normalized(x: Any, scale: Any, shift: Any, *, axis: int) -> Any:
     return (x * along_axis(scale, axis, x.ndim) + along_axis(shift, axis, x.ndim)).astype(x.dtype)

@@ -28,7 +28,8 @@ def max_pool(
 ) -> Any:
     """Returns the largest element of each window of `x` [n, c, *spatial]; the output Indices is not computed."""
     del storage_order  # it speaks of Indices
-    window = _window(x.shape[2:], auto_pad, ceil_mode, dilations, kernel_shape, pads, strides)
+    settings = {"auto_pad": auto_pad, "ceil_mode": ceil_mode, "dilations": dilations, "pads": pads, "strides": strides}
+    window = _window(x.shape[2:], kernel_shape, **settings)
     return to_onnx(pooling.max_pool(to_channels_last(x), **window))
 
 
@@ -47,7 +48,8 @@ def max_pool_channels_last(
 ) -> Any:
     """Returns `max_pool` of a channels-last value."""
     del storage_order
-    window = _window(x.shape[1:-1], auto_pad, ceil_mode, dilations, kernel_shape, pads, strides)
+    settings = {"auto_pad": auto_pad, "ceil_mode": ceil_mode, "dilations": dilations, "pads": pads, "strides": strides}
+    window = _window(x.shape[1:-1], kernel_shape, **settings)
     return pooling.max_pool(x, **window)
 
 
@@ -65,7 +67,8 @@ def average_pool(
     strides: Sequence[int] = (),
 ) -> Any:
     """Returns the mean of each window of `x` [n, c, *spatial]."""
-    window = _window(x.shape[2:], auto_pad, ceil_mode, dilations, kernel_shape, pads, strides)
+    settings = {"auto_pad": auto_pad, "ceil_mode": ceil_mode, "dilations": dilations, "pads": pads, "strides": strides}
+    window = _window(x.shape[2:], kernel_shape, **settings)
     return to_onnx(pooling.average_pool(to_channels_last(x), count_include_pad=bool(count_include_pad), **window))
 
 
@@ -83,7 +86,8 @@ def average_pool_channels_last(
     strides: Sequence[int] = (),
 ) -> Any:
     """Returns `average_pool` of a channels-last value."""
-    window = _window(x.shape[1:-1], auto_pad, ceil_mode, dilations, kernel_shape, pads, strides)
+    settings = {"auto_pad": auto_pad, "ceil_mode": ceil_mode, "dilations": dilations, "pads": pads, "strides": strides}
+    window = _window(x.shape[1:-1], kernel_shape, **settings)
     return pooling.average_pool(x, count_include_pad=bool(count_include_pad), **window)
 
 
@@ -101,10 +105,11 @@ def global_average_pool_channels_last(x: Any, /) -> Any:
 
 def _window(
     sizes: Sequence[int],
+    kernel: Sequence[int],
+    *,
     auto_pad: str,
     ceil_mode: int,
     dilations: Sequence[int],
-    kernel: Sequence[int],
     pads: Sequence[int],
     strides: Sequence[int],
 ) -> dict[str, Any]:

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ptqjax.kernels.namespace import array_namespace
+from ptqjax.ops.element_types import integer_range
 from ptqjax.ops.layout import channels_last_axis
 from ptqjax.ops.registry import lowers, lowers_channels_last, static_integers
 
@@ -59,8 +62,18 @@ def softmax_channels_last(x: Any, /, *, axis: int = -1) -> Any:
 
 def _reduced(name: str, x: Any, axes: Sequence[int] | None, keepdims: int) -> Any:
     along = tuple(axes) if axes else None
-    result = getattr(array_namespace(x), name)(x, axis=along, keepdims=bool(keepdims))
-    return result.astype(x.dtype)
+    reduce = getattr(array_namespace(x), name)
+    of_nothing = {"initial": _extreme(x.dtype, name)} if name in ("max", "min") else {}
+    return reduce(x, axis=along, keepdims=bool(keepdims), **of_nothing).astype(x.dtype)
+
+
+def _extreme(dtype: np.dtype, name: str) -> Any:
+    """Returns the largest value, for a minimum of nothing, or the smallest, for a maximum."""
+    if dtype == np.bool_:
+        return name == "min"
+    if jnp.issubdtype(dtype, jnp.floating):
+        return np.inf if name == "min" else -np.inf
+    return integer_range(dtype)[name == "min"]
 
 
 def _axes(axes: Any, op_type: str) -> tuple[int, ...]:

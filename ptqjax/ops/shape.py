@@ -215,12 +215,11 @@ def dropout(x: Any, ratio: Any = None, training_mode: Any = None, /, *, seed: in
     return x, jnp.ones(x.shape, bool)
 
 
-def _slice_settings(*settings: Any) -> tuple[tuple[int, ...] | None, ...]:
-    names = ("starts", "ends", "axes", "steps")
-    return tuple(
-        None if value is None else static_integers(value, f"the {name} of Slice")
-        for name, value in zip(names, settings, strict=True)
-    )
+def _slice_settings(starts: Any, ends: Any, axes: Any, steps: Any) -> tuple[Any, Any, Any, Any]:
+    def integers(value: Any, what: str) -> tuple[int, ...] | None:
+        return None if value is None else static_integers(value, f"the {what} of Slice")
+
+    return integers(starts, "starts"), integers(ends, "ends"), integers(axes, "axes"), integers(steps, "steps")
 
 
 def _sliced(
