@@ -80,7 +80,8 @@ def _depthwise(
     """y[n, p, o] = sum over taps k of x[n, s p + d k, o // m] w[o, k], with m kernels for each channel."""
     kernel = w.shape[2:]
     counts = output_sizes(x.shape[1:-1], kernel=kernel, strides=strides, dilations=dilations, padding=padding)
-    padded = pad_spatial(x, padding)
+    # without the barrier XLA would compute what comes before once for each tap
+    padded = lax.optimization_barrier(pad_spatial(x, padding))
     multiplier = w.shape[0] // x.shape[-1]
     if multiplier > 1:
         padded = jnp.repeat(padded, multiplier, axis=-1)

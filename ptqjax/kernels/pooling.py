@@ -83,7 +83,8 @@ def _folded(
             window_dilation=(1, *dilations, 1),
         )
     counts = output_sizes(x.shape[1:-1], kernel=kernel, strides=strides, dilations=dilations, padding=padding)
-    padded = pad_spatial(x, padding, fill=initial)
+    # without the barrier XLA would compute what comes before once for each tap
+    padded = lax.optimization_barrier(pad_spatial(x, padding, fill=initial))
     return reduce(
         combine,
         (
