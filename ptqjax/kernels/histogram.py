@@ -7,15 +7,12 @@ floor(floor(x / 2^e) / 2^d) = floor(x / 2^(e + d)). So the result depends on nei
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-
-_Any: TypeAlias = Array | np.ndarray
 
 NUM_BINS = 4096
 """Bins of a histogram. A tensor without negative values uses a quarter of them or more: at least four bins to a step of
@@ -27,11 +24,11 @@ _EXPONENT_BIAS = 127
 
 
 class Histogram(flax.struct.PyTreeNode):
-    """Counts of t tensors; bin i of tensor j holds the values in [(i - b/2) 2^e, (i + 1 - b/2) 2^e), e = exponent[j]."""
+    """Counts of t tensors; bin i of tensor j holds what lies in [(i - b/2) 2^e, (i + 1 - b/2) 2^e), e = exponent[j]."""
 
-    counts: Int[_Any, "t b"]
+    counts: Int[Any, "t b"]
     """Number of values in each bin."""
-    exponent: Int[_Any, " t"]
+    exponent: Int[Any, " t"]
     """Binary logarithm of the bins' width."""
 
 
@@ -65,7 +62,7 @@ def merge_histograms(first: Histogram, second: Histogram) -> Histogram:
     return Histogram(counts=first.counts + second.counts, exponent=exponent)
 
 
-def widen(histogram: Histogram, exponent: Int[_Any, " t"]) -> Histogram:
+def widen(histogram: Histogram, exponent: Int[Array, " t"]) -> Histogram:
     """Returns the histograms with bins merged to the width 2^exponent, which is not below the present one."""
     half = histogram.counts.shape[1] // 2
     doublings = jnp.minimum(exponent - histogram.exponent, 31)[:, None]
@@ -83,7 +80,7 @@ def representatives(num_bins: int = NUM_BINS) -> Float[Array, " b"]:
     return jnp.where(jnp.abs(middles) < 1, 0.0, middles)
 
 
-def power_of_two(exponent: Int[_Any, "*shape"]) -> Float[Array, "*shape"]:
+def power_of_two(exponent: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns 2^exponent, exactly; exponents beyond the normal float32 numbers are clipped."""
     biased = jnp.clip(exponent, _LOWEST_EXPONENT, _EXPONENT_BIAS) + _EXPONENT_BIAS
     return jax.lax.bitcast_convert_type(biased.astype(jnp.int32) << _SIGNIFICAND_BITS, jnp.float32)
@@ -95,6 +92,8 @@ def _exponent_holding(magnitude: Float[Array, " t"]) -> Int[Array, " t"]:
     return (biased & (2 * _EXPONENT_BIAS + 1)) - (_EXPONENT_BIAS - 1)
 
 
-def _scatter_add(counts: Int[_Any, "t b"], bins: Int[_Any, "t k"], increments: Int[_Any, "t k"]) -> Int[Array, "t b"]:
+def _scatter_add(
+    counts: Int[Array, "t b"], bins: Int[Array, "t k"], increments: Int[Array, "t k"]
+) -> Int[Array, "t b"]:
     rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
     return counts.at[rows, bins].add(increments)

@@ -26,7 +26,7 @@ def checked_batches(graph: Graph, batches: Iterable[Mapping[str, Any]] | None) -
             "Ranges from statistics alone, without data, are not yet available"
         )
     index = -1
-    for index, batch in enumerate(batches):  # noqa: B007 - tells below whether there was a batch
+    for index, batch in enumerate(batches):
         yield _checked(graph, batch, f"batch {index}")
     if index < 0:
         raise DataError(f"batches is empty; expected at least one mapping {_example(graph)}")

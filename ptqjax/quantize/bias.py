@@ -101,7 +101,7 @@ def _raised_scale(model: Model, x: Encoding, weight: Encoding, site: BiasSite) -
     least = per_channel * (1 + 2.0**-20) / (LARGEST_CODE * np.asarray(x.scale, dtype=np.float64))
     old = np.asarray(weight.scale)
     least = least.max() if old.ndim == 0 else least.reshape(site.repeats, -1).max(axis=0)
-    return np.maximum(old, least.astype(np.float32))
+    return np.asarray(np.maximum(old, least.astype(np.float32)))
 
 
 def _raised(site: BiasSite, old: np.ndarray, new: np.ndarray) -> Record:

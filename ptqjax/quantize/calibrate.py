@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -63,6 +64,18 @@ def calibrate_and_report(
     return guard_biases(model, {site.tensor: own[site.root] for site in placement.sites})
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """What is static in a step."""
+
+    graph: Graph
+    """The model's graph."""
+    tensors: tuple[str, ...]
+    """The tensors to observe."""
+    scheme: RangeScheme
+    """How."""
+
+
 class _Progress(flax.struct.PyTreeNode):
     """What the stream of batches has shown so far."""
 
@@ -77,9 +90,10 @@ def _encode_observed(
 ) -> dict[str, Encoding]:
     tensors = tuple(site.tensor for site in sites)
     progress = _Progress(state=scheme.init(len(tensors)), first_bad=jnp.full((len(tensors),), -1, dtype=jnp.int32))
+    plan = _Plan(graph=model.graph, tensors=tensors, scheme=scheme)
     params = jax.device_put(dict(model.params))
     for index, inputs in enumerate(data):
-        progress = _step(model.graph, tensors, scheme, params, progress, inputs, np.int32(index))
+        progress = _step(plan, params, progress, inputs, np.int32(index))
     _check_finite(tensors, np.asarray(progress.first_bad))
     kind = stack_kinds([(*integer_range(site.dtype), site.symmetric) for site in sites])
     lowest, highest = scheme.finish(progress.state, kind)
@@ -87,25 +101,18 @@ def _encode_observed(
     return {site.tensor: make_encoding(scale[i], zero_point[i], dtype=site.dtype) for i, site in enumerate(sites)}
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _step(
-    graph: Graph,
-    tensors: tuple[str, ...],
-    scheme: RangeScheme,
-    params: dict[str, Any],
-    progress: _Progress,
-    inputs: dict[str, Any],
-    index: jax.Array,
-) -> _Progress:
-    wanted = frozenset(tensors)
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _step(plan: _Plan, params: dict[str, Any], progress: _Progress, inputs: dict[str, Any], index: Any) -> _Progress:
+    """Returns the progress after one batch: the forward pass and all tensors' observations in one program."""
+    tensors, wanted = plan.tensors, frozenset(plan.tensors)
     _, observed = interpret(
-        graph, params, inputs, intercept=lambda name, value, _: (value, value if name in wanted else None)
+        plan.graph, params, inputs, intercept=lambda name, value, _: (value, value if name in wanted else None)
     )
     absent = [name for name in tensors if name not in observed]
     if absent:
         raise ModelError(f"tensor '{absent[0]}' depends on constants alone; fold it into a parameter, or exclude it")
-    state = scheme.update(progress.state, [observed[name] for name in tensors], num_samples(inputs))
-    extremes = scheme.extremes(state)
+    state = plan.scheme.update(progress.state, [observed[name] for name in tensors], num_samples(inputs))
+    extremes = plan.scheme.extremes(state)
     is_bad = ~(jnp.isfinite(extremes.lowest) & jnp.isfinite(extremes.highest))
     is_first = is_bad & (progress.first_bad < 0)
     return _Progress(state=state, first_bad=jnp.where(is_first, index, progress.first_bad))

@@ -1,7 +1,7 @@
 """Schemes that choose ranges: records of pure functions over bounded, mergeable state of many tensors at once.
 
-A scheme sees data in two ways: streamed, batch after batch (`init`, `update`, `merge`, `finish`), for activations; and
-whole, in hand (`in_hand`), for weights. Both return the range of each tensor or channel; `kernels.ranges` makes its grid.
+A scheme sees data in two ways: batch after batch (`init`, `update`, `merge`, `finish`), as activations come; and whole
+(`in_hand`), as weights are. Both return the range of each tensor or channel; `kernels.ranges` makes its grid.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ptqjax.kernels.ranges import GridKind
 from ptqjax.kernels.search import Rows, rows_of, search_fractions_jitted
 
 SAMPLES = 1024
-"""Values of a tensor that the histogram of `SQNR` counts, for each sample of a batch; the extremes are of all values."""
+"""Values of a tensor that the histogram of `SQNR` counts for each sample of a batch; extremes are of all values."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -99,8 +99,8 @@ def stack_kinds(kinds: Sequence[tuple[int, int, bool]]) -> GridKind:
 def sampled(value: Float[Array, "..."], num_samples: int, limit: int = SAMPLES) -> Float[Array, " k"]:
     """Returns at most `limit` values of each of `num_samples` samples: always the same places, spread over all.
 
-    The places are i * s modulo the sample's size n, with s coprime to n and near n times the golden ratio: evenly spread
-    in space and over channels, wherever the channel axis is. A tensor that does not divide into samples is one.
+    The places are i * s modulo the sample's size n, with s coprime to n and near n times the golden ratio: evenly
+    spread in space and over channels, wherever the channel axis is. A tensor that does not divide into samples is one.
     """
     groups = num_samples if num_samples and value.size % num_samples == 0 else 1
     rows = value.reshape(groups, -1).astype(jnp.float32)
@@ -224,6 +224,6 @@ SQNR = RangeScheme(
 )
 """The range with the least error of rounding plus three times that of clipping, see `kernels.search`.
 
-Differs from aimet-onnx 2.42's tf_enhanced: nothing is dropped when later batches are wider than the first, every sample
-weighs the same, rounding is half to even, an end may stay where it is while the other moves, and weights are not binned.
+Differs from aimet-onnx 2.42's tf_enhanced: nothing is dropped when later batches are wider than the first, every
+sample weighs the same, rounding is half to even, an end may stay while the other moves, and weights are not binned.
 """
