@@ -162,7 +162,7 @@ def test_one_scale_under_jit_divides_as_numpy_does(scale: float) -> None:
 
 
 def fake(x, scale=0.5, zero_point=2.0, qmin=0.0, qmax=7.0, *, enabled=True):
-    return grid.fake_quantize(x, scale, zero_point, *limits, enabled=enabled)
+    return grid.fake_quantize(x, scale, zero_point, qmin, qmax, enabled=enabled)
 
 
 def test_gradient_in_x_is_one_on_the_grid_and_zero_outside() -> None:
