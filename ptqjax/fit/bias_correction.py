@@ -74,10 +74,15 @@ def correct_biases(
             node = nodes[layer.node.output]
             nodes[node.output] = replace(node, inputs=(*node.inputs[:_BIAS_INPUT], bias))
             params[bias] = np.zeros(error.shape, np.asarray(params[layer.weight]).dtype)
-        dtype = np.asarray(params[bias]).dtype
-        params[bias] = (np.asarray(params[bias], np.float64) - error.reshape(np.shape(params[bias]))).astype(dtype)
+        params[bias] = _shifted(np.asarray(params[bias]), error)
         records.append(_corrected(layer, bias, error))
     return rebuild(model, nodes=nodes.values(), params=params), (*records, *left_alone)
+
+
+def _shifted(bias: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Returns `bias - error`; one number for all channels becomes one per channel."""
+    shift = error.reshape(bias.shape) if bias.size == error.size else error
+    return (bias.astype(np.float64) - shift).astype(bias.dtype)
 
 
 def _corrected(layer: _Layer, bias: str, error: np.ndarray) -> Record:
@@ -186,7 +191,9 @@ def _batch_errors(
             axis = _channel_axis(by_output[name], value, channel_axis)
             error = _channel_means(by_output[name], value, channel_axis) - float_means[name]
             value = value - jnp.expand_dims(error, tuple(i for i in range(value.ndim) if i != axis))
-        return quantize(name, value, channel_axis)[0], error
+        if name in encodings:  # biases stay unrounded: they are rounded once, after their correction
+            value, _ = quantize(name, value, channel_axis)
+        return value, error
 
     _, errors = interpret(graph, params, batch, intercept=correct)
     return errors
