@@ -13,6 +13,7 @@ import numpy as np
 
 from ptqjax.kernels import integer
 from ptqjax.kernels.integer import Grid
+from ptqjax.kernels.quotient import quotient
 from ptqjax.ops.convolution import conv, conv_channels_last
 from ptqjax.ops.layout import with_rank
 from ptqjax.ops.pooling import average_pool
@@ -95,7 +96,7 @@ def _conv_sum(product: Callable[[Any, Any], Any], x: Any, x_zero_point: Any, w: 
 
 
 def _multiplier(x_scale: Any, w_scale: Any, y_scale: Any) -> Any:
-    return _scalar(x_scale, 1) * w_scale.reshape(-1) / _scalar(y_scale, 1)
+    return quotient(_scalar(x_scale, 1) * w_scale.reshape(-1), _scalar(y_scale, 1))
 
 
 def _requantized(total: Any, bias: Any, multiplier: Any, zero_point: Any, along: tuple[int, ...]) -> Any:
