@@ -1,7 +1,7 @@
 """The AIMET half of the comparisons: run by the benches with the interpreter of an environment that has aimet-onnx.
 
     python scripts/aimet_side.py quantize MODEL CALIBRATION.npy OUT.onnx [--per-channel] [--scheme tf_enhanced] [--equalize]
-    python scripts/aimet_side.py forward MODEL INPUT.npy      answers each line on stdin with the seconds of one forward
+    python scripts/aimet_side.py forward MODEL INPUT.npy      times one forward for each line on stdin
 
 AIMET knows nodes by their names and takes a Conv without a `group` attribute for an unknown layer; both are added
 before it sees the model. Clip bounds stay initializers.
@@ -60,14 +60,15 @@ def simulation(
 
 
 def answer_forwards(sim: Any, samples: np.ndarray) -> None:
-    """Writes versions, then for each line read the seconds of one forward of `samples`; as JSON lines."""
+    """Writes versions, then for each line read the seconds of one forward of `samples`, and the CPU's; as JSON lines."""
     feed = {sim.session.get_inputs()[0].name: samples}
     sim.session.run(None, feed)
     print(json.dumps({"aimet_onnx": version("aimet-onnx"), "onnxruntime": version("onnxruntime")}), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         sim.session.run(None, feed)
-        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds}), flush=True)
 
 
 def main() -> None:
