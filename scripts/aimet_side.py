@@ -60,7 +60,7 @@ def simulation(
 
 
 def answer_forwards(sim: Any, samples: np.ndarray) -> None:
-    """Writes versions, then for each line read the seconds of one forward of `samples`, and the CPU's; as JSON lines."""
+    """Writes versions, then for each line read the seconds of one forward of `samples`, and the CPU's, as JSON."""
     feed = {sim.session.get_inputs()[0].name: samples}
     sim.session.run(None, feed)
     print(json.dumps({"aimet_onnx": version("aimet-onnx"), "onnxruntime": version("onnxruntime")}), flush=True)
