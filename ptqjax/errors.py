@@ -28,3 +28,7 @@ class ConfigError(PtqjaxError):
 
 class OutputError(PtqjaxError):
     """An output place that cannot be written."""
+
+
+class PtqjaxWarning(UserWarning):
+    """Something that works, but less well than the caller may expect; the message says what would help."""

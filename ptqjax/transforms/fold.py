@@ -9,14 +9,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ptqjax.errors import ModelError
-from ptqjax.ir import Model, Node, Record, Report, Statistics, only_reader, place_of, rebuild
+from ptqjax.ir import Model, Node, Record, Report, Statistics, only_reader, place_of
 from ptqjax.kernels.folding import batch_norm_as_affine, fold_after, fold_before
 from ptqjax.kernels.precision import is_traced, widened
 from ptqjax.transforms.linear import (
     Edit,
     Linear,
     bias_of,
-    edited_nodes,
+    edited,
     linear_layers,
     rewrite,
     weight_view,
@@ -75,9 +75,7 @@ def _repeat(model: Model, attempt: _Attempt) -> tuple[Model, list[Record]]:
         if not folds:
             return model, records
         records += [_folded(fold) for fold in folds]
-        edits = [fold.edit for fold in folds]
-        params = {name: value for edit in edits for name, value in edit.params.items()}
-        model = rebuild(model, nodes=edited_nodes(model.graph, edits), params=model.params | params)
+        model = edited(model, [fold.edit for fold in folds])
 
 
 def _into_producer(model: Model, layers: Mapping[str, Linear], norm: Node) -> _Fold | str:
@@ -94,7 +92,7 @@ def _into_producer(model: Model, layers: Mapping[str, Linear], norm: Node) -> _F
         return reason
     view, bias = fold_after(weight_view(model, layer), bias_of(model, layer), *_affine(model, norm))
     edit = rewrite(model, layer, view, bias, output=norm.output)
-    return _checked(model, norm, layer, Edit(nodes={**edit.nodes, norm.output: None}, params=edit.params))
+    return _checked(model, norm, layer, Edit(nodes={**edit.nodes, norm.output: ()}, params=edit.params))
 
 
 def _into_reader(model: Model, layers: Mapping[str, Linear], norm: Node) -> _Fold | str:
@@ -110,14 +108,12 @@ def _into_reader(model: Model, layers: Mapping[str, Linear], norm: Node) -> _Fol
         return f"{place_of(layer.node)} pads with zeros, which the batch norm would have shifted"
     view, bias = fold_before(weight_view(model, layer), bias_of(model, layer), scale, shift)
     edit = rewrite(model, layer, view, bias)
-    nodes = {output: _reading(node, norm) for output, node in edit.nodes.items()}
-    return _checked(model, norm, layer, Edit(nodes={**nodes, norm.output: None}, params=edit.params))
+    nodes = {output: tuple(_reading(node, norm) for node in nodes) for output, nodes in edit.nodes.items()}
+    return _checked(model, norm, layer, Edit(nodes={**nodes, norm.output: ()}, params=edit.params))
 
 
-def _reading(node: Node | None, norm: Node) -> Node | None:
+def _reading(node: Node, norm: Node) -> Node:
     """Returns the node with the batch norm's input in place of its output."""
-    if node is None:
-        return None
     return replace(node, inputs=tuple(norm.inputs[0] if name == norm.output else name for name in node.inputs))
 
 

@@ -7,11 +7,11 @@ ConvTranspose, Gemm, MatMul, and MatMul with the Add behind it. What a transform
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ptqjax.ir import Graph, Model, Node, fresh_name, is_private, only_reader
+from ptqjax.ir import Graph, Model, Node, Statistics, fresh_name, is_private, only_reader, rebuild
 from ptqjax.kernels.grouped import grouped_view, ungrouped_view
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.kernels.precision import widened
@@ -61,17 +61,24 @@ class Linear:
 class Edit:
     """What becomes of some nodes and parameters; edits of different layers merge without conflict."""
 
-    nodes: Mapping[str, Node | None] = field(default_factory=dict)
-    """By the tensor that the old node produces: the node in its place, or None where it goes."""
+    nodes: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
+    """By the tensor that the old node produces: the nodes in its place, none where it goes."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """New values of parameters, and new parameters."""
 
 
 def edited_nodes(graph: Graph, edits: Iterable[Edit]) -> tuple[Node, ...]:
     """Returns the graph's nodes after the edits."""
-    changes = {output: node for edit in edits for output, node in edit.nodes.items()}
-    nodes = (changes.get(node.output, node) for node in graph.nodes)
-    return tuple(node for node in nodes if node is not None)
+    changes = {output: nodes for edit in edits for output, nodes in edit.nodes.items()}
+    return tuple(new for node in graph.nodes for new in changes.get(node.output, (node,)))
+
+
+def edited(model: Model, edits: Sequence[Edit], statistics: Mapping[str, Statistics] | None = None) -> Model:
+    """Returns the model after the edits, sorted and verified, with `statistics` in place of the old where given."""
+    params = {name: value for edit in edits for name, value in edit.params.items()}
+    statistics = {**model.statistics, **(statistics or {})}
+    nodes = edited_nodes(model.graph, edits)
+    return rebuild(model, nodes=nodes, params=model.params | params, statistics=statistics)
 
 
 def linear_layers(model: Model) -> dict[str, Linear]:
@@ -123,8 +130,8 @@ def rewrite(model: Model, layer: Linear, view: Any, bias: Any | None = None, *, 
         params[name] = bias.astype(old.dtype)
     output = output or layer.output
     if layer.bias_node is not None:
-        return Edit(params=params, nodes={layer.output: replace(layer.bias_node, outputs=(output,))})
-    return Edit(params=params, nodes={layer.output: _adding(layer.node, name, bias is not None, output)})
+        return Edit(params=params, nodes={layer.output: (replace(layer.bias_node, outputs=(output,)),)})
+    return Edit(params=params, nodes={layer.output: (_adding(layer.node, name, bias is not None, output),)})
 
 
 def _adding(node: Node, bias: str, is_new: bool, output: str) -> Node:  # noqa: FBT001

@@ -1,0 +1,65 @@
+"""The rewrites that make a float network fit for one quantizer per tensor, in their order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from ptqjax.errors import ConfigError, PtqjaxWarning
+from ptqjax.ir import Model, Report
+from ptqjax.transforms.absorb import absorb_biases
+from ptqjax.transforms.constant_channels import remove_constant_channels
+from ptqjax.transforms.fold import fold_batch_norms
+from ptqjax.transforms.interfaces import find_interfaces
+from ptqjax.transforms.linear import linear_layers
+from ptqjax.transforms.scaling import scale_channels
+
+_ABSORPTIONS = ("exact", "off")
+
+
+def equalize(
+    model: Model, absorb: str = "exact", *, limit: float | None = 2.0, magnitudes: Mapping[str, Any] | None = None
+) -> tuple[Model, Report]:
+    """Returns the equalized model, which computes what `model` computes, and what was done place by place.
+
+    In this order: batch norms are folded (`fold_batch_norms`), channels that provably hold one value removed
+    (`remove_constant_channels`), biases absorbed where that is exact (`absorb_biases`), and channels scaled between
+    layers (`scale_channels`). Scaling is last because absorption changes how large activations become and scaling
+    commutes with it. A second run changes nothing. The model that is passed stays as it is.
+
+    Args:
+        model: The float model, with its batch norms where possible.
+        absorb: "exact" absorbs what provably keeps the function, "off" nothing.
+        limit: See `scale_channels`.
+        magnitudes: See `scale_channels`.
+
+    Raises:
+        ConfigError: `absorb` is unknown or not available.
+        ModelError: See `fold_batch_norms`.
+    """
+    if absorb == "statistics":
+        raise ConfigError("absorb='statistics' is not available yet; expected 'exact' or 'off'")
+    if absorb not in _ABSORPTIONS:
+        raise ConfigError(f"absorb={absorb!r} is unknown; expected one of {', '.join(map(repr, _ABSORPTIONS))}")
+    model, folded = fold_batch_norms(model)
+    _warn_without_statistics(model)
+    model, removed = remove_constant_channels(model)
+    model, absorbed = absorb_biases(model) if absorb == "exact" else (model, ())
+    model, scaled = scale_channels(model, limit=limit, magnitudes=magnitudes)
+    return model, (*folded, *removed, *absorbed, *scaled)
+
+
+def _warn_without_statistics(model: Model) -> None:
+    """Warns where batch norms were folded before, so that nobody knows how large the activations become."""
+    interfaces, _ = find_interfaces(model, linear_layers(model))
+    unknown = [found.producer.output for found in interfaces if found.producer.output not in model.statistics]
+    if not unknown:
+        return
+    warnings.warn(
+        f"{len(unknown)} of {len(interfaces)} tensors between layers have no statistics ('{unknown[0]}', ...): their "
+        "batch norms were folded before, or there were none. There, scaling looks at weights and bounds alone and no "
+        "mean is absorbed; pass the model with its batch norms, or `magnitudes` observed on data",
+        PtqjaxWarning,
+        stacklevel=3,
+    )
