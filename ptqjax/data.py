@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,21 +59,33 @@ def load_samples(path: str | os.PathLike[str], graph: Graph) -> Samples:
     return Samples(inputs={name: arrays[name] for name in wanted}, labels=labels)
 
 
-def batches_of(samples: Samples, graph: Graph, *, size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the inputs in order, `size` samples at a time, or as many as the model's fixed batch size asks for.
+class Batches:
+    """The samples in order, some at a time, as dicts by input name; can be gone through again and again."""
 
-    Raises:
-        DataError: The model's batch size is fixed and does not divide the number of samples.
-    """
-    fixed = {spec.shape[0] for spec in graph.inputs if spec.shape and isinstance(spec.shape[0], int)}
-    size = min(fixed) if fixed else size
-    if fixed and samples.num_samples % size:
-        raise DataError(
-            f"the model takes exactly {size} samples at a time, which does not divide the {samples.num_samples} given; "
-            f"leave {samples.num_samples % size} of them out, or export the model with a dynamic first axis"
-        )
-    for start in range(0, samples.num_samples, size):
-        yield {name: array[start : start + size] for name, array in samples.inputs.items()}
+    def __init__(self, samples: Samples, graph: Graph, *, size: int) -> None:
+        """Takes `size` samples at a time, or as many as the model's fixed batch size asks for.
+
+        Raises:
+            DataError: The model's batch size is fixed and does not divide the number of samples.
+        """
+        fixed = {spec.shape[0] for spec in graph.inputs if spec.shape and isinstance(spec.shape[0], int)}
+        self._size = min(fixed) if fixed else size
+        self._samples = samples
+        surplus = samples.num_samples % self._size
+        if fixed and surplus:
+            raise DataError(
+                f"the model takes exactly {self._size} samples at a time, which does not divide the "
+                f"{samples.num_samples} given; leave {surplus} out, or export the model with a dynamic first axis"
+            )
+
+    def __len__(self) -> int:
+        """Returns the number of batches."""
+        return (self._samples.num_samples + self._size - 1) // self._size
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the batches; the last one may be smaller."""
+        for start in range(0, self._samples.num_samples, self._size):
+            yield {name: array[start : start + self._size] for name, array in self._samples.inputs.items()}
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -85,7 +98,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise DataError(
             f"data file '{path}' cannot be opened: {error.strerror or error}; expected an .npz file"
         ) from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"'{path}' is not a readable .npz of plain arrays ({error}); write it with np.savez(path, input=array)"
         ) from error

@@ -1,0 +1,384 @@
+"""The command line: options in, a call of the public functions, tables and files out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ptqjax.errors import ConfigError, OutputError, PtqjaxError
+
+if TYPE_CHECKING:
+    from ptqjax.config import QuantizationConfig
+    from ptqjax.data import Batches, Samples
+    from ptqjax.ir import Graph, Model
+    from ptqjax.pipeline import Result
+    from ptqjax.report import Row
+
+_BATCH = 32  # samples at a time
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class _Fault(click.ClickException):
+    """The data or the model is at fault: one line on stderr, exit code 1."""
+
+    exit_code = 1
+
+
+def main() -> None:
+    """Runs the command line; the entry point of the `ptqjax` script."""
+    commands()
+
+
+def _reports_faults(command: _F) -> _F:
+    """Returns the command with the package's errors as one line on stderr: usage exits with 2, all others with 1."""
+
+    @functools.wraps(command)
+    def reporting(*args: Any, **settings: Any) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+                return command(*args, **settings)
+        except ConfigError as error:
+            raise click.UsageError(_one_line(error), click.get_current_context(silent=True)) from error
+        except PtqjaxError as error:
+            raise _Fault(_one_line(error)) from error
+
+    return reporting  # pyright: ignore[reportReturnType]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+_device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute, in JAX and in ONNX Runtime; auto takes an NVIDIA GPU where there is one.",
+)
+_model = click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path))
+_data = click.option(
+    "--data",
+    required=True,
+    metavar="DATA.npz",
+    type=click.Path(path_type=Path),
+    help="One array per model input, first axis the samples, and optionally 'labels' (class indices).",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ptqjax")
+def commands() -> None:
+    """Quantize trained ONNX models, without training, and see what it costs.
+
+    \b
+    A first run, on a hundred samples of your data (no labels needed):
+        python -c "import numpy; numpy.savez('data.npz', input=samples)"
+        ptqjax quantize model.onnx --calibration data.npz --out quantized
+    \b
+    What the result is worth, in ONNX Runtime, on samples that took no part:
+        ptqjax evaluate quantized/model.onnx --data test.npz --reference model.onnx
+    \b
+    What is in a model, and what can be done to it:
+        ptqjax inspect model.onnx
+
+    Exit codes: 0 done; 1 the data or the model is at fault; 2 usage.
+    """
+
+
+@commands.command()
+@_model
+@click.option(
+    "--calibration",
+    required=True,
+    metavar="DATA.npz|none",
+    help="Samples to find ranges on, one array per model input; 'none': from the model's batch norms alone.",
+)
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
+@click.option("--weights", default="int8", show_default=True, metavar="TYPE", help="int8, uint8, int4, uint4, int16.")
+@click.option("--activations", default="uint8", show_default=True, metavar="TYPE", help="uint8, int8, uint16, int16.")
+@click.option(
+    "--granularity",
+    default="channel",
+    show_default=True,
+    metavar="tensor|channel|block:N",
+    help="What shares one scale in a weight.",
+)
+@click.option(
+    "--ranges",
+    default="sqnr",
+    show_default=True,
+    metavar="RULE",
+    help="How a range is chosen: min-max, sqnr (least noise).",
+)
+@click.option("--equalize/--no-equalize", default=True, show_default=True, help="Make channels alike across layers.")
+@click.option(
+    "--absorb", default="exact", show_default=True, metavar="exact|off", help="Move biases on where that is exact."
+)
+@click.option(
+    "--correct",
+    default=None,
+    metavar="none|empirical",
+    help="Take out the mean error that quantization leaves in each layer.  [default: empirical, where there is data]",
+)
+@click.option("--target", default="ort-cpu", show_default=True, metavar="NAME|FILE", help="What the runtime accepts.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all randomness.")
+@_device
+@_reports_faults
+def quantize(model: Path, calibration: str, out: Path, device: str, **settings: Any) -> None:
+    """Quantize MODEL.onnx and write it to DIR, with its encodings and a report.
+
+    \b
+    DIR gets  model.onnx        the quantized model (QDQ), for ONNX Runtime
+              model.encodings   its grids, as JSON
+              report.json       what was done, what it gave, stage by stage
+              report.html       the same to look at
+    \b
+    Examples:
+        ptqjax quantize net.onnx --calibration data.npz --out q
+        ptqjax quantize net.onnx --calibration data.npz --out q --granularity tensor
+        ptqjax quantize net.onnx --calibration data.npz --out q --weights int4
+        ptqjax quantize net.onnx --calibration data.npz --out q --no-equalize --correct none
+
+    With 'labels' in DATA.npz, the table at the end shows top-1 accuracy as well.
+    """
+    import ptqjax
+    from ptqjax import report
+    from ptqjax.report import tables
+
+    device_name = _use_device(device)
+    path = None if calibration == "none" else Path(calibration)
+    settings["correct"] = settings["correct"] or ("none" if path is None else "empirical")
+    config = ptqjax.QuantizationConfig(**settings)
+    source = ptqjax.read(model)
+    samples, batches = (None, None) if path is None else _load(path, source.graph)
+    with _published(out) as folder, _progress() as follow:
+        result = ptqjax.quantize(source, batches and follow(batches, "quantizing"), config)
+        ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config))
+        facts = report.facts(
+            source=_provenance(model, path) | {"num_samples": 0 if samples is None else samples.num_samples},
+            settings=asdict(config),
+            device=device_name,
+            rows=_measured(source, result, follow(batches, "measuring"), samples, config) if batches else (),
+            records=[record for records in result.reports.values() for record in records],
+            encodings=result.encodings,
+            before=result.stages[0].model,
+            after=result.model,
+        )
+        (folder / "report.json").write_text(report.to_json(facts))
+        (folder / "report.html").write_text(report.page(facts))
+    tables.print_stages(facts["stages"])
+    click.echo(f"wrote {out / 'model.onnx'}; what was done and why: {out / 'report.html'}")
+
+
+@commands.command()
+@_model
+@_data
+@click.option(
+    "--reference",
+    metavar="FLOAT.onnx",
+    type=click.Path(path_type=Path),
+    help="The model that MODEL.onnx was made from: adds agreement and SQNR.",
+)
+@_device
+@_reports_faults
+def evaluate(model: Path, data: Path, reference: Path | None, device: str) -> None:
+    """Run MODEL.onnx in ONNX Runtime and tell how good it is.
+
+    \b
+    With 'labels' in DATA.npz: top-1 accuracy.
+    With a reference, on the same samples:
+        agreement   how often both name the same class
+        SQNR        10 log10(sum y^2 / sum (y - y_q)^2) of the outputs, in dB
+    \b
+    Examples:
+        ptqjax evaluate quantized/model.onnx --data test.npz
+        ptqjax evaluate quantized/model.onnx --data test.npz --reference model.onnx
+    """
+    import ptqjax
+    from ptqjax.quantize.batches import checked_batches
+    from ptqjax.report import tables
+
+    _use_device(device)
+    graph = ptqjax.read(model).graph
+    samples, batches = _load(data, graph)
+    with _progress() as follow:
+        found = ptqjax.evaluate(
+            model,
+            checked_batches(graph, follow(batches, "evaluating")),
+            labels=samples.labels,
+            reference=reference,
+            device=device,
+        )
+        compared = None
+        if reference is not None and samples.labels is not None:
+            compared = ptqjax.evaluate(
+                reference, follow(batches, "evaluating the reference"), labels=samples.labels, device=device
+            )
+    tables.print_evaluation(model, found, compared)
+
+
+@commands.command()
+@click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
+@_data
+@_device
+@_reports_faults
+def validate(model: Path, data: Path, device: str) -> None:
+    """Compare what is simulated with what ONNX Runtime computes from a quantized model.
+
+    Each group of operators is recomputed from ONNX Runtime's own integers before it, in steps of its grid: on the CPU,
+    expect at most 1 step, and equality in 99.9 %. End to end a single flipped rounding changes all that follows, so the
+    whole programs are compared by SQNR and agreement.
+
+    \b
+    Examples:
+        ptqjax validate quantized --data test.npz
+        ptqjax validate quantized/model.onnx --data test.npz
+    """
+    import ptqjax
+    from ptqjax.quantize.batches import checked_batches
+    from ptqjax.report import tables
+
+    _use_device(device)
+    path = model / "model.onnx" if model.is_dir() else model
+    quantized = ptqjax.read(path)
+    _, batches = _load(data, quantized.graph)
+    with _progress() as follow:
+        batches = checked_batches(quantized.graph, follow(batches, "validating"))
+        tables.print_validation(path, ptqjax.validate(quantized, batches, device=device))
+
+
+@commands.command()
+@_model
+@_reports_faults
+def inspect(model: Path) -> None:
+    """Show what is in MODEL.onnx and what can be done to it; nothing is computed or written.
+
+    Inputs, outputs, operators and those without a lowering; what folding and equalization would do and what they would
+    leave alone, with the reason; which tensor would get which grid under the default settings.
+
+    \b
+    Example:
+        ptqjax inspect model.onnx
+    """
+    import ptqjax
+    from ptqjax import report
+    from ptqjax.report import tables
+
+    tables.print_inspection(model, report.inspect(ptqjax.read(model)))
+
+
+def _load(path: Path, graph: Graph) -> tuple[Samples, Batches]:
+    from ptqjax.data import Batches, load_samples
+
+    samples = load_samples(path, graph)
+    return samples, Batches(samples, graph, size=_BATCH)
+
+
+def _use_device(device: str) -> str:
+    """Makes JAX compute on `device`; returns the name of what it computes on.
+
+    Raises:
+        ConfigError: A GPU is asked for, and JAX sees none.
+    """
+    import jax
+
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    if device == "cuda":
+        try:
+            jax.config.update("jax_default_device", jax.devices("cuda")[0])
+        except RuntimeError as error:
+            raise ConfigError(
+                "--device cuda: JAX sees no NVIDIA GPU; install ptqjax[cuda12] on a machine that has one, or leave "
+                "--device at auto"
+            ) from error
+    chosen = jax.devices()[0]
+    return f"{chosen.platform}: {chosen.device_kind}"
+
+
+@contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """Yields a hidden folder in `out`; at the end its files move to `out`, each at once; after an error none does.
+
+    Raises:
+        OutputError: `out` cannot be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".ptqjax-", dir=out))
+    except OSError as error:
+        raise OutputError(
+            f"--out '{out}' cannot be written: {error.strerror}; name a folder that exists or can be made"
+        ) from error
+    try:
+        yield folder
+        for file in sorted(folder.iterdir()):
+            file.replace(out / file.name)
+    except OSError as error:
+        raise OutputError(f"--out '{out}' cannot be written: {error.strerror}; free space, or name another") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Any, str], Any]]:
+    """Yields a function that shows, on a terminal, how far each pass over its first argument is."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        yield lambda batches, label: _Followed(batches, label, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """A collection whose passes are shown."""
+
+    collection: Any
+    label: str
+    progress: Any
+
+    def __len__(self) -> int:
+        return len(self.collection)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.progress.track(self.collection, description=self.label))
+
+
+def _measured(
+    source: Model, result: Result, batches: Any, samples: Samples | None, config: QuantizationConfig
+) -> Sequence[Row]:
+    """Returns the table of the run; the model without equalization gets grids of its own, to show what that gained."""
+    import ptqjax
+    from ptqjax import report
+
+    own = {"fold": ptqjax.calibrate(result.stages[0].model, batches, config)} if config.equalize else {}
+    stages = [
+        report.MeasuredStage(
+            name=stage.name,
+            model=stage.model,
+            encodings=own.get(stage.name, result.encodings),
+            keeps_function=stage.name != "correct",
+        )
+        for stage in result.stages
+    ]
+    return report.measure(source, stages, batches, None if samples is None else samples.labels)
+
+
+def _provenance(model: Path, data: Path | None) -> dict[str, Any]:
+    files = {"model": model} if data is None else {"model": model, "data": data}
+    hashes = {f"{key}_sha256": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()}
+    return {key: path.name for key, path in files.items()} | hashes

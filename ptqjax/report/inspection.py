@@ -1,0 +1,69 @@
+"""What is in a model and what can be done to it, found without running it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from ptqjax.config import QuantizationConfig
+from ptqjax.errors import ModelError, UnsupportedOperatorError
+from ptqjax.ir import Model, Record, place_of
+from ptqjax.ops import find_lowering
+from ptqjax.quantize import Placement, place
+from ptqjax.report.facts import contents
+from ptqjax.transforms import equalize, fold_batch_norms
+
+_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """What is known of a model before anything is done to it."""
+
+    contents: dict[str, Any]
+    """Inputs, outputs, opset, operators, number of parameters: see `contents`."""
+    without_lowering: dict[str, int]
+    """Operators that cannot be computed here, with their number."""
+    records: tuple[Record, ...]
+    """What folding and equalization would do and leave alone."""
+    placement: Placement | None
+    """Which tensor would get which grid; None where the model cannot be quantized."""
+    obstacle: str
+    """Why the model cannot be quantized; "" where it can."""
+
+
+def inspect(model: Model, config: QuantizationConfig | None = None) -> Inspection:
+    """Returns what is in `model`, what the transforms would do to it, and where `config` would put grids."""
+    records, placement, obstacle = (), None, _obstacle(model)
+    if not obstacle:
+        try:
+            folded, fold_report = fold_batch_norms(model)
+            equalized, equalize_report = equalize(folded)
+            records, placement = (*fold_report, *equalize_report), place(equalized, config)
+        except ModelError as error:
+            obstacle = str(error)
+    return Inspection(
+        contents=contents(model),
+        without_lowering=_without_lowering(model),
+        records=records,
+        placement=placement,
+        obstacle=obstacle,
+    )
+
+
+def _obstacle(model: Model) -> str:
+    node = next((node for node in model.graph.nodes if node.op_type in _QUANTIZED), None)
+    return f"the model is quantized already: it holds {place_of(node)}" if node is not None else ""
+
+
+def _without_lowering(model: Model) -> dict[str, int]:
+    def is_missing(op_type: str, domain: str) -> bool:
+        try:
+            find_lowering(op_type, opset=model.graph.opset(domain), domain=domain)
+        except UnsupportedOperatorError:
+            return True
+        return False
+
+    missing = [node for node in model.graph.nodes if is_missing(node.op_type, node.domain)]
+    return dict(Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in missing))

@@ -1,0 +1,135 @@
+"""What commands say on a terminal: tables, as wide as it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ptqjax.evaluate import Evaluation
+from ptqjax.ir import Record
+from ptqjax.quantize import Placement, Site
+from ptqjax.report.inspection import Inspection
+from ptqjax.report.page import metric_headings, metric_text
+from ptqjax.validate import Validation
+
+_WIDTH = 120  # characters of a line where no terminal says otherwise
+
+
+def print_stages(stages: Sequence[Mapping[str, Any]]) -> None:
+    """Prints the table of a run: what each stage kept; nothing where nothing was measured."""
+    if not stages:
+        return
+    headings = metric_headings(stages)
+    rows = [[stage["stage"], *(metric_text(name, stage["metrics"].get(name)) for name in headings)] for stage in stages]
+    _table("After each stage, on the calibration samples", ["", *headings.values()], rows, numbers_from=1)
+
+
+def print_validation(path: Path, found: Validation) -> None:
+    """Prints the distance of each group in steps, the likeness end to end, and warnings on stderr."""
+    rows = [
+        [
+            group.tensor,
+            group.operator,
+            "integer" if group.integer else "float",
+            f"{group.largest}",
+            f"{100 * group.equal:.3f}",
+        ]
+        for group in found.groups
+    ]
+    headings = ["tensor", "operator", "kernel", "largest difference, steps", "equal, %"]
+    _table(f"{path}: group by group, {found.num_samples} samples", headings, rows, numbers_from=3)
+    rows = [
+        [name, f"{likeness.sqnr:.1f}", f"{100 * likeness.agreement:.2f}", f"{100 * likeness.equal:.2f}"]
+        for name, likeness in (("integer program", found.integer), ("float program", found.float))
+    ]
+    _table("End to end, against ONNX Runtime", ["", "SQNR, dB", "agreement, %", "equal, %"], rows, numbers_from=1)
+    for warning in found.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    click.echo(f"largest difference in a group: {found.largest} steps; equal in at least {100 * found.equal:.3f} %")
+
+
+def print_evaluation(path: Path, found: Evaluation, reference: Evaluation | None) -> None:
+    """Prints what a file is worth in ONNX Runtime, and the reference's accuracy beside it where that is known."""
+    figures = {
+        "top-1 of the reference, %": None if reference is None else reference.top1,
+        "top-1, %": found.top1,
+        "agreement with the reference, %": found.agreement,
+    }
+    rows = [["samples", str(found.num_samples)]]
+    rows += [[name, f"{100 * value:.2f}"] for name, value in figures.items() if value is not None]
+    rows += [] if found.sqnr is None else [["SQNR, dB", f"{found.sqnr:.2f}"]]
+    _table(f"{path} in ONNX Runtime", ["", ""], rows, numbers_from=1)
+
+
+def print_inspection(path: Path, found: Inspection) -> None:
+    """Prints what is in a model; then what can be done to it, or why nothing can."""
+    _print_contents(path, found)
+    if found.placement is None:
+        click.echo(f"It cannot be quantized: {found.obstacle}")
+        return
+    _print_transforms(found.records)
+    _print_placement(found.placement)
+
+
+def _print_contents(path: Path, found: Inspection) -> None:
+    contents = found.contents
+    tensors = [(kind, spec) for kind in ("input", "output") for spec in contents[f"{kind}s"]]
+    rows = [[kind, spec["name"], spec["dtype"], _shape(spec["shape"])] for kind, spec in tensors]
+    _table(f"{path.name}: opset {contents['opset']}, {contents['num_parameters']:,} parameters", ["", "", "", ""], rows)
+    rows = [
+        [name, str(count), "no lowering" if name in found.without_lowering else ""]
+        for name, count in contents["operators"].items()
+    ]
+    _table("Operators", ["operator", "number", ""], rows)
+
+
+def _print_transforms(records: Sequence[Record]) -> None:
+    done = Counter((record.transform, record.what.partition(" (")[0]) for record in records if record.done)
+    rows = [[transform, what, str(count)] for (transform, what), count in done.items()]
+    _table("What the transforms would do", ["transform", "what", "places"], rows, numbers_from=2)
+    rows = [[record.transform, record.where[0], record.reason] for record in records if not record.done]
+    _table("What they would leave alone", ["transform", "where", "why"], rows)
+
+
+def _print_placement(placement: Placement) -> None:
+    rows = [
+        [site.tensor, site.dtype, "tensor" if site.axis is None else f"axis {site.axis}", _tie(site), site.reason]
+        for site in placement.sites
+    ]
+    rows += [
+        [site.bias, "int32", "axis 0", "", f"bias: scale of '{site.input}' times scale of '{site.weight}'"]
+        for site in placement.biases
+    ]
+    rows += [[entry.tensor, "float", "", "", entry.reason] for entry in placement.skipped]
+    _table("Which tensor would get which grid", ["tensor", "type", "per", "shares with", "why"], rows)
+
+
+def _tie(site: Site) -> str:
+    return "" if site.root == site.tensor else site.root
+
+
+def _shape(shape: Sequence[Any] | None) -> str:
+    return "of any shape" if shape is None else " x ".join("?" if size is None else str(size) for size in shape)
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int = 99) -> None:
+    """Prints a table with its title above; columns from `numbers_from` on are aligned right."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDTH)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(headings), show_edge=False)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i >= numbers_from else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    console.print(table)
+    console.print()
