@@ -18,6 +18,8 @@ from ptqjax.kernels.namespace import array_namespace
 Channels = Float[Array | np.ndarray, " c"]
 Mask = Bool[Array | np.ndarray, " c"]
 TapRanges = Float[Array | np.ndarray, "g o i"]
+NextView = Float[Array | np.ndarray, "h p j m"]  # the view of the layer that reads the channels: a shape of its own
+NextBias = Float[Array | np.ndarray, " q"]
 
 
 def tap_ranges(view: View) -> TapRanges:
@@ -110,8 +112,8 @@ def constant_channels(low: Channels, high: Channels, *, tolerance: float = 1e-6)
 
 
 def remove_channels(
-    first: tuple[View, Channels], second: tuple[View, Float[Array | np.ndarray, " o"]], value: Channels, removed: Mask
-) -> tuple[tuple[View, Channels], tuple[View, Float[Array | np.ndarray, " o"]]]:
+    first: tuple[View, Channels], second: tuple[NextView, NextBias], value: Channels, removed: Mask
+) -> tuple[tuple[View, Channels], tuple[NextView, NextBias]]:
     """Returns (weight view, bias) of both layers without the channels: what they held moves into the second's bias.
 
     Args:
@@ -135,7 +137,7 @@ def pin_channels(first: tuple[View, Channels], value: Channels, pinned: Mask) ->
     return scale_outputs(first[0], xp.where(pinned, 0.0, 1.0)), xp.where(pinned, value, first[1])
 
 
-def unused_channels(first: View, second: View) -> Mask:
+def unused_channels(first: View, second: NextView) -> Mask:
     """Tells which channels the second layer multiplies by zero although the first layer computes them."""
     return (input_ranges(second) == 0) & (output_ranges(first) > 0)
 
