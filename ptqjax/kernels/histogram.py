@@ -26,10 +26,10 @@ _EXPONENT_BIAS = 127
 class Histogram(flax.struct.PyTreeNode):
     """Counts of t tensors; bin i of tensor j holds what lies in [(i - b/2) 2^e, (i + 1 - b/2) 2^e), e = exponent[j]."""
 
-    counts: Int[Any, "t b"]
-    """Number of values in each bin."""
-    exponent: Int[Any, " t"]
-    """Binary logarithm of the bins' width."""
+    counts: Any
+    """Number of values in each bin, int32, shape [t, b]."""
+    exponent: Any
+    """Binary logarithm of the bins' width, int32, shape [t]."""
 
 
 def empty_histogram(num_tensors: int, num_bins: int = NUM_BINS) -> Histogram:
@@ -51,7 +51,9 @@ def add_values(
     needed = _exponent_holding(largest) - (num_bins.bit_length() - 2)
     grown = widen(histogram, jnp.maximum(histogram.exponent, needed))
     steps = values * power_of_two(-grown.exponent)[:, None]
-    bins = jnp.clip(jnp.floor(steps).astype(jnp.int32) + num_bins // 2, 0, num_bins - 1)
+    # A negative value whose quotient is flushed to zero belongs below 0, as it does when it comes before wider bins.
+    floors = jnp.where((values < 0) & (steps >= 0), -1.0, jnp.floor(steps)).astype(jnp.int32)
+    bins = jnp.clip(floors + num_bins // 2, 0, num_bins - 1)
     return grown.replace(counts=_scatter_add(grown.counts, bins, counted.astype(jnp.int32)))
 
 

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ptqjax.kernels import grid
 from ptqjax.kernels.ranges import GridKind, grid_of_range
@@ -78,13 +78,27 @@ def search_fractions(rows: Rows, kind: GridKind, *, both_ends: bool) -> Float[Ar
     Returns:
         Fractions in (0, 1], of which the first, 1, wins ties.
     """
-    step = _ASYMMETRIC_STEP if both_ends else _SYMMETRIC_STEP
-    coarse = np.arange(1, 0.9 * step, -step)
-    fine = np.arange(4, -5, -1) * (step / 5) if both_ends else np.arange(7, -8, -1) * (step / 8)
-    num_ranges = rows.lowest.shape[0]
-    start = jnp.ones((num_ranges, 2), dtype=jnp.float32)
-    best = _best_of(rows, kind, start, jnp.asarray(_lattice(coarse, both_ends=both_ends) - 1, dtype=jnp.float32))
-    return _best_of(rows, kind, best, jnp.asarray(_lattice(fine, both_ends=both_ends), dtype=jnp.float32))
+    offsets, is_fine = _candidates(both_ends=both_ends)
+    start = jnp.ones((rows.lowest.shape[0], 2), dtype=jnp.float32)
+
+    def try_one(carry: tuple[Any, Any, Any], candidate: tuple[Any, Any]) -> tuple[tuple[Any, Any, Any], None]:
+        least, best, centre = carry
+        offset, begins_fine = candidate
+        centre = jnp.where(begins_fine, best, centre)
+        tried = jnp.clip(centre + offset[None, :], 1e-3, 1.0)
+        scale, zero_point = grid_of_range(rows.lowest * tried[:, 0], rows.highest * tried[:, 1], kind)
+        error = total_error(rows, scale, zero_point, kind)
+        is_better = error < least
+        best = jnp.where(is_better[:, None], tried, best)
+        return (jnp.where(is_better, error, least), best, centre), None
+
+    nothing = jnp.full(start.shape[:1], jnp.inf, dtype=jnp.float32)
+    (_, best, _), _ = jax.lax.scan(try_one, (nothing, start, start), (offsets, is_fine))
+    return best
+
+
+search_fractions_jitted = partial(jax.jit, static_argnames="both_ends")(search_fractions)
+"""`search_fractions`, compiled."""
 
 
 def total_error(rows: Rows, scale: Float[Array, " r"], zero_point: Float[Array, " r"], kind: GridKind) -> Any:
@@ -101,24 +115,14 @@ def total_error(rows: Rows, scale: Float[Array, " r"], zero_point: Float[Array, 
     return jax.ops.segment_sum(error.sum(axis=1), rows.ranges, rows.lowest.shape[0], indices_are_sorted=True)
 
 
-def _best_of(
-    rows: Rows, kind: GridKind, start: Float[Array, "r 2"], offsets: Float[Array, "c 2"]
-) -> Float[Array, "r 2"]:
-    def try_one(best: tuple[Any, Any], offset: Float[Array, " 2"]) -> tuple[tuple[Any, Any], None]:
-        least, fractions = best
-        tried = jnp.clip(start + offset[None, :], 1e-3, 1.0)
-        scale, zero_point = grid_of_range(rows.lowest * tried[:, 0], rows.highest * tried[:, 1], kind)
-        error = total_error(rows, scale, zero_point, kind)
-        is_better = error < least
-        return (jnp.where(is_better, error, least), jnp.where(is_better[:, None], tried, fractions)), None
-
-    nothing = jnp.full(start.shape[:1], jnp.inf, dtype=jnp.float32)
-    (_, fractions), _ = jax.lax.scan(try_one, (nothing, start), offsets)
-    return fractions
-
-
-search_fractions_jitted = partial(jax.jit, static_argnames="both_ends")(search_fractions)
-"""`search_fractions`, compiled."""
+def _candidates(*, both_ends: bool) -> tuple[Float[Array, "c 2"], Bool[Array, " c"]]:
+    """Returns offsets of the fractions, coarse ones from 1 and then fine ones from the best; and where these begin."""
+    step = _ASYMMETRIC_STEP if both_ends else _SYMMETRIC_STEP
+    coarse = np.arange(0, 0.9 * step - 1, -step)
+    fine = np.arange(4, -5, -1) * (step / 5) if both_ends else np.arange(7, -8, -1) * (step / 8)
+    first, second = (_lattice(part, both_ends=both_ends) for part in (coarse, fine))
+    begins_fine = np.arange(len(first) + len(second)) == len(first)
+    return jnp.asarray(np.concatenate([first, second]), dtype=jnp.float32), jnp.asarray(begins_fine)
 
 
 def _lattice(fractions: np.ndarray, *, both_ends: bool) -> np.ndarray:
@@ -143,6 +147,6 @@ def _rounded_up(count: int) -> int:
     return -(-count // unit) * unit
 
 
-def _filled(array: np.ndarray, length: int, value: float) -> np.ndarray:
+def _filled(array: np.ndarray, length: int, value: int) -> np.ndarray:
     missing = np.full((length - len(array), *array.shape[1:]), value, dtype=array.dtype)
     return np.concatenate([array, missing])

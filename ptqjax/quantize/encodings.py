@@ -42,7 +42,8 @@ class Encoding(flax.struct.PyTreeNode):
         """The narrowest integer type that holds the grid: "int8", "uint4", ... (needs concrete `qmin`, `qmax`)."""
         low, high = float(self.qmin), float(self.qmax)
         ranges = ((name, grid.integer_range(name)) for name in _STORED if name.startswith("u") == (low >= 0))
-        return next(name for name, (smallest, largest) in ranges if smallest <= low and high <= largest)
+        # float32 has no 2**31 - 1, the largest int32: its neighbour stands for it.
+        return next(name for name, (smallest, largest) in ranges if smallest <= low and high <= np.float32(largest))
 
 
 Encodings: TypeAlias = dict[str, Encoding]
