@@ -18,6 +18,7 @@ from ptqjax.kernels.namespace import array_namespace
 Channels = Float[Array | np.ndarray, " c"]
 Mask = Bool[Array | np.ndarray, " c"]
 TapRanges = Float[Array | np.ndarray, "g o i"]
+Scalar = Float[Array | np.ndarray | np.generic, ""]  # a sum in NumPy is no array
 NextView = Float[Array | np.ndarray, "h p j m"]  # the view of the layer that reads the channels: a shape of its own
 NextBias = Float[Array | np.ndarray, " q"]
 
@@ -74,7 +75,7 @@ def log_scales(r1: Channels, r2: Channels, magnitude: Channels | None = None, *,
     return _filled(limited, is_live | is_held)
 
 
-def level(r1: Channels, r2: Channels, log_scale: Channels) -> Float[Array | np.ndarray, ""]:
+def level(r1: Channels, r2: Channels, log_scale: Channels) -> Scalar:
     """Returns the mean of log(r1 / r2) over the channels that live, after scaling: how far one factor is missing."""
     xp = array_namespace(r1, r2, log_scale)
     is_live = (r1 > 0) & (r2 > 0)
@@ -98,7 +99,7 @@ def common_factors(
     return xp.linalg.solve(2 * np.eye(len(neighbours), dtype=levels.dtype) - neighbours.astype(levels.dtype), levels)
 
 
-def imbalance(r1: Channels, r2: Channels, log_scale: Channels) -> Float[Array | np.ndarray, ""]:
+def imbalance(r1: Channels, r2: Channels, log_scale: Channels) -> Scalar:
     """Returns the largest |log(r1 / r2)| over the channels that live, after scaling: 0 where all ranges are equal."""
     xp = array_namespace(r1, r2, log_scale)
     is_live = (r1 > 0) & (r2 > 0)
