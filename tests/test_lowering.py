@@ -69,6 +69,7 @@ def _separable_model():
         "mean": _random(8, seed=8),
         "variance": np.abs(_random(8, seed=9)),
         "head": _random(16, 5, seed=10),
+        "front": _random(2, 1, 8, 1, 1, seed=11),
     }
     nodes = (
         _node("Conv", "x,stem,bias", "a", pads=(1, 0, 1, 2), strides=(2, 1)),
@@ -78,6 +79,7 @@ def _separable_model():
         _node("BatchNormalization", "d,gamma,beta,mean,variance", "e", epsilon=1.0),
         _node("Relu", "e", "f"),
         _node("Min", "f,bound", "h"),
+        _node("Mul", "h,front", "v"),
         _node("Pad", "h,pads", "i"),
         _node("Concat", "i,i", "j", axis=1),
         _node("MaxPool", "j", "k", kernel_shape=(2, 2), ceil_mode=1, strides=(2, 2)),
@@ -87,7 +89,12 @@ def _separable_model():
         _node("MatMul", "m,head", "y"),
     )
     pads = {"pads": np.array([0, 0, 1, 0, 0, 0, 0, 1])}
-    outputs = (_spec("y", "N", 5), _spec("t", "N", None, None, 16), _spec("h", "N", 8, None, None))
+    outputs = (
+        _spec("y", "N", 5),
+        _spec("t", "N", None, None, 16),
+        _spec("h", "N", 8, None, None),
+        _spec("v", 2, "N", 8, None, None),
+    )
     graph = _graph(nodes, [_spec("x", "N", 3, 9, 7)], outputs, parameters=params, constants=pads)
     return Model(graph=graph, params=params)
 
@@ -123,7 +130,8 @@ def test_apply_goes_through_jit_and_vmap():
     mapped = jax.vmap(lambda one: apply(model.graph, model.params, {"x": one[None]}))(x)
     for name in at_once:
         np.testing.assert_allclose(jitted[name], at_once[name], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(mapped[name][:, 0], at_once[name], rtol=1e-5, atol=1e-5)
+        one = mapped[name][:, 0] if name != "v" else np.moveaxis(mapped[name][:, :, 0], 0, 1)
+        np.testing.assert_allclose(one, at_once[name], rtol=1e-5, atol=1e-5)
 
 
 def test_apply_maps_over_parameters():
@@ -140,7 +148,8 @@ def test_gradients_of_both_programs_agree():
     inputs = {"x": _random(2, 3, 9, 7)}
 
     def loss(params, platform):
-        return jnp.sum(jnp.square(interpret(model.graph, params, inputs, platform=platform)[0]["y"]))
+        outputs, _ = interpret(model.graph, params, inputs, platform=platform)
+        return jnp.sum(jnp.square(outputs["y"])) + jnp.sum(jnp.square(outputs["v"]))
 
     on_cpu, elsewhere = (jax.grad(loss)(model.params, platform) for platform in ("cpu", "gpu"))
     for name in model.params:
@@ -196,15 +205,16 @@ def test_outputs_that_are_inputs_or_parameters_are_returned():
 
 
 def test_shape_arithmetic_is_done_while_tracing():
-    """Shape -> Gather -> Mul -> Concat -> Reshape, with a size that no 32-bit product could hold on the way."""
+    """Shape -> Gather -> Mul -> Abs -> Div -> Concat -> Reshape; the product needs more than 32 bits."""
     nodes = (
         _node("Shape", "x", "s", start=0),
         _node("Gather", "s,zero", "n", axis=0),
         _node("Mul", "n,large", "p"),
-        _node("Div", "p,large", "q"),
+        _node("Abs", "p", "a"),
+        _node("Div", "a,large", "q"),
         _node("Unsqueeze", "q,axes", "r"),
         _node("Concat", "r,rest", "t", axis=0),
-        _node("Reshape", "x,t", "y", allowzero=0),
+        _node("Reshape", "x,t", "y", allowzero=1),
         _node("Slice", "y,starts,ends,axes_of_slice", "z"),
     )
     constants = {
