@@ -102,7 +102,7 @@ def _digits(w: jax.Array, base: int, count: int) -> list[jax.Array]:
     return [*digits, w]
 
 
-def quantize_to(y: Float[Array, "..."], zero_point: Shaped[Array, ""]) -> Shaped[Array, "..."]:
+def quantize_to(y: Float[Array, "..."], zero_point: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """Returns round_half_even(y) + zero_point, saturated to the zero point's type."""
     info = ml_dtypes.iinfo(zero_point.dtype)
     offset = zero_point.astype(jnp.float32)
@@ -116,7 +116,7 @@ def quantize_shifted(y: Float[Array, "..."], grid: Grid) -> Shaped[Array, "..."]
 
 
 def requantize(
-    total: Int[Array, "..."], multiplier: Float[Array, "..."], zero_point: Shaped[Array, ""]
+    total: Int[Array, "..."], multiplier: Float[Array, "..."], zero_point: Shaped[Array, "..."]
 ) -> Shaped[Array, "..."]:
     """Returns round(float32(total) * multiplier) + zero_point, saturated: the end of a convolution or dot."""
     return quantize_to(total.astype(jnp.float32) * multiplier, zero_point)
