@@ -12,7 +12,7 @@ from ptqjax.errors import DataError
 from ptqjax.ir import Graph, TensorSpec
 
 
-def checked_batches(graph: Graph, batches: Iterable[Mapping[str, Any]] | None) -> Iterator[dict[str, Any]]:
+def checked_batches(graph: Graph, batches: Iterable[Any] | None) -> Iterator[dict[str, Any]]:
     """Yields the batches one by one, each an array for every graph input; the size of a batch may change.
 
     Raises:

@@ -26,15 +26,13 @@ from ptqjax.quantize.placement import ACTIVATION, Site, place
 from ptqjax.quantize.search import encode_constants
 
 
-def calibrate(
-    model: Model, batches: Iterable[Mapping[str, Any]] | None, config: QuantizationConfig | None = None
-) -> Encodings:
+def calibrate(model: Model, batches: Iterable[Any] | None, config: QuantizationConfig | None = None) -> Encodings:
     """Returns the encodings of all tensors that `place` plans to round; see `calibrate_and_report`."""
     return calibrate_and_report(model, batches, config)[0]
 
 
 def calibrate_and_report(
-    model: Model, batches: Iterable[Mapping[str, Any]] | None, config: QuantizationConfig | None = None
+    model: Model, batches: Iterable[Any] | None, config: QuantizationConfig | None = None
 ) -> tuple[Encodings, Report]:
     """Returns the encodings, and a record for each weight whose scale was raised so that its bias fits into int32.
 

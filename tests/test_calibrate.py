@@ -1,0 +1,189 @@
+"""Calibration: streams, any order, bounded memory, and errors that name tensor and batch."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from ptqjax.config import QuantizationConfig
+from ptqjax.errors import DataError
+from ptqjax.ir import Model
+from ptqjax.onnx_io import read
+from ptqjax.quantize import calibrate, calibrate_and_report, choose_encoding, place
+from ptqjax.quantize.calibrate import _step
+
+RNG = np.random.default_rng(0)
+
+
+def floats(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """Conv+Relu, MaxPool, Conv, Add, pool, Gemm, Softmax: ties, a group, a fixed range, three biases."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["c1"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c1"], ["r1"]),
+        helper.make_node("MaxPool", ["r1"], ["p1"], kernel_shape=[1, 1]),
+        helper.make_node("Conv", ["p1", "w2", "b2"], ["c2"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["c2", "p1"], ["a"]),
+        helper.make_node("GlobalAveragePool", ["a"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["f"]),
+        helper.make_node("Gemm", ["f", "w3", "b3"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["y"]),
+    ]
+    arrays = {"w1": floats(8, 3, 3, 3), "b1": floats(8), "w2": floats(8, 8, 3, 3), "b2": floats(8)}
+    arrays |= {"w3": floats(8, 5), "b3": floats(5)}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 12, 12])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 5])],
+        [numpy_helper.from_array(value, name) for name, value in arrays.items()],
+    )
+    return read(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+DATA = [{"x": floats(4, 3, 12, 12) * spread} for spread in (1, 3, 0.5)]
+MIN_MAX = QuantizationConfig(ranges="min-max")
+
+
+@pytest.mark.parametrize("ranges", ["min-max", "sqnr"])
+def test_order_and_grouping_of_batches_do_not_matter(model: Model, ranges: str) -> None:
+    config = QuantizationConfig(ranges=ranges)
+    expected = calibrate(model, DATA, config)
+    joined = [{"x": np.concatenate([batch["x"] for batch in DATA[:2]])}, DATA[2]]  # sizes 8 and 4
+    for found in (calibrate(model, DATA[::-1], config), calibrate(model, iter(joined), config)):
+        assert set(found) == set(expected)
+        for name, encoding in expected.items():
+            # A batch of another size may be summed in another order: float32 rounding in the activations.
+            np.testing.assert_allclose(found[name].scale, encoding.scale, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(found[name].zero_point, encoding.zero_point, atol=1, err_msg=name)
+    reversed_order = calibrate(model, DATA[::-1], config)
+    for name, encoding in expected.items():
+        np.testing.assert_array_equal(reversed_order[name].scale, encoding.scale)
+
+
+def test_encodings_are_those_of_the_float_activations(model: Model) -> None:
+    found = calibrate(model, DATA, MIN_MAX)
+    x = np.concatenate([batch["x"] for batch in DATA])
+    np.testing.assert_array_equal(found["x"].scale, choose_encoding(x, dtype="uint8", ranges="min-max").scale)
+    np.testing.assert_array_equal(
+        found["w2"].scale, choose_encoding(model.params["w2"], ranges="min-max", axis=0).scale
+    )
+    wide = model.params["w1"], model.params["b1"]
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    relu = np.maximum(np.einsum("nchwij,ocij->nohw", windows, wide[0]) + wide[1][:, None, None], 0)
+    np.testing.assert_allclose(found["r1"].scale, relu.max() / 255, rtol=1e-5)
+    assert found["r1"].zero_point == 0
+
+
+def test_exactly_the_sites_have_encodings_and_ties_share_one(model: Model) -> None:
+    found = calibrate(model, DATA, MIN_MAX)
+    assert set(found) == {site.tensor for site in place(model).sites}
+    assert found["p1"] is found["r1"]
+    assert found["y"].scale == np.float32(1 / 255)
+    assert not {"c1", "b1"} & set(found)
+    assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(found))
+
+
+def test_types_follow_the_configuration(model: Model) -> None:
+    config = QuantizationConfig(weights="int4", activations="int16", granularity="tensor", ranges="min-max")
+    found = calibrate(model, DATA, config)
+    assert {found["w1"].dtype, found["x"].dtype} == {"int4", "int16"}
+    assert found["w1"].scale.shape == ()
+
+
+def test_excluded_tensors_have_no_encoding(model: Model) -> None:
+    found = calibrate(model, DATA, QuantizationConfig(ranges="min-max", exclude=("x", "a")))
+    assert not {"x", "a"} & set(found)
+
+
+def test_calibration_changes_nothing_and_repeats_to_the_bit(model: Model) -> None:
+    before = jax.tree.map(np.copy, model.params)
+    first, second = (calibrate(model, DATA) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, model.params, before)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_sqnr_clips_an_outlier_that_min_max_keeps(model: Model) -> None:
+    outlier = model.params["w1"].copy()
+    outlier[0, 0, 0, 0] = 8.0
+    wide, narrow = (
+        calibrate(
+            model.replace(params=model.params | {"w1": outlier}),
+            DATA,
+            QuantizationConfig(weights="int4", granularity="tensor", ranges=ranges),
+        )["w1"]
+        for ranges in ("min-max", "sqnr")
+    )
+    # 3 (8 - c)^2 + 216 (c / 7)^2 / 12 is least where c is 0.9 of 8, if errors of rounding were uniform.
+    assert 0.7 * wide.scale < narrow.scale < 0.97 * wide.scale
+
+
+def test_a_bias_that_does_not_fit_raises_its_weight_and_is_reported(model: Model) -> None:
+    params = model.params | {"w1": model.params["w1"] * np.float32(1e-9)}
+    encodings, report = calibrate_and_report(model.replace(params=params), DATA, MIN_MAX)
+    (record,) = report
+    assert record.where == ("w1", "b1")
+    assert np.abs(params["b1"] / (encodings["x"].scale * encodings["w1"].scale)).max() < 2**31
+
+
+def test_batches_stream_and_each_size_is_compiled_once(model: Model) -> None:
+    alive: list[int] = []
+
+    def stream() -> Iterator[dict[str, np.ndarray]]:
+        for index in range(6):
+            alive.append(index)
+            yield DATA[index % 3] if index != 4 else {"x": DATA[0]["x"][:3]}
+
+    before = _step._cache_size()
+    calibrate(model, stream(), MIN_MAX)
+    assert alive == list(range(6))
+    assert _step._cache_size() - before <= 2
+    after = _step._cache_size()
+    calibrate(model, DATA, QuantizationConfig(ranges="min-max", activations="uint16", weights="int4"))
+    assert _step._cache_size() == after  # widths are not part of the program
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], r"batches is empty; expected at least one mapping \{'x': array\}"),
+        (None, "batches is None; expected an iterable .* statistics .* not yet available"),
+        ({"x": DATA[0]["x"]}, "batches is a dict; expected an iterable of mappings"),
+        (DATA[0]["x"], "batches is a ndarray"),
+        ([DATA[0]["x"]], r"batch 0 is a ndarray; expected a mapping \{'x': array\}"),
+        ([DATA[0], {}], "batch 1 lacks the input 'x'"),
+        ([DATA[0] | {"xs": 1}], "batch 0 has the input 'xs', which the model has not; .* near names: x"),
+        (
+            [DATA[0], {"x": DATA[0]["x"].astype(np.float64)}],
+            "batch 1: input 'x' has the type float64; expected float32",
+        ),
+        ([{"x": DATA[0]["x"][0]}], "batch 0: input 'x' has the shape 3x12x12; expected nx3x12x12"),
+        ([{"x": floats(4, 3, 12, 13)}], "shape 4x3x12x13; expected nx3x12x12"),
+        ([{"x": floats(0, 3, 12, 12)}], "has no elements"),
+        ([DATA[0], {"x": np.full((4, 3, 12, 12), np.inf, np.float32)}], "batch 1: input 'x' holds inf at "),
+    ],
+)
+def test_bad_batches_are_an_error_that_names_the_place(model: Model, batches, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        calibrate(model, batches, MIN_MAX)
+
+
+@pytest.mark.parametrize("ranges", ["min-max", "sqnr"])
+def test_a_tensor_that_overflows_is_named_with_the_first_bad_batch(model: Model, ranges: str) -> None:
+    huge = {"x": np.full((4, 3, 12, 12), 3e38, np.float32)}
+    with pytest.raises(DataError, match="tensor 'r1' is NaN or infinite in batch 1"):
+        calibrate(model, [DATA[0], huge, DATA[1]], QuantizationConfig(ranges=ranges))
+
+
+def test_nan_in_a_parameter_is_named(model: Model) -> None:
+    bad = model.params["w1"].copy()
+    bad[1, 2, 0, 0] = np.nan
+    with pytest.raises(DataError, match=r"'w1' holds nan at \(1, 2, 0, 0\)"):
+        calibrate(model.replace(params=model.params | {"w1": bad}), DATA, MIN_MAX)
