@@ -90,7 +90,7 @@ class Batches:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"'{path}' holds a single array without a name; save it as np.savez(path, input=array)")
             return {name: archive[name] for name in archive.files}

@@ -8,13 +8,11 @@ from typing import Any
 
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ModelError, UnsupportedOperatorError
-from ptqjax.ir import Model, Record, place_of
+from ptqjax.ir import Model, Record, first_quantized_node, place_of
 from ptqjax.ops import find_lowering
 from ptqjax.quantize import Placement, place
 from ptqjax.report.facts import contents
 from ptqjax.transforms import equalize, fold_batch_norms
-
-_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +51,7 @@ def inspect(model: Model, config: QuantizationConfig | None = None) -> Inspectio
 
 
 def _obstacle(model: Model) -> str:
-    node = next((node for node in model.graph.nodes if node.op_type in _QUANTIZED), None)
+    node = first_quantized_node(model.graph)
     return f"the model is quantized already: it holds {place_of(node)}" if node is not None else ""
 
 

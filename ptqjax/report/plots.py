@@ -69,7 +69,7 @@ def _axis(low: int, high: int) -> str:
     step = max(1, -(-(high - low) // _MOST_TICKS))
     lines = []
     for exponent in range(low, high + 1, step):
-        y = _height_of(exponent, low, high)
+        y = _height_of(float(exponent), low, high)
         lines.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         lines.append(f'<text class="tick" text-anchor="end" x="{_LEFT - 5}" y="{y + 3:.1f}">{10.0**exponent:g}</text>')
     return "".join(lines)
