@@ -63,7 +63,7 @@ def correct_biases(
         and appendix D. There the correction is measured layer by layer with a forward pass each.
     """
     layers, left_alone = _find_layers(model, encodings)
-    errors = _mean_errors(model, encodings, layers, batches)
+    errors = _mean_errors(model, encodings, layers, batches or ())
     params = dict(model.params)
     nodes = {node.output: node for node in model.graph.nodes}
     records = []
@@ -160,7 +160,7 @@ def _mean_errors(
     totals = {layer.output: np.zeros((), np.float64) for layer in layers}
     num_samples = 0
     params = jax.device_put(model.params)
-    for batch in batches or ():
+    for batch in batches:
         size = len(next(iter(batch.values())))
         errors = jax.device_get(program(params, encodings, dict(batch)))
         totals = {name: total + size * np.asarray(errors[name], np.float64) for name, total in totals.items()}

@@ -8,6 +8,15 @@ import numpy as np
 
 from ptqjax.ir.graph import Graph, Model, Node
 
+_QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
+
+
+def first_quantized_node(graph: Graph) -> Node | None:
+    """Returns the first node that only a quantized model has; None for a float model."""
+    return next(
+        (node for node in graph.nodes if node.op_type in _QUANTIZED or node.op_type.startswith("QLinear")), None
+    )
+
 
 def only_reader(graph: Graph, tensor: str) -> Node | None:
     """Returns the node that alone reads `tensor`, once; None where there are others or it is a graph output."""

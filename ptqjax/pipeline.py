@@ -1,0 +1,82 @@
+"""The whole flow as one function: a line per stage, no other logic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptqjax.config import QuantizationConfig
+from ptqjax.errors import ModelError
+from ptqjax.fit.bias_correction import correct_biases
+from ptqjax.ir import Model, Report, first_quantized_node, place_of
+from ptqjax.quantize import Encodings, calibrate_and_report
+from ptqjax.transforms import equalize, fold_batch_norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The model as one transform left it."""
+
+    name: str
+    """The transform, in the words of the table that is printed: "fold", "equalize", "correct biases"."""
+    model: Model
+    """The float model after it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A quantized model, and how it came about."""
+
+    model: Model
+    """The float model after all transforms: what `encodings` belong to."""
+    encodings: Encodings
+    """The grid of every quantized tensor."""
+    reports: Mapping[str, Report]
+    """What each transform did and left alone, by transform."""
+    stages: tuple[Stage, ...]
+    """The model after each transform, in order."""
+
+
+def quantize(
+    model: Model, batches: Iterable[Mapping[str, Any]] | None, config: QuantizationConfig | None = None
+) -> Result:
+    """Returns the quantized model: folded, equalized, calibrated and corrected as `config` says.
+
+    Args:
+        model: A float model, as `read` returns it; it stays as it is.
+        batches: Calibration data: arrays by input name, samples along the first axis. Gone through once per stage that
+            needs data; an iterator, which can be gone through only once, is kept in memory.
+        config: What to do; None for the defaults.
+
+    Raises:
+        DataError: The batches do not fit the model.
+        ConfigError: A setting does not fit the model or the data.
+        ModelError: The model is quantized already, or its parameters are not finite.
+    """
+    config = config or QuantizationConfig()
+    batches = tuple(batches) if isinstance(batches, Iterator) else batches
+    _require_float(model)
+    folded, fold_report = fold_batch_norms(model)
+    equalized, equalize_report = equalize(folded, absorb=config.absorb) if config.equalize else (folded, ())
+    encodings, calibrate_report = calibrate_and_report(equalized, batches, config)
+    corrects = config.correct != "none"
+    corrected, correct_report = correct_biases(equalized, encodings, batches) if corrects else (equalized, ())
+    reports = {"fold": fold_report, "equalize": equalize_report}
+    reports |= {"calibrate": calibrate_report, "correct": correct_report}
+    stages = {"fold": folded, "equalize": equalized, "correct": corrected}
+    left_out = {name for name, done in (("equalize", config.equalize), ("correct", corrects)) if not done}
+    return Result(
+        model=corrected,
+        encodings=encodings,
+        reports={name: report for name, report in reports.items() if name not in left_out},
+        stages=tuple(Stage(name=name, model=after) for name, after in stages.items() if name not in left_out),
+    )
+
+
+def _require_float(model: Model) -> None:
+    node = first_quantized_node(model.graph)
+    if node is not None:
+        raise ModelError(
+            f"the model is quantized already: it holds {place_of(node)}; expected a float model: quantize its source"
+        )

@@ -1,0 +1,94 @@
+"""The whole flow: stages in order, what is switched off stays off, bad input is refused before any work."""
+
+import numpy as np
+import onnx
+import onnx.helper as oh
+import onnx.numpy_helper as onh
+import pytest
+
+import ptqjax
+from ptqjax.errors import ConfigError, DataError, ModelError
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(16, 3, 8, 8)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Conv, BN, ReLU6, depthwise Conv, BN, ReLU6, 1x1 Conv: channels of very different ranges."""
+    spread = np.exp(RNG.normal(size=8) * 2.5)
+    norms = {}
+    for name in ("bn1", "bn2"):
+        norms[f"{name}.g"], norms[f"{name}.b"] = RNG.uniform(0.5, 1.5, 8), RNG.normal(size=8)
+        norms[f"{name}.m"], norms[f"{name}.v"] = np.zeros(8), spread**2
+    weights = {
+        "w1": RNG.normal(size=(8, 3, 3, 3)) * spread.reshape(-1, 1, 1, 1) / 5,  # as bn1 expects
+        "w2": RNG.normal(size=(8, 1, 3, 3)),  # folded: spread over four orders
+        "w3": RNG.normal(size=(5, 8, 1, 1)),
+        "lo": np.array(0),
+        "hi": np.array(6),
+    }
+    nodes = [
+        oh.make_node("Conv", ["x", "w1"], ["a"], pads=[1] * 4),
+        oh.make_node("BatchNormalization", ["a", "bn1.g", "bn1.b", "bn1.m", "bn1.v"], ["b"]),
+        oh.make_node("Clip", ["b", "lo", "hi"], ["c"]),
+        oh.make_node("Conv", ["c", "w2"], ["d"], group=8, pads=[1] * 4),
+        oh.make_node("BatchNormalization", ["d", "bn2.g", "bn2.b", "bn2.m", "bn2.v"], ["e"]),
+        oh.make_node("Clip", ["e", "lo", "hi"], ["f"]),
+        oh.make_node("Conv", ["f", "w3"], ["y"]),
+    ]
+    tensors = [onh.from_array(value.astype(np.float32), name) for name, value in (weights | norms).items()]
+    info = oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])
+    out = oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 5, 8, 8])
+    graph = oh.make_graph(nodes, "g", [info], [out], tensors)
+    return ptqjax.read(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=8))
+
+
+def sqnr(model, result):
+    exact = ptqjax.apply(model.graph, model.params, {"x": X})["y"]
+    rounded = ptqjax.simulate(result.model, result.encodings)(result.model.params, result.encodings, {"x": X})["y"]
+    return 10 * np.log10(np.sum(exact**2) / np.sum((exact - rounded) ** 2))
+
+
+def test_equalization_and_correction_recover_what_per_tensor_rounding_lost(model):
+    batches = [{"x": X[:8]}, {"x": X[8:]}]
+    plain = ptqjax.QuantizationConfig(granularity="tensor", equalize=False, correct="none")
+    whole = ptqjax.QuantizationConfig(granularity="tensor")
+    assert sqnr(model, ptqjax.quantize(model, batches, whole)) > sqnr(model, ptqjax.quantize(model, batches, plain)) + 3
+
+
+def test_stages_and_reports_are_those_that_ran(model):
+    batches = [{"x": X}]
+    whole = ptqjax.quantize(model, batches)
+    assert [stage.name for stage in whole.stages] == ["fold", "equalize", "correct"]
+    assert list(whole.reports) == ["fold", "equalize", "calibrate", "correct"]
+    assert whole.stages[-1].model is whole.model
+    config = ptqjax.QuantizationConfig(equalize=False, correct="none")
+    assert [stage.name for stage in ptqjax.quantize(model, batches, config).stages] == ["fold"]
+
+
+def test_an_iterator_is_as_good_as_a_list(model):
+    batches = [{"x": X[:8]}, {"x": X[8:]}]
+    once, again = ptqjax.quantize(model, iter(batches)), ptqjax.quantize(model, batches)
+    assert all(np.array_equal(once.model.params[name], value) for name, value in again.model.params.items())
+
+
+def test_the_same_input_gives_the_same_bits(model):
+    one, two = (ptqjax.quantize(model, [{"x": X}]) for _ in range(2))
+    assert one.encodings.keys() == two.encodings.keys()
+    assert all(np.array_equal(one.encodings[name].scale, two.encodings[name].scale) for name in one.encodings)
+    assert all(np.array_equal(value, two.model.params[name]) for name, value in one.model.params.items())
+
+
+def test_a_quantized_model_is_refused_by_name(model, tmp_path):
+    result = ptqjax.quantize(model, [{"x": X}])
+    ptqjax.export(result.model, result.encodings, tmp_path, "q")
+    with pytest.raises(ModelError, match=r"quantized already: it holds (De)?[Qq]uantizeLinear.*producing.*its source"):
+        ptqjax.quantize(ptqjax.read(tmp_path / "q.onnx"), [{"x": X}])
+
+
+def test_no_data_is_an_error(model):
+    with pytest.raises(DataError, match="batch"):
+        ptqjax.quantize(model, [])
+    with pytest.raises((DataError, ConfigError), match="data"):
+        ptqjax.quantize(model, None)
