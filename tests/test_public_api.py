@@ -16,7 +16,7 @@ import ptqjax
 ROOT = Path(__file__).parents[1]
 REQUIRED = inspect.Parameter.empty
 
-# Function: its leading parameters with their defaults; it may have more, all with defaults.
+# Function: its parameters with their defaults, required ones in order (None: any name); more must have defaults.
 SIGNATURES = {
     "read": [(None, REQUIRED)],
     "write": [("model", REQUIRED), (None, REQUIRED)],
@@ -57,12 +57,15 @@ def test_every_public_name_exists_and_says_what_it_is(name):
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_functions_are_called_as_the_contract_says(name):
-    parameters = list(inspect.signature(getattr(ptqjax, name)).parameters.values())
-    assert len(parameters) >= len(SIGNATURES[name])
-    for found, (wanted, default) in zip(parameters, SIGNATURES[name], strict=False):
-        assert wanted in (None, found.name)
-        assert found.default == default
-    assert all(more.default is not REQUIRED for more in parameters[len(SIGNATURES[name]) :])
+    parameters = inspect.signature(getattr(ptqjax, name)).parameters
+    positional = [found for found in parameters.values() if found.kind is not found.KEYWORD_ONLY]
+    required = [wanted for wanted, default in SIGNATURES[name] if default is REQUIRED]
+    assert all(wanted in (None, found.name) for wanted, found in zip(required, positional, strict=False))
+    assert len(positional) >= len(required)
+    for wanted, default in SIGNATURES[name]:
+        assert wanted is None or parameters[wanted].default == default
+    more = [found for found in parameters.values() if found.name not in dict(SIGNATURES[name])]
+    assert None in required or all(found.default is not REQUIRED for found in more)
 
 
 def test_config_has_the_fields_and_defaults_of_the_contract():

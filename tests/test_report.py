@@ -1,0 +1,167 @@
+"""What a report says: complete, in a stable order, the same for the same run, and readable without a network."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from ptqjax.ir import Graph, Model, Node, Record, TensorSpec
+from ptqjax.quantize import make_encoding
+from ptqjax.report import MeasuredStage, Row, facts, measure, page, to_json
+from ptqjax.report.plots import channel_plot, range_bar, spread
+
+VOID = {"meta", "link", "br", "line", "rect", "circle"}
+
+
+def model(scale: float = 1.0) -> Model:
+    """One dense layer, x w^T, its weight times `scale`."""
+    weight = np.arange(1, 13, dtype=np.float32).reshape(4, 3) * np.float32(scale)
+    float32 = np.dtype("float32")
+    graph = Graph(
+        name="dense",
+        inputs=(TensorSpec(name="x", dtype=float32, shape=("N", 3)),),
+        outputs=(TensorSpec(name="y", dtype=float32, shape=("N", 4)),),
+        nodes=(Node(op_type="Gemm", inputs=("x", "w"), outputs=("y",), attributes=(("transB", 1),)),),
+        parameters=("w",),
+    )
+    return Model(graph=graph, params={"w": weight})
+
+
+def encodings() -> dict:
+    per_channel = np.array([3, 6, 9, 12], np.float32) / np.float32(127)
+    return {
+        "w": make_encoding(per_channel, np.zeros(4, np.float32), dtype="int8", axis=0),
+        "x": make_encoding(np.float32(0.5), np.float32(10), dtype="uint8"),
+    }
+
+
+@pytest.fixture
+def found() -> dict:
+    return facts(
+        source={"model": "<net>.onnx", "num_samples": 3},
+        settings={"weights": "int8", "activations": "uint8", "granularity": "channel"},
+        device="cpu: cpu",
+        rows=[
+            Row(stage="float", metrics={"top1": 0.9}),
+            Row(stage="fold", metrics={"float_sqnr_db": np.inf, "sqnr_db": np.float64(12.5), "agreement": 0.75}),
+        ],
+        records=[
+            Record(
+                transform="fold",
+                done=True,
+                what="folded",
+                where=("y", "w"),
+                before={"ratio": 8.0},
+                after={"ratio": 2.0},
+            ),
+            Record(transform="fold", done=False, what="left alone", where=("x",), reason="it has <two> readers & more"),
+        ],
+        encodings=encodings(),
+        before=model(2.0),
+        after=model(),
+    )
+
+
+class Balance(HTMLParser):
+    """Fails where a tag is closed that is not the last one opened; collects what would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.fetched = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+        self.fetched += [tag] if tag in ("script", "link", "iframe") else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def test_json_is_the_same_for_the_same_run_and_holds_everything(found):
+    text = to_json(found)
+    assert text == to_json(found)
+    data = json.loads(text)
+    assert list(data) == [
+        "source",
+        "settings",
+        "device",
+        "versions",
+        "model",
+        "stages",
+        "records",
+        "encodings",
+        "weight_ranges",
+    ]
+    assert data["stages"][1]["metrics"]["float_sqnr_db"] == "inf"  # JSON has no infinity
+    assert data["records"][1]["reason"] == "it has <two> readers & more"
+    assert {"python", "jax", "numpy", "onnx"} <= set(data["versions"])
+
+
+def test_a_grid_is_described_by_the_range_it_spans(found):
+    x, w = found["encodings"]["x"], found["encodings"]["w"]
+    assert (x["kind"], x["dtype"], x["minimum"], x["maximum"]) == ("activation", "uint8", -5.0, 122.5)
+    assert (w["kind"], w["axis"]) == ("weight", 0)
+    assert w["maximum"] == pytest.approx(12.0)
+    assert w["scale"] == pytest.approx([3 / 127, 6 / 127, 9 / 127, 12 / 127])
+
+
+def test_weight_ranges_are_per_output_channel_before_and_after(found):
+    assert found["weight_ranges"] == {"w": {"before": [6.0, 12.0, 18.0, 24.0], "after": [3.0, 6.0, 9.0, 12.0]}}
+
+
+def test_page_is_well_formed_and_fetches_nothing(found):
+    parser = Balance()
+    parser.feed(page(found))
+    assert parser.open == []
+    assert parser.fetched == []
+    assert not re.search(r"url\(|@import|https?://", page(found))
+
+
+def test_page_escapes_names_and_says_what_was_left_alone_and_why(found):
+    html = page(found)
+    assert "&lt;net&gt;.onnx" in html
+    assert "it has &lt;two&gt; readers &amp; more" in html
+    assert "1 done, 1 left alone" in html
+    assert "exact" in html  # the SQNR of a stage that changed nothing
+
+
+def test_page_of_a_run_without_samples_or_transforms(found):
+    assert "No transform ran" in page(found | {"stages": [], "records": []})
+
+
+def test_plot_draws_every_channel_twice_even_dead_ones():
+    svg = channel_plot([0.0, 1.0, 1e-30], [1.0, 1.0, 0.0], label="a < b")
+    assert svg.count("<circle") == 6
+    assert "nan" not in svg
+    assert "a &lt; b" in svg
+
+
+@pytest.mark.parametrize("ranges", [[0.0], [0.0, 0.0], [1e-38, 1e38], [5.0]])
+def test_plot_of_any_ranges_stays_inside_its_frame(ranges):
+    heights = [float(y) for y in re.findall(r'cy="([^"]+)"', channel_plot(ranges, ranges, label=""))]
+    assert all(0 <= height <= 132 for height in heights)
+
+
+def test_spread_leaves_dead_channels_out():
+    assert spread([0.0, 1e-9, 2.0, 8.0]) == 4.0
+    assert spread([0.0, 0.0]) == 1.0
+
+
+def test_bar_of_an_empty_range_is_still_visible():
+    assert 'width="0.8"' in range_bar(0.0, 0.0, extent=0.0)
+
+
+def test_measure_compares_with_the_float_model():
+    source = model()
+    batches = [{"x": np.eye(3, dtype=np.float32)}, {"x": -np.eye(3, dtype=np.float32)}]
+    labels = np.array([3, 3, 3, 0, 0, 0])
+    stage = MeasuredStage(name="fold", model=source, encodings=encodings(), keeps_function=True)
+    first, second = measure(source, [stage], batches, labels)
+    assert (first.stage, first.metrics) == ("float", {"top1": 1.0})
+    assert second.metrics["float_sqnr_db"] == np.inf
+    assert 20 < second.metrics["sqnr_db"] < 70  # 7 bits of weight: 6 dB a bit, x on a coarse grid that holds 0 and 1
