@@ -12,6 +12,8 @@ from ptqjax.kernels.grouped import View, respond_to_constant, scale_inputs, scal
 from ptqjax.kernels.namespace import array_namespace
 
 Channels = Float[Array | np.ndarray, " c"]
+Inputs = Float[Array | np.ndarray, " inputs"]
+Outputs = Float[Array | np.ndarray, " outputs"]
 
 
 def batch_norm_as_affine(
@@ -23,12 +25,12 @@ def batch_norm_as_affine(
     return scale, beta - scale * mean
 
 
-def fold_after(view: View, bias: Channels, scale: Channels, shift: Channels) -> tuple[View, Channels]:
+def fold_after(view: View, bias: Outputs, scale: Outputs, shift: Outputs) -> tuple[View, Outputs]:
     """Returns weight view and bias of x -> scale (w x + b) + shift, scale and shift per output channel."""
     return scale_outputs(view, scale), bias * scale + shift
 
 
-def fold_before(view: View, bias: Channels, scale: Channels, shift: Channels) -> tuple[View, Channels]:
+def fold_before(view: View, bias: Outputs, scale: Inputs, shift: Inputs) -> tuple[View, Outputs]:
     """Returns weight view and bias of x -> w (scale x + shift) + b, scale and shift per input channel.
 
     Exact where the layer does not pad, or shift is zero: padding puts zeros where a shifted zero would have to be.

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from ptqjax.ir import Graph, Model, Node, Statistics, fresh_name, is_private, only_reader, rebuild
 from ptqjax.kernels.grouped import grouped_view, ungrouped_view
 from ptqjax.kernels.namespace import array_namespace
@@ -123,11 +125,13 @@ def rewrite(model: Model, layer: Linear, view: Any, bias: Any | None = None, *, 
         output: The tensor to produce; "" for the present one.
     """
     old = model.params[layer.weight]
-    params = {layer.weight: ungrouped_view(view, old.shape, inputs_first=layer.inputs_first).astype(old.dtype)}
+    params = {layer.weight: ungrouped_view(view, old.shape, inputs_first=layer.inputs_first)}
     name = layer.bias
     if bias is not None:
         name = name or fresh_name(model.graph, f"{layer.output}_bias")
-        params[name] = bias.astype(old.dtype)
+        params[name] = bias
+    with np.errstate(over="ignore"):  # infinities are found by those who can make them: `fold`
+        params = {name: value.astype(old.dtype) for name, value in params.items()}
     output = output or layer.output
     if layer.bias_node is not None:
         return Edit(params=params, nodes={layer.output: (replace(layer.bias_node, outputs=(output,)),)})
