@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,34 +73,26 @@ class _Plan:
     """How."""
 
 
-class _Progress(flax.struct.PyTreeNode):
-    """What the stream of batches has shown so far."""
-
-    state: Any
-    """The scheme's state."""
-    first_bad: jax.Array
-    """Per tensor the index of the first batch in which it was not finite, or -1."""
-
-
 def _encode_observed(
     model: Model, data: Iterable[Mapping[str, Any]], sites: Sequence[Site], scheme: RangeScheme
 ) -> dict[str, Encoding]:
     tensors = tuple(site.tensor for site in sites)
-    progress = _Progress(state=scheme.init(len(tensors)), first_bad=jnp.full((len(tensors),), -1, dtype=jnp.int32))
+    state = scheme.init(len(tensors))
     plan = _Plan(graph=model.graph, tensors=tensors, scheme=scheme)
     params = jax.device_put(dict(model.params))
     for index, inputs in enumerate(data):
-        progress = _step(plan, params, progress, inputs, np.int32(index))
-    _check_finite(tensors, np.asarray(progress.first_bad))
+        state, is_finite = _step(plan, params, state, inputs)
+        # Waits for the step: JAX would otherwise run ahead and hold many batches at once.
+        _check_finite(tensors, np.asarray(is_finite), index)
     kind = stack_kinds([(*integer_range(site.dtype), site.symmetric) for site in sites])
-    lowest, highest = scheme.finish(progress.state, kind)
+    lowest, highest = scheme.finish(state, kind)
     scale, zero_point = grid_of_range(np.asarray(lowest), np.asarray(highest), kind)
     return {site.tensor: make_encoding(scale[i], zero_point[i], dtype=site.dtype) for i, site in enumerate(sites)}
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(plan: _Plan, params: dict[str, Any], progress: _Progress, inputs: dict[str, Any], index: Any) -> _Progress:
-    """Returns the progress after one batch: the forward pass and all tensors' observations in one program."""
+def _step(plan: _Plan, params: dict[str, Any], state: Any, inputs: dict[str, Any]) -> tuple[Any, jax.Array]:
+    """Returns the state after one batch, and which tensors were finite; forward pass and observers in one program."""
     tensors, wanted = plan.tensors, frozenset(plan.tensors)
     _, observed = interpret(
         plan.graph, params, inputs, intercept=lambda name, value, _: (value, value if name in wanted else None)
@@ -109,19 +100,15 @@ def _step(plan: _Plan, params: dict[str, Any], progress: _Progress, inputs: dict
     absent = [name for name in tensors if name not in observed]
     if absent:
         raise ModelError(f"tensor '{absent[0]}' depends on constants alone; fold it into a parameter, or exclude it")
-    state = plan.scheme.update(progress.state, [observed[name] for name in tensors], num_samples(inputs))
+    state = plan.scheme.update(state, [observed[name] for name in tensors], num_samples(inputs))
     extremes = plan.scheme.extremes(state)
-    is_bad = ~(jnp.isfinite(extremes.lowest) & jnp.isfinite(extremes.highest))
-    is_first = is_bad & (progress.first_bad < 0)
-    return _Progress(state=state, first_bad=jnp.where(is_first, index, progress.first_bad))
+    return state, jnp.isfinite(extremes.lowest) & jnp.isfinite(extremes.highest)
 
 
-def _check_finite(tensors: tuple[str, ...], first_bad: np.ndarray) -> None:
-    bad = np.flatnonzero(first_bad >= 0)
-    if bad.size:
-        worst = bad[np.argmin(first_bad[bad])]  # the first tensor in order of computation, of the first batch
+def _check_finite(tensors: tuple[str, ...], is_finite: np.ndarray, index: int) -> None:
+    if not is_finite.all():
         raise DataError(
-            f"tensor '{tensors[worst]}' is NaN or infinite in batch {first_bad[worst]}; "
+            f"tensor '{tensors[int(np.argmin(is_finite))]}' is NaN or infinite in batch {index}; "
             "check the model in float on that batch, or exclude the tensor"
         )
 
