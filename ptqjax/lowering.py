@@ -46,7 +46,7 @@ def apply(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) ->
         DataError: An input is missing, unknown, or of another type or shape than the graph declares.
         UnsupportedOperatorError: A node has no lowering.
     """
-    inputs = _checked_inputs(graph, inputs)
+    inputs = checked_inputs(graph, inputs)
     _check_params(graph, params)
     params = {name: params[name] for name in graph.parameters}
     with _precision(graph, params, inputs):
@@ -209,7 +209,7 @@ def _default_platform() -> str:
     return device if isinstance(device, str) else device.platform
 
 
-def _checked_inputs(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def checked_inputs(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the inputs as arrays, in the graph's order.
 
     Raises:

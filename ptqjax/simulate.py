@@ -14,7 +14,7 @@ import jax
 
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model
-from ptqjax.lowering import Intercept, apply, interpret
+from ptqjax.lowering import Intercept, apply, checked_inputs, interpret
 from ptqjax.quantize.bias import bias_encoding, bias_sites
 from ptqjax.quantize.encodings import Encoding, Encodings, fake_quantize
 from ptqjax.quantize.qdq import check_tensors, grid_dtypes, insert_qdq
@@ -44,11 +44,11 @@ def simulate(model: Model, encodings: Encodings, *, arithmetic: str = "float") -
     """
     check_tensors(model.graph, encodings)
     if arithmetic == "float":
-        return partial(_float_program, model.graph)
+        return _with_checks(model.graph, partial(_float_program, model.graph))
     if arithmetic == "integer":
         dtypes = tuple(sorted(grid_dtypes(encodings).items()))
         fused, _ = fuse_quantized(insert_qdq(model, encodings, dtypes=dict(dtypes)))
-        return partial(_integer_program, _IntegerGraphs(model.graph, fused.graph, dtypes))
+        return _with_checks(model.graph, partial(_integer_program, _IntegerGraphs(model.graph, fused.graph, dtypes)))
     raise ConfigError(f"arithmetic={arithmetic!r} is unknown; expected float or integer")
 
 
@@ -62,6 +62,19 @@ def fake_quantization(graph: Graph, encodings: Encodings) -> Intercept:
         return fake_quantize(value, _in_layout(grids[name], value.ndim, channel_axis)), None
 
     return intercept
+
+
+def _with_checks(graph: Graph, program: Simulation) -> Simulation:
+    """Returns `program`, on inputs that fit the graph.
+
+    Raises:
+        DataError: An input is missing, unknown, or of another type or shape than the graph declares.
+    """
+
+    def run(params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
+        return program(params, encodings, checked_inputs(graph, inputs))
+
+    return run
 
 
 @partial(jax.jit, static_argnums=0)

@@ -104,9 +104,8 @@ def _is_implied(model: Model, activation: Node, quantizer: Node) -> bool:
     if low is None or high is None:
         return False
     step, offset = np.float32(scale.item()), int(zero_point.item())
-    return (
-        np.rint(np.float32(low) / step) + offset <= info.min and np.rint(np.float32(high) / step) + offset >= info.max
-    )
+    smallest, largest = (np.rint(np.float32(bound) / step) + offset for bound in (low, high))
+    return bool(smallest <= info.min and largest >= info.max)
 
 
 def _bound(model: Model, clip: Node, index: int, absent: float) -> float | None:
