@@ -45,7 +45,8 @@ def random_input(model: Model, seed: int) -> dict[str, np.ndarray]:
 def outputs(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
     """What ONNX's own evaluator makes of the model for a random input: an oracle that compiles nothing."""
     names = [found.name for found in model.graph.outputs]
-    if any(found.op_type == "ConvTranspose" for found in model.graph.nodes):  # fails in onnx 1.23 where it is grouped
+    # In onnx 1.23 it fails on grouped ConvTranspose, and mistakes the batch norms of operator sets before 14.
+    if any(found.op_type == "ConvTranspose" for found in model.graph.nodes) or model.graph.opset() < 14:
         return {name: np.asarray(y) for name, y in apply(model.graph, model.params, random_input(model, seed)).items()}
     with np.errstate(all="ignore"):
         values = ReferenceEvaluator(to_proto(model)).run(names, random_input(model, seed))

@@ -12,13 +12,22 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ptqjax.kernels.grouped import View, input_ranges, output_ranges, respond_to_constant, scale_inputs, scale_outputs
+from ptqjax.kernels.grouped import (
+    Inputs,
+    Outputs,
+    View,
+    input_ranges,
+    output_ranges,
+    respond_to_constant,
+    scale_inputs,
+    scale_outputs,
+)
 from ptqjax.kernels.namespace import array_namespace
 
 Channels = Float[Array | np.ndarray, " c"]
 Mask = Bool[Array | np.ndarray, " c"]
 TapRanges = Float[Array | np.ndarray, "g o i"]
-Scalar = Float[Array | np.ndarray | np.generic, ""]  # a sum in NumPy is no array
+Scalar = Float[Array | np.ndarray | np.floating, ""]  # a sum in NumPy is no array
 NextView = Float[Array | np.ndarray, "h p j m"]  # the view of the layer that reads the channels: a shape of its own
 NextBias = Float[Array | np.ndarray, " q"]
 
@@ -30,7 +39,7 @@ def tap_ranges(view: View) -> TapRanges:
     return magnitudes[..., 0] if view.shape[3] == 1 else magnitudes.max(axis=3)
 
 
-def ranges_of_outputs(ranges: TapRanges, log_input_scale: Channels | None) -> Channels:
+def ranges_of_outputs(ranges: TapRanges, log_input_scale: Inputs | None) -> Outputs:
     """Returns the weight range of each output channel once the inputs' columns are multiplied by their scales."""
     xp = array_namespace(ranges, log_input_scale)
     if log_input_scale is not None:
@@ -38,7 +47,7 @@ def ranges_of_outputs(ranges: TapRanges, log_input_scale: Channels | None) -> Ch
     return ranges.max(axis=2).reshape(-1)
 
 
-def ranges_of_inputs(ranges: TapRanges, log_output_scale: Channels | None) -> Channels:
+def ranges_of_inputs(ranges: TapRanges, log_output_scale: Outputs | None) -> Inputs:
     """Returns the weight range of each input channel once the outputs' rows are divided by their scales."""
     xp = array_namespace(ranges, log_output_scale)
     if log_output_scale is not None:
