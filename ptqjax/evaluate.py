@@ -71,9 +71,12 @@ def evaluate(
             num_same += int(np.count_nonzero(classes == predicted(_first(wanted))))
             signal, noise = signal + _energy(wanted), noise + _energy(wanted, outputs)
         num_samples += len(classes)
-    if not num_samples or (labels is not None and len(labels) != num_samples):
-        found = "no samples" if not num_samples else f"{num_samples} samples and {len(labels or ())} labels"
-        raise DataError(f"there are {found} to evaluate on; expected at least one sample, and a label for each")
+    num_labels = num_samples if labels is None else len(labels)
+    if not num_samples or num_labels != num_samples:
+        raise DataError(
+            f"there are {num_samples} samples and {num_labels} labels to evaluate on; "
+            "expected at least one sample, and a label for each"
+        )
     return Evaluation(
         num_samples=num_samples,
         top1=None if labels is None else num_right / num_samples,
