@@ -129,15 +129,18 @@ def _balanced(chain: _Chain, sizes: Sequence[Any | None], limit: float) -> list[
     factor common to all channels are the neighbours' common factors: these are found at once in the end.
     """
     scales: list[Any] = [None] * len(sizes)
+    changes: list[float] = [np.inf] * len(sizes)
     for sweep in range(_SWEEPS):
-        change = 0.0
         for index, size in enumerate(sizes):
+            near = (index, chain.before[index], chain.behind[index])
+            if all(changes[other] < _CONVERGED for other in near if other is not None):
+                continue  # nothing around it has moved
             asked = log_scales(*chain.ranges_around(scales, index), size, limit=limit)
             asked = asked - asked.mean()
             old = asked * 0 if sweep == 0 else scales[index]
             scales[index] = asked if sweep == 0 else old + _STEP * (asked - old)
-            change = np.inf if is_traced(asked) else max(change, float(abs(asked - old).max()))
-        if change < _CONVERGED:
+            changes[index] = np.inf if is_traced(asked) else float(abs(asked - old).max())
+        if max(changes) < _CONVERGED:
             break
     levels = [level(*chain.ranges_around(scales, index), scale) for index, scale in enumerate(scales)]
     numbers = range(len(sizes))
