@@ -216,3 +216,14 @@ def test_zero_points_of_zeros_are_left_out():
     (product,) = (each for each in fused.graph.nodes if each.op_type == "QLinearMatMul")
     assert not product.inputs[5]
     assert set(fused.params) < set(quantized.params)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounded_once_is_a_fused_multiply_add(seed):
+    random = np.random.default_rng(seed)
+    x = np.exp(random.normal(size=100_000) * 3).astype(np.float32)
+    q = random.integers(-255, 256, x.size).astype(np.float32)
+    c = (random.normal(size=x.size) * 300).astype(np.float32)
+    exact = (x.astype(np.longdouble) * q + c).astype(np.float32)  # 64 bits of mantissa: the product is exact
+    rounded_once = jax.jit(integer._rounded_once)
+    np.testing.assert_array_equal(np.asarray(rounded_once(x, q, c)), exact)
