@@ -10,7 +10,7 @@ from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ModelError
 from ptqjax.fit.bias_correction import correct_biases
 from ptqjax.ir import Model, Report, first_quantized_node, place_of
-from ptqjax.quantize import Encodings, calibrate_and_report
+from ptqjax.quantize import Encodings, calibrate_and_report, guard_biases
 from ptqjax.transforms import equalize, fold_batch_norms
 
 
@@ -62,8 +62,9 @@ def quantize(
     encodings, calibrate_report = calibrate_and_report(equalized, batches, config)
     corrects = config.correct != "none"
     corrected, correct_report = correct_biases(equalized, encodings, batches) if corrects else (equalized, ())
+    encodings, guard_report = guard_biases(corrected, encodings)  # corrected biases may have grown
     reports = {"fold": fold_report, "equalize": equalize_report}
-    reports |= {"calibrate": calibrate_report, "correct": correct_report}
+    reports |= {"calibrate": calibrate_report, "correct": (*correct_report, *guard_report)}
     stages = {"fold": folded, "equalize": equalized, "correct": corrected}
     left_out = {name for name, done in (("equalize", config.equalize), ("correct", corrects)) if not done}
     return Result(
