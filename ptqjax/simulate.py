@@ -59,9 +59,20 @@ def fake_quantization(graph: Graph, encodings: Encodings) -> Intercept:
     def intercept(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, None]:
         if name not in grids:
             return value, None
+        if name in graph.parameters:
+            return _rounded_parameter(value, grids[name]), None
         return fake_quantize(value, _in_layout(grids[name], value.ndim, channel_axis)), None
 
     return intercept
+
+
+def _rounded_parameter(parameter: jax.Array, encoding: Encoding) -> jax.Array:
+    """Returns `parameter` rounded to its grid, in a branch of its own, which nothing is fused into.
+
+    Otherwise XLA rounds a depthwise kernel again for each element of the output (MobileNetV2: 0.45 s against 0.29 s);
+    it drops optimization barriers before it fuses.
+    """
+    return jax.lax.cond(encoding.enabled, lambda: fake_quantize(parameter, encoding), lambda: parameter)
 
 
 def _with_checks(graph: Graph, program: Simulation) -> Simulation:
