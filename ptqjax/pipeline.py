@@ -58,7 +58,10 @@ def quantize(
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
     _require_float(model)
     folded, fold_report = fold_batch_norms(model)
-    equalized, equalize_report = equalize(folded, absorb=config.absorb) if config.equalize else (folded, ())
+    per_tensor = config.granularity == "tensor"  # else each channel has a quantizer of its own, and nothing to share
+    equalized, equalize_report = (
+        equalize(folded, absorb=config.absorb, scale=per_tensor) if config.equalize else (folded, ())
+    )
     encodings, calibrate_report = calibrate_and_report(equalized, batches, config)
     corrects = config.correct != "none"
     corrected, correct_report = correct_biases(equalized, encodings, batches) if corrects else (equalized, ())

@@ -343,3 +343,16 @@ def test_real_networks_are_equalized_in_no_time(shared: Path, name: str, count: 
     assert sum(scaled(report)) == count
     _, second = equalize(after)
     assert not any(record.done for record in second)
+
+
+def test_scaling_that_is_switched_off_says_so_at_every_interface():
+    model = mobile_block()
+    _, report = equalize(model)
+    left, left_report = equalize(model, scale=False)
+    looked_at = [record.where[0] for record in report if record.transform == "scale_channels" and record.done]
+    off = [record for record in left_report if record.transform == "scale_channels"]
+    assert looked_at
+    assert [record.where[0] for record in off] == looked_at
+    assert not any(record.done for record in off)
+    assert "Min" not in {node.op_type for node in left.graph.nodes}
+    assert_same_function(left, model, 1e-12)

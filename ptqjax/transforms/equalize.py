@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptqjax.errors import ConfigError, PtqjaxWarning
-from ptqjax.ir import Model, Report
+from ptqjax.ir import Model, Record, Report
 from ptqjax.transforms.absorb import absorb_biases
 from ptqjax.transforms.constant_channels import remove_constant_channels
 from ptqjax.transforms.fold import fold_batch_norms
@@ -19,7 +19,12 @@ _ABSORPTIONS = ("exact", "off")
 
 
 def equalize(
-    model: Model, absorb: str = "exact", *, limit: float | None = 2.0, magnitudes: Mapping[str, Any] | None = None
+    model: Model,
+    absorb: str = "exact",
+    *,
+    scale: bool = True,
+    limit: float | None = 2.0,
+    magnitudes: Mapping[str, Any] | None = None,
 ) -> tuple[Model, Report]:
     """Returns the equalized model, which computes what `model` computes, and what was done place by place.
 
@@ -31,6 +36,8 @@ def equalize(
     Args:
         model: The float model, with its batch norms where possible.
         absorb: "exact" absorbs what provably keeps the function, "off" nothing.
+        scale: Whether to scale channels. Where each channel of a weight has a quantizer of its own, their ranges need
+            not be alike, and scaling costs activations their range: there it is best left out.
         limit: See `scale_channels`.
         magnitudes: See `scale_channels`.
 
@@ -43,11 +50,26 @@ def equalize(
     if absorb not in _ABSORPTIONS:
         raise ConfigError(f"absorb={absorb!r} is unknown; expected one of {', '.join(map(repr, _ABSORPTIONS))}")
     model, folded = fold_batch_norms(model)
-    _warn_without_statistics(model)
+    if scale:
+        _warn_without_statistics(model)
     model, removed = remove_constant_channels(model)
     model, absorbed = absorb_biases(model) if absorb == "exact" else (model, ())
-    model, scaled = scale_channels(model, limit=limit, magnitudes=magnitudes)
+    model, scaled = scale_channels(model, limit=limit, magnitudes=magnitudes) if scale else (model, _unscaled(model))
     return model, (*folded, *removed, *absorbed, *scaled)
+
+
+def _unscaled(model: Model) -> Report:
+    interfaces, _ = find_interfaces(model, linear_layers(model))
+    return tuple(
+        Record(
+            transform="scale_channels",
+            done=False,
+            what="left alone",
+            where=(interface.tensors[-1], interface.producer.weight, interface.consumer.weight),
+            reason="scaling is switched off: the ranges of channels need not be alike",
+        )
+        for interface in interfaces
+    )
 
 
 def _warn_without_statistics(model: Model) -> None:
