@@ -45,7 +45,8 @@ class QuantizationConfig:
     ranges: str = "sqnr"
     """How ranges are chosen, one of `RANGES`."""
     equalize: bool = True
-    """Whether the pipeline equalizes the ranges of channels across layers."""
+    """Whether the pipeline removes constant channels, absorbs biases and, where the channels of a weight share a scale
+    (granularity "tensor"), scales them between layers."""
     absorb: str = "exact"
     """Whether the pipeline absorbs high biases, one of `ABSORPTIONS`."""
     correct: str = "empirical"
