@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptqjax.config import QuantizationConfig
-from ptqjax.errors import ModelError
 from ptqjax.fit.bias_correction import correct_biases
-from ptqjax.ir import Model, Report, first_quantized_node, place_of
-from ptqjax.quantize import Encodings, calibrate_and_report, guard_biases
+from ptqjax.ir import Model, Report
+from ptqjax.quantize import Encodings, calibrate_and_report, check_not_quantized, guard_biases
 from ptqjax.transforms import equalize, fold_batch_norms
 
 
@@ -52,11 +51,11 @@ def quantize(
     Raises:
         DataError: The batches do not fit the model.
         ConfigError: A setting does not fit the model or the data.
-        ModelError: The model is quantized already, or its parameters are not finite.
+        ModelError: The model is quantized already, is not in float32, or its parameters are not finite.
     """
     config = config or QuantizationConfig()
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
-    _require_float(model)
+    check_not_quantized(model)
     folded, fold_report = fold_batch_norms(model)
     per_tensor = config.granularity == "tensor"  # else each channel has a quantizer of its own, and nothing to share
     equalized, equalize_report = (
@@ -76,11 +75,3 @@ def quantize(
         reports={name: report for name, report in reports.items() if name not in left_out},
         stages=tuple(Stage(name=name, model=after) for name, after in stages.items() if name not in left_out),
     )
-
-
-def _require_float(model: Model) -> None:
-    node = first_quantized_node(model.graph)
-    if node is not None:
-        raise ModelError(
-            f"the model is quantized already: it holds {place_of(node)}; expected a float model: quantize its source"
-        )

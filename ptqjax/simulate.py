@@ -52,9 +52,9 @@ def simulate(model: Model, encodings: Encodings, *, arithmetic: str = "float") -
     raise ConfigError(f"arithmetic={arithmetic!r} is unknown; expected float or integer")
 
 
-def fake_quantization(graph: Graph, encodings: Encodings) -> Intercept:
-    """Returns what `interpret` calls to run `graph` as the float program: each tensor and bias rounded to its grid."""
-    grids = _with_biases(graph, encodings)
+def fake_quantization(model: Model, encodings: Encodings) -> Intercept:
+    """Returns what `interpret` calls to run `model` as the float program: each tensor and bias rounded to its grid."""
+    graph, grids = model.graph, _with_biases(model, encodings)
 
     def intercept(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, None]:
         if name not in grids:
@@ -92,7 +92,8 @@ def _with_checks(graph: Graph, program: Simulation) -> Simulation:
 def _float_program(
     graph: Graph, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-    return interpret(graph, params, inputs, intercept=fake_quantization(graph, encodings))[0]
+    model = Model(graph=graph, params=dict(params))
+    return interpret(graph, params, inputs, intercept=fake_quantization(model, encodings))[0]
 
 
 class _IntegerGraphs(NamedTuple):
@@ -115,9 +116,9 @@ def _integer_program(
     return apply(graphs.fused, {name: quantized.params[name] for name in graphs.fused.parameters}, inputs)
 
 
-def _with_biases(graph: Graph, encodings: Encodings) -> Encodings:
+def _with_biases(model: Model, encodings: Encodings) -> Encodings:
     """Returns the encodings with those of the biases, which follow from input and weight."""
-    biases = ((site.bias, bias_encoding(encodings, site)) for site in bias_sites(graph))
+    biases = ((site.bias, bias_encoding(encodings, site)) for site in bias_sites(model))
     return encodings | {name: encoding for name, encoding in biases if encoding is not None}
 
 

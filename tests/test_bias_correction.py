@@ -9,8 +9,9 @@ import pytest
 
 from ptqjax import onnx_io
 from ptqjax.config import QuantizationConfig
-from ptqjax.errors import DataError
+from ptqjax.errors import ConfigError, DataError
 from ptqjax.fit import bias_correction, correct_biases
+from ptqjax.ir import Model
 from ptqjax.lowering import interpret
 from ptqjax.quantize import calibrate
 from ptqjax.simulate import fake_quantization
@@ -63,7 +64,7 @@ def matmuls():
 
 def outputs_of(graph, params, batch, names, encodings):
     """The tensors `names` in ONNX's layout, before they are quantized; biases are not rounded."""
-    quantize = fake_quantization(graph, encodings)
+    quantize = fake_quantization(Model(graph=graph, params=params), encodings)
 
     def intercept(name, value, channel_axis):
         seen = jnp.moveaxis(value, channel_axis, 1) if name in names else None
@@ -143,7 +144,7 @@ def test_a_shared_bias_and_a_matmul_without_bias_are_left_alone_with_a_reason():
     assert {record.where[0]: record.reason for record in report} == {
         "a": "its bias 'b' is shared with another node",
         "c": "its bias 'b' is shared with another node",
-        "y": "a MatMul without an Add of a constant behind it has no bias",
+        "y": "a MatMul without an Add of one number per channel behind it has no bias",
     }
 
 
@@ -158,8 +159,57 @@ def test_one_number_for_all_channels_becomes_one_per_channel():
 def test_no_batches_is_an_error():
     model, _ = convolutions()
     encodings = calibrate(model, [{"x": np.abs(normal(4, 3, 8, 8, seed=9))}], PER_TENSOR)
-    with pytest.raises(DataError, match="at least one batch"):
+    with pytest.raises(DataError, match="batches is empty; expected at least one"):
         correct_biases(model, encodings, [])
+    with pytest.raises(DataError, match="batches is None"):
+        correct_biases(model, encodings, None)
+
+
+X = np.abs(normal(4, 3, 8, 8, seed=9))
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ({"x": X}, "batches is a dict; expected an iterable of mappings"),
+        ([{}], "batch 0 lacks the input 'x'"),
+        ([{"xs": X}], "batch 0 has the input 'xs', which the model has not"),
+        ([{"x": X[:, :2]}], "batch 0: input 'x' has the shape 4x2x8x8; expected nx3x8x8"),
+        ([{"x": X.astype(np.float64)}], "batch 0: input 'x' has the type float64; expected float32"),
+        ([{"x": X[:0]}], "has no elements"),
+        ([{"x": X}, {"x": np.where(X.max() == X, np.nan, X)}], "batch 1: input 'x' holds nan at"),
+        ([{"x": X}, {"x": X * np.float32(1e38)}], "tensor 'a' is NaN or infinite in batch 1"),
+    ],
+)
+def test_bad_batches_are_an_error_that_names_the_place(batches, message):
+    model, _ = convolutions()
+    encodings = calibrate(model, [{"x": X}], PER_TENSOR)
+    with np.errstate(all="ignore"), pytest.raises(DataError, match=message):
+        correct_biases(model, encodings, batches)
+
+
+def test_an_encoding_of_another_model_is_an_error():
+    model, _ = convolutions()
+    encodings = calibrate(model, [{"x": X}], PER_TENSOR)
+    with pytest.raises(ConfigError, match="there is an encoding for 'w9', but the model has no such tensor"):
+        correct_biases(model, encodings | {"w9": encodings["w1"]}, [{"x": X}])
+
+
+def test_a_bias_along_another_axis_is_left_alone():
+    nodes = [oh.make_node("MatMul", ["x", "w"], ["m"]), oh.make_node("Add", ["m", "b"], ["y"])]
+    model = read(nodes, {"w": normal(5, 4, seed=0), "b": normal(4, 1, seed=1)}, shape=(4, 5))
+    batch = {"x": normal(3, 4, 5, seed=9)}
+    corrected, (record,) = correct_biases(model, calibrate(model, [batch], PER_TENSOR), [batch])
+    np.testing.assert_array_equal(corrected.params["b"], model.params["b"])
+    assert not record.done
+
+
+def test_a_product_of_two_activations_is_no_layer():
+    nodes = [oh.make_node("Relu", ["x"], ["r"]), oh.make_node("Conv", ["x", "r"], ["y"])]
+    model = read(nodes, {}, shape=(3, 2, 2))
+    batch = {"x": normal(3, 3, 2, 2, seed=9)}
+    corrected, report = correct_biases(model, calibrate(model, [batch], PER_TENSOR), [batch])
+    assert (corrected.graph, report) == (model.graph, ())
 
 
 def test_one_program_serves_all_batches_of_a_size(monkeypatch):

@@ -8,11 +8,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ptqjax.config import QuantizationConfig
-from ptqjax.errors import DataError
+from ptqjax.errors import DataError, ModelError
 from ptqjax.ir import Model
+from ptqjax.lowering import apply
 from ptqjax.onnx_io import read
 from ptqjax.quantize import calibrate, calibrate_and_report, choose_encoding, place
 from ptqjax.quantize.calibrate import _step
+from ptqjax.quantize.qdq import insert_qdq
+from ptqjax.simulate import simulate
 
 RNG = np.random.default_rng(0)
 
@@ -101,6 +104,62 @@ def test_types_follow_the_configuration(model: Model) -> None:
 def test_excluded_tensors_have_no_encoding(model: Model) -> None:
     found = calibrate(model, DATA, QuantizationConfig(ranges="min-max", exclude=("x", "a")))
     assert not {"x", "a"} & set(found)
+
+
+def test_where_nothing_is_observed_weights_alone_have_encodings(model: Model) -> None:
+    weights = calibrate(model, DATA, QuantizationConfig(exclude=("x", "r1", "c2", "a", "g", "logits", "y")))
+    assert set(weights) == {"w1", "w2", "w3"}
+    nothing = QuantizationConfig(exclude=("*",))
+    assert calibrate(model, DATA, nothing) == {}
+    with pytest.raises(DataError, match="batch 1 lacks the input 'x'"):
+        calibrate(model, [DATA[0], {}], nothing)
+
+
+def linear_model(kind: str, weight: np.ndarray, bias: np.ndarray | None = None) -> Model:
+    """x [5, 8] times a weight, plus a bias where there is one."""
+    arrays = {"w": weight} | ({} if bias is None else {"b": bias})
+    nodes = [helper.make_node(kind, ["x", *arrays], ["y"])]
+    if kind == "MatMul":
+        nodes = [helper.make_node(kind, ["x", "w"], ["m"]), helper.make_node("Add", ["m", "b"], ["y"])]
+        nodes = nodes if bias is not None else [helper.make_node(kind, ["x", "w"], ["y"])]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in arrays.items()],
+    )
+    return read(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def assert_runs_quantized(model: Model) -> None:
+    """The float and integer programs are as close to the float model as 8 bits are."""
+    inputs = {"x": np.random.default_rng(1).normal(size=(5, 8)).astype(np.float32)}
+    encodings = calibrate(model, [inputs], MIN_MAX)
+    exact = apply(model.graph, model.params, inputs)["y"]
+    for arithmetic in ("float", "integer"):
+        found = simulate(model, encodings, arithmetic=arithmetic)(model.params, encodings, inputs)["y"]
+        # A product of 8 values, each half a step off at most, and a step or two of sum and result.
+        np.testing.assert_allclose(found, exact, atol=0.05 * float(np.abs(exact).max()))
+
+
+@pytest.mark.parametrize("kind", ["Gemm", "MatMul"])
+@pytest.mark.parametrize("shape", [(), (1,), (5, 3), (3,), (1, 3)])
+def test_a_bias_of_any_shape_goes_through(kind: str, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(2)
+    assert_runs_quantized(
+        linear_model(kind, rng.normal(size=(8, 3)).astype(np.float32), np.asarray(rng.normal(size=shape), np.float32))
+    )
+
+
+def test_a_product_with_a_vector_goes_through() -> None:
+    assert_runs_quantized(linear_model("MatMul", np.random.default_rng(3).normal(size=8).astype(np.float32)))
+
+
+def test_a_quantized_model_is_refused(model: Model) -> None:
+    quantized = insert_qdq(model, calibrate(model, DATA, MIN_MAX))
+    with pytest.raises(ModelError, match=r"quantized already: it holds .* quantize its source"):
+        calibrate(quantized, DATA, MIN_MAX)
 
 
 def test_calibration_changes_nothing_and_repeats_to_the_bit(model: Model) -> None:

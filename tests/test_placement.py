@@ -1,5 +1,6 @@
 """Which tensors are rounded: graphs beside their plans, and laws that hold for every real model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ptqjax.config import QuantizationConfig
-from ptqjax.errors import ConfigError
-from ptqjax.ir import Model
+from ptqjax.errors import ConfigError, ModelError
+from ptqjax.ir import Graph, Model, Node, first_quantized_node
 from ptqjax.onnx_io import read
 from ptqjax.quantize import bias_encoding, bias_sites, guard_biases, place
 from ptqjax.quantize.bias import LARGEST_CODE
@@ -130,8 +131,7 @@ def test_a_constant_that_is_no_vector_is_an_operand_and_no_bias() -> None:
     site = placement.site("p")
     assert site is not None
     assert (site.kind, site.dtype, site.axis) == (CONSTANT, "uint8", None)
-    encodings = {name: make_encoding(np.float32(0.1), np.float32(0), dtype="int8") for name in "xwpmy"}
-    assert [bias_encoding(encodings, site) for site in bias_sites(model.graph)] == [None]
+    assert bias_sites(model) == ()
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,29 @@ def test_scales_of_convolutions_and_blocks() -> None:
     assert axes("tensor", "Conv") == (None, None)
     assert axes("block:2", "Conv") == (1, 2)
     assert axes("block:2", "ConvTranspose") == (0, 2)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "block:2"])
+def test_a_vector_has_one_scale(granularity: str) -> None:
+    for node in (("MatMul", "x w", "y"), ("MatMul", "w x", "y")):
+        size = 8 if node[1] == "x w" else 5
+        site = place(build(node, inputs=MATRIX, w=floats(size)), QuantizationConfig(granularity=granularity)).site("w")
+        assert site is not None
+        assert (site.axis, site.block_size) == (None, None)
+        assert "a vector" in site.reason
+
+
+@pytest.mark.parametrize("size", [4, 32])
+def test_blocks_that_the_summed_axis_does_not_fill_are_channels(size: int) -> None:
+    depthwise = ("Conv", "x d", "h", {"group": 4, **SAME})
+    model = build(depthwise, ("Conv", "h w b", "y"), d=floats(4, 1, 3, 3), **CONV)
+    placement = place(model, QuantizationConfig(granularity=f"block:{size}"))
+    for tensor in "dw":
+        site = placement.site(tensor)
+        assert site is not None
+        assert (site.axis, site.block_size) == (0, None)
+        assert f"do not fill blocks of {size}" in site.reason
+    assert [site.bias for site in placement.biases] == ["b"]
 
 
 def test_a_weight_that_two_products_read_along_different_axes_has_one_scale() -> None:
@@ -196,6 +219,53 @@ def test_integers_have_no_place() -> None:
     assert floating_tensors(model) == ("x", "f", "y")
 
 
+# Models that cannot be quantized
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_a_model_in_another_type_is_refused_by_name(dtype: type) -> None:
+    model = build(("Cast", "x", "h", {"to": helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}), ("Relu", "h", "y"))
+    with pytest.raises(ModelError, match=f"tensor 'h' has the type {np.dtype(dtype).name}.*convert .* to float32"):
+        place(model)
+    graph = model.graph
+    other = replace(graph, inputs=tuple(replace(spec, dtype=np.dtype(dtype)) for spec in graph.inputs))
+    with pytest.raises(ModelError, match=f"tensor 'x' has the type {np.dtype(dtype).name}"):
+        place(model.replace(graph=other))
+    weight = build(("Conv", "x w", "y"), w=floats(4, 4, 3, 3))
+    with pytest.raises(ModelError, match=f"tensor 'w' has the type {np.dtype(dtype).name}"):
+        place(weight.replace(params={"w": weight.params["w"].astype(dtype)}))
+
+
+def test_quantized_operators_are_found_wherever_they_are() -> None:
+    def graph(*nodes: Node) -> Graph:
+        return Graph(name="g", inputs=(), outputs=(), nodes=nodes)
+
+    def node(op_type: str, domain: str = "", **attributes: Graph) -> Node:
+        attributes_in_order = tuple(sorted(attributes.items()))
+        return Node(op_type=op_type, inputs=(), outputs=(op_type,), domain=domain, attributes=attributes_in_order)
+
+    for op_type in (
+        "QGemm",
+        "QLinearAdd",
+        "MatMulNBits",
+        "QAttention",
+        "DynamicQuantizeMatMul",
+        "MatMulIntegerToFloat",
+    ):
+        assert first_quantized_node(graph(node("Relu"), node(op_type, "com.microsoft"))) is not None
+    assert first_quantized_node(graph(node("FusedConv", "com.microsoft"), node("QGemm", "mine"))) is None
+    inner = graph(node("If", then_branch=graph(node("QuantizeLinear"))))
+    found = first_quantized_node(graph(node("Loop", body=inner)))
+    assert found is not None
+    assert found.op_type == "QuantizeLinear"
+
+
+def test_a_quantized_model_is_refused() -> None:
+    model = build(("QuantizeLinear", "x s z", "q"), ("DequantizeLinear", "q s z", "y"), s=np.float32(1), z=np.uint8(0))
+    with pytest.raises(ModelError, match="quantized already: it holds QuantizeLinear"):
+        place(model)
+
+
 # Exclusion
 
 
@@ -226,7 +296,7 @@ def encodings_of(model: Model, scale_x: float, scale_w: np.ndarray, axis: int | 
 
 def test_a_bias_has_the_product_of_the_scales() -> None:
     model = build(("Conv", "x w b", "y"), **CONV)
-    (site,) = bias_sites(model.graph)
+    (site,) = bias_sites(model)
     scale = np.asarray([0.1, 0.2, 0.3, 0.4], dtype=np.float32)
     encoding = bias_encoding(encodings_of(model, 0.5, scale, 0), site)
     assert encoding is not None
@@ -238,18 +308,26 @@ def test_a_bias_has_the_product_of_the_scales() -> None:
 
 def test_scales_of_a_grouped_transposed_convolution_repeat_along_the_bias() -> None:
     model = build(("ConvTranspose", "x w b", "y", {"group": 2}), w=floats(4, 3, 2, 2), b=floats(6))
-    (site,) = bias_sites(model.graph)
+    (site,) = bias_sites(model)
     scale = np.asarray([1, 2, 3], dtype=np.float32)
     encoding = bias_encoding(encodings_of(model, 1.0, scale, 1), site)
     assert encoding is not None
     np.testing.assert_array_equal(encoding.scale, [1, 2, 3, 1, 2, 3])
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (5, 1), (5, 3)])
+@pytest.mark.parametrize("nodes", [[("Gemm", "x w b", "y")], [("MatMul", "x w", "m"), ("Add", "b m", "y")]])
+def test_a_bias_that_is_not_one_number_per_channel_is_no_site(nodes: list, shape: tuple[int, ...]) -> None:
+    model = build(*nodes, inputs=MATRIX, w=floats(8, 3), b=floats(*shape))
+    assert bias_sites(model) == ()
+    assert place(model).biases == ()
+
+
 @pytest.mark.parametrize("attributes", [{"alpha": 2.0}, {"beta": 0.5}])
 def test_a_scaled_bias_stays_in_float(attributes: dict) -> None:
     model = build(("Gemm", "x w b", "y", attributes), inputs=MATRIX, w=floats(8, 3), b=floats(3))
     assert plan(place(model))["b"] == "float"
-    assert bias_sites(model.graph) == ()
+    assert bias_sites(model) == ()
 
 
 def test_a_shared_bias_stays_in_float() -> None:
@@ -262,7 +340,7 @@ def test_the_guard_raises_scales_until_the_bias_fits_and_no_further(axis: int | 
     model = build(("Conv", "x w b", "y"), w=CONV["w"], b=np.asarray([1, 1e6, 0, -1e7], dtype=np.float32))
     before = encodings_of(model, 0.01, np.full(() if axis is None else (4,), 1e-3), axis)
     after, report = guard_biases(model, before)
-    (site,) = bias_sites(model.graph)
+    (site,) = bias_sites(model)
     encoding = bias_encoding(after, site)
     assert encoding is not None
     codes = np.abs(model.params["b"] / encoding.scale.astype(np.float64))

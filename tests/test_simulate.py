@@ -71,7 +71,7 @@ def test_biases_lie_on_the_grid_of_input_and_weight():
     zero = {"x": np.zeros((1, 3, 8, 8), np.float32)}
     encodings = calibrate(model, [{"x": normal(2, 3, 8, 8)}], MIN_MAX)
     del encodings[model.graph.outputs[0].name]
-    (site,) = bias_sites(model.graph)
+    (site,) = bias_sites(model)
     encoding = bias_encoding(encodings, site)
     assert encoding is not None
     expected = dequantize(quantize(model.params[site.bias], encoding), encoding)

@@ -13,9 +13,23 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ptqjax.errors import DataError
-from ptqjax.ir import Graph, Model, Node, Record, Report, fresh_name, is_private, only_reader, rebuild
+from ptqjax.ir import (
+    Graph,
+    Model,
+    Node,
+    Record,
+    Report,
+    bias_behind,
+    fresh_name,
+    is_one_per_output,
+    is_private,
+    rebuild,
+)
 from ptqjax.lowering import interpret
+from ptqjax.quantize import check_not_quantized
+from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.quantize.encodings import Encodings
+from ptqjax.quantize.qdq import check_tensors
 from ptqjax.simulate import fake_quantization
 
 _BIAS_INPUT = 2  # of Conv, ConvTranspose and Gemm
@@ -37,9 +51,7 @@ class _Layer:
     """Whether the output's channels are its last axis (MatMul) or axis 1."""
 
 
-def correct_biases(
-    model: Model, encodings: Encodings, batches: Iterable[Mapping[str, Any]] | None
-) -> tuple[Model, Report]:
+def correct_biases(model: Model, encodings: Encodings, batches: Iterable[Any] | None) -> tuple[Model, Report]:
     """Returns the model with biases that take out the mean error which quantization leaves in each layer's output.
 
     b <- b - E[y_q - y], y the layer's float output before its activation function, y_q that of the simulated model in
@@ -50,20 +62,27 @@ def correct_biases(
     Args:
         model: The float model that `encodings` belong to.
         encodings: Of weights and activations.
-        batches: Arrays by input name; samples along the first axis.
+        batches: Arrays by input name; samples along the first axis. Checked one by one as they come.
 
     Returns:
         The corrected model, and a record per layer with the mean error of its worst channel, in the output's units.
 
     Raises:
-        DataError: `batches` is empty or None: the correction from statistics alone is not available yet.
+        DataError: There is no batch (the correction from statistics alone is not available yet); one does not fit the
+            model, is empty, or holds NaN or infinity; or a layer's output becomes NaN or infinite. The message names
+            the input or tensor, and the batch.
+        ConfigError: An encoding is for a tensor that the model has not.
+        ModelError: The model is quantized already.
+        UnsupportedOperatorError: A node has no lowering.
 
     Source:
         Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2
         and appendix D. There the correction is measured layer by layer with a forward pass each.
     """
+    check_not_quantized(model)
+    check_tensors(model.graph, encodings)
     layers, left_alone = _find_layers(model, encodings)
-    errors = _mean_errors(model, encodings, layers, batches or ())
+    errors = _mean_errors(model, encodings, layers, checked_batches(model.graph, batches))
     params = dict(model.params)
     nodes = {node.output: node for node in model.graph.nodes}
     records = []
@@ -100,9 +119,9 @@ def _find_layers(model: Model, encodings: Encodings) -> tuple[tuple[_Layer, ...]
     layers: list[_Layer] = []
     left_alone: list[Record] = []
     for node in model.graph.nodes:
-        if node.op_type not in {"Conv", "ConvTranspose", "Gemm", "MatMul"} or node.inputs[1] not in encodings:
+        if not _multiplies_a_quantized_weight(model, node, encodings):
             continue
-        layer = _matmul_layer(model.graph, node) if node.op_type == "MatMul" else _layer(node)
+        layer = _matmul_layer(model, node) if node.op_type == "MatMul" else _layer(node)
         reason = _obstacle(model, layer)
         if layer is not None and not reason:
             layers.append(layer)
@@ -119,25 +138,29 @@ def _find_layers(model: Model, encodings: Encodings) -> tuple[tuple[_Layer, ...]
     return tuple(layers), tuple(left_alone)
 
 
+def _multiplies_a_quantized_weight(model: Model, node: Node, encodings: Encodings) -> bool:
+    if node.op_type not in {"Conv", "ConvTranspose", "Gemm", "MatMul"} or node.domain:
+        return False
+    return node.inputs[1] in model.params and node.inputs[1] in encodings
+
+
 def _layer(node: Node) -> _Layer:
     bias = node.inputs[_BIAS_INPUT] if len(node.inputs) > _BIAS_INPUT and node.inputs[_BIAS_INPUT] else None
     return _Layer(output=node.output, node=node, weight=node.inputs[1], bias=bias, channels_last=False)
 
 
-def _matmul_layer(graph: Graph, node: Node) -> _Layer | None:
-    add = only_reader(graph, node.output)
-    if add is None or add.op_type != "Add":
+def _matmul_layer(model: Model, node: Node) -> _Layer | None:
+    found = bias_behind(model, node)
+    if found is None:
         return None
-    bias = next((name for name in add.inputs if name in graph.parameters), None)
-    if bias is None:
-        return None
+    add, bias = found
     return _Layer(output=add.output, node=add, weight=node.inputs[1], bias=bias, channels_last=True)
 
 
 def _obstacle(model: Model, layer: _Layer | None) -> str:
     """Returns why a layer cannot be corrected, or nothing."""
     if layer is None:
-        return "a MatMul without an Add of a constant behind it has no bias"
+        return "a MatMul without an Add of one number per channel behind it has no bias"
     if layer.bias is None:
         return ""
     if layer.bias not in model.params:
@@ -146,8 +169,9 @@ def _obstacle(model: Model, layer: _Layer | None) -> str:
     obstacles = {
         f"its bias '{layer.bias}' is shared with another node": not is_private(model.graph, layer.bias),
         "its bias is scaled by beta, which is not 1": layer.node.attribute("beta", 1.0) != 1.0,
-        f"its bias '{layer.bias}' of shape {shape} is not one value per channel": np.prod(shape)
-        != max(shape, default=0),
+        f"its bias '{layer.bias}' of shape {shape} is not one value per channel": not is_one_per_output(
+            shape, shape[-1] if shape else 1
+        ),
     }
     return next((reason for reason, holds in obstacles.items() if holds), "")
 
@@ -158,16 +182,24 @@ def _mean_errors(
     """Returns E[y_q - y] per channel and layer, each layer seeing corrected predecessors; float64 across batches."""
     program = jax.jit(partial(_batch_errors, model.graph, layers))
     totals = {layer.output: np.zeros((), np.float64) for layer in layers}
-    num_samples = 0
+    total_size = 0
     params = jax.device_put(model.params)
-    for batch in batches:
-        size = len(next(iter(batch.values())))
+    for index, batch in enumerate(batches):
+        size = num_samples(batch)
         errors = jax.device_get(program(params, encodings, dict(batch)))
+        _check_finite({name: errors[name] for name in totals}, index)
         totals = {name: total + size * np.asarray(errors[name], np.float64) for name, total in totals.items()}
-        num_samples += size
-    if not num_samples:
-        raise DataError("bias correction got no data: expected at least one batch; pass calibration batches")
-    return {name: total / num_samples for name, total in totals.items()}
+        total_size += size
+    return {name: total / total_size for name, total in totals.items()}
+
+
+def _check_finite(errors: Mapping[str, np.ndarray], index: int) -> None:
+    name = next((name for name, error in errors.items() if not np.isfinite(error).all()), None)
+    if name is not None:
+        raise DataError(
+            f"tensor '{name}' is NaN or infinite in batch {index}; check the model in float on that batch, "
+            "and that the encodings are those of this model"
+        )
 
 
 def _batch_errors(
@@ -178,7 +210,7 @@ def _batch_errors(
     batch: Mapping[str, Any],
 ) -> dict[str, Float[Array, " c"]]:
     by_output = {layer.output: layer for layer in layers}
-    quantize = fake_quantization(graph, encodings)
+    quantize = fake_quantization(Model(graph=graph, params=dict(params)), encodings)
 
     def measure(name: str, value: Array, channel_axis: int | None) -> tuple[Array, Array | None]:
         return value, _channel_means(by_output[name], value, channel_axis) if name in by_output else None

@@ -1,7 +1,16 @@
 """The intermediate representation: an immutable graph beside a tree of parameters."""
 
 from ptqjax.ir.graph import Attribute, Constant, Graph, Model, Node, Statistics, TensorSpec, captured, place_of
-from ptqjax.ir.query import first_quantized_node, fresh_name, is_private, only_reader, scalar_of, value_of
+from ptqjax.ir.query import (
+    bias_behind,
+    first_quantized_node,
+    fresh_name,
+    is_one_per_output,
+    is_private,
+    only_reader,
+    scalar_of,
+    value_of,
+)
 from ptqjax.ir.record import Record, Report
 from ptqjax.ir.rewrite import rebuild, sort_topologically
 from ptqjax.ir.text import text
@@ -17,9 +26,11 @@ __all__ = [
     "Report",
     "Statistics",
     "TensorSpec",
+    "bias_behind",
     "captured",
     "first_quantized_node",
     "fresh_name",
+    "is_one_per_output",
     "is_private",
     "only_reader",
     "place_of",

@@ -5,6 +5,7 @@ from ptqjax.quantize.calibrate import calibrate, calibrate_and_report
 from ptqjax.quantize.encodings import Encoding, Encodings, make_encoding
 from ptqjax.quantize.placement import Placement, Site, Skipped, place
 from ptqjax.quantize.search import choose_encoding
+from ptqjax.quantize.tensors import check_not_quantized
 
 __all__ = [
     "BiasSite",
@@ -17,6 +18,7 @@ __all__ = [
     "bias_sites",
     "calibrate",
     "calibrate_and_report",
+    "check_not_quantized",
     "choose_encoding",
     "guard_biases",
     "make_encoding",

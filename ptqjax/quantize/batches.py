@@ -23,7 +23,7 @@ def checked_batches(graph: Graph, batches: Iterable[Any] | None) -> Iterator[dic
         found = "None" if batches is None else f"a {type(batches).__name__}"
         raise DataError(
             f"batches is {found}; expected an iterable of mappings {_example(graph)}. "
-            "Ranges from statistics alone, without data, are not yet available"
+            "Working from statistics alone, without data, is not yet available"
         )
     index = -1
     for index, batch in enumerate(batches):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptqjax.ir import Graph, Model, Node, Record, Report, only_reader
+from ptqjax.ir import Model, Node, Record, Report, bias_behind, is_one_per_output, is_private
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.quantize.encodings import Encoding, Encodings
 
@@ -37,14 +37,14 @@ class BiasSite:
     """How often the weight's scales repeat along the bias (groups of a ConvTranspose)."""
 
 
-def bias_sites(graph: Graph) -> tuple[BiasSite, ...]:
-    """Returns the biases that can be int32 integers, in the order of the nodes.
+def bias_sites(model: Model) -> tuple[BiasSite, ...]:
+    """Returns the biases that can be int32 integers, in the order of the nodes; of the arrays only shapes matter.
 
     They are the third input of Conv, ConvTranspose and Gemm (alpha and beta 1), and the parameter in MatMul + Add; each
-    a parameter that nothing else reads, beside a weight that is a parameter.
+    a parameter that nothing else reads, with one number for each output channel, beside a weight that is a parameter.
     """
-    sites = (_site(graph, node) for node in graph.nodes)
-    return tuple(site for site in sites if site is not None and _is_sole_parameter(graph, site))
+    sites = (_site(model, node) for node in model.graph.nodes)
+    return tuple(site for site in sites if site is not None and _has_integers(model, site))
 
 
 def bias_encoding(encodings: Mapping[str, Encoding], site: BiasSite) -> Encoding | None:
@@ -81,7 +81,7 @@ def guard_biases(model: Model, encodings: Encodings) -> tuple[Encodings, Report]
         do not stand for.
     """
     guarded, records = dict(encodings), []
-    for site in bias_sites(model.graph):
+    for site in bias_sites(model):
         encoding = bias_encoding(guarded, site)
         if encoding is None:
             continue
@@ -117,7 +117,7 @@ def _raised(site: BiasSite, old: np.ndarray, new: np.ndarray) -> Record:
     )
 
 
-def _site(graph: Graph, node: Node) -> BiasSite | None:
+def _site(model: Model, node: Node) -> BiasSite | None:
     if node.domain:
         return None
     if node.op_type in ("Conv", "ConvTranspose"):
@@ -126,7 +126,7 @@ def _site(graph: Graph, node: Node) -> BiasSite | None:
         return _with_third_input(node, weight_axis=int(transposed), axis=0, repeats=groups)
     if node.op_type == "Gemm" and node.attribute("alpha", 1.0) == 1 and node.attribute("beta", 1.0) == 1:
         return _with_third_input(node, weight_axis=0 if node.attribute("transB", 0) else 1, axis=-1)
-    return _of_matmul(graph, node) if node.op_type == "MatMul" else None
+    return _of_matmul(model, node) if node.op_type == "MatMul" else None
 
 
 def _with_third_input(node: Node, *, weight_axis: int, axis: int, repeats: int = 1) -> BiasSite | None:
@@ -138,15 +138,18 @@ def _with_third_input(node: Node, *, weight_axis: int, axis: int, repeats: int =
     )
 
 
-def _of_matmul(graph: Graph, node: Node) -> BiasSite | None:
-    add = only_reader(graph, node.output)
-    if add is None or add.op_type != "Add" or add.domain:
+def _of_matmul(model: Model, node: Node) -> BiasSite | None:
+    found = bias_behind(model, node)
+    if found is None:
         return None
-    bias = next((name for name in add.inputs if name != node.output), "")
+    add, bias = found
     x, weight = node.inputs
     return BiasSite(bias=bias, input=x, weight=weight, output=add.output, weight_axis=-1, axis=-1)
 
 
-def _is_sole_parameter(graph: Graph, site: BiasSite) -> bool:
-    parameters = graph.parameters
-    return site.bias in parameters and graph.num_readers(site.bias) == 1 and site.weight in parameters
+def _has_integers(model: Model, site: BiasSite) -> bool:
+    if not is_private(model.graph, site.bias) or site.weight not in model.params:
+        return False
+    shape = np.shape(model.params[site.bias])
+    num_outputs = np.shape(model.params[site.weight])[site.weight_axis] * site.repeats
+    return len(shape) > 0 and shape[-1] == num_outputs and is_one_per_output(shape, num_outputs)

@@ -48,6 +48,7 @@ def calibrate_and_report(
         DataError: The batches do not fit the model, or a tensor takes a value that is not finite; the message names the
             tensor or input and the batch.
         ConfigError: A pattern of `config.exclude` matches nothing, or the target cannot be read.
+        ModelError: The model is quantized already, or a tensor to be rounded is not float32.
         UnsupportedOperatorError: A node has no lowering.
     """
     config = QuantizationConfig() if config is None else config
@@ -57,7 +58,8 @@ def calibrate_and_report(
     roots = [site for site in placement.sites if site.kind == ACTIVATION and site.root == site.tensor]
     own = encode_constants(constant, model.params, scheme)
     own |= {site.tensor: _fixed(site) for site in roots if site.fixed_range is not None}
-    own |= _encode_observed(model, data, [site for site in roots if site.fixed_range is None], scheme)
+    observed = [site for site in roots if site.fixed_range is None]
+    own |= _encode_observed(model, data, observed, scheme) if observed else _encode_nothing(data)
     return guard_biases(model, {site.tensor: own[site.root] for site in placement.sites})
 
 
@@ -88,6 +90,13 @@ def _encode_observed(
     lowest, highest = scheme.finish(state, kind)
     scale, zero_point = grid_of_range(np.asarray(lowest), np.asarray(highest), kind)
     return {site.tensor: make_encoding(scale[i], zero_point[i], dtype=site.dtype) for i, site in enumerate(sites)}
+
+
+def _encode_nothing(data: Iterable[Mapping[str, Any]]) -> dict[str, Encoding]:
+    """Goes through the data, so that bad ones are an error even where none are needed."""
+    for _ in data:
+        pass
+    return {}
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ptqjax.config import QuantizationConfig, near_names
 from ptqjax.errors import ConfigError
-from ptqjax.ir import Graph, Model, Node, only_reader, scalar_of
+from ptqjax.ir import Graph, Model, Node, scalar_of
 from ptqjax.quantize.bias import BiasSite, bias_sites
+from ptqjax.quantize.groups import Groups, find_groups
 from ptqjax.quantize.target import Target, load_target
-from ptqjax.quantize.tensors import floating_tensors
+from ptqjax.quantize.tensors import check_not_quantized, check_types, floating_tensors
 
 WEIGHT, ACTIVATION, CONSTANT = "weight", "activation", "constant"
 """Kinds of sites: a parameter that is multiplied and summed; what flows; a parameter treated like what flows."""
@@ -76,23 +76,13 @@ class Placement:
         return next((site for site in self.sites if site.tensor == tensor), None)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Groups:
-    """What supergroups decide about the tensors inside them."""
-
-    inside: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that are not rounded -> the reason."""
-    bounded: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that a Min or Max bounds -> the group's result, whose encoding they share."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Rules:
     """What decides about an activation."""
 
     config: QuantizationConfig
     target: Target
-    groups: _Groups
+    groups: Groups
     excluded: Mapping[str, str]
 
 
@@ -101,20 +91,22 @@ def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
 
     Raises:
         ConfigError: The target's file is unreadable, or a pattern of `config.exclude` matches no tensor.
+        ModelError: The model is quantized already, or a tensor to be rounded is not float32.
     """
+    check_not_quantized(model)
     config = QuantizationConfig() if config is None else config
     target = load_target(config.target)
     floating = floating_tensors(model)
     excluded = _excluded(config.exclude, floating)
-    weights = _weights(model.graph, config)
+    weights = _weights(model, config)
     biases = _biases(model, weights, excluded)
-    float_biases = {site.bias for site in bias_sites(model.graph)} - {site.bias for site in biases}
-    rules = _Rules(config, target, _find_groups(model, target), excluded)
+    float_biases = {site.bias for site in bias_sites(model)} - {site.bias for site in biases}
+    rules = _Rules(config, target, find_groups(model, target), excluded)
     decided: dict[str, Site | Skipped] = {}
     for tensor in floating:
         if tensor in excluded:
             decided[tensor] = Skipped(tensor=tensor, reason=f"excluded by the pattern {excluded[tensor]!r}")
-        elif tensor in float_biases and _is_vector(model.params[tensor]):
+        elif tensor in float_biases:
             decided[tensor] = Skipped(tensor=tensor, reason="bias of a layer whose input or weight stays in float")
         elif tensor in model.params:
             decided[tensor] = weights.get(tensor) or _constant(model, tensor, config, target)
@@ -124,9 +116,11 @@ def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
     sites = (_follow(site, decided, shared) for site in decided.values() if isinstance(site, Site))
     bias_names = {site.bias for site in biases}
     skipped = (entry for entry in decided.values() if isinstance(entry, Skipped) and entry.tensor not in bias_names)
-    return Placement(
+    placement = Placement(
         sites=tuple(site for site in sites if site.tensor not in bias_names), biases=biases, skipped=tuple(skipped)
     )
+    check_types(model, (*(site.tensor for site in placement.sites), *bias_names))
+    return placement
 
 
 def _excluded(patterns: tuple[str, ...], floating: tuple[str, ...]) -> dict[str, str]:
@@ -140,13 +134,13 @@ def _excluded(patterns: tuple[str, ...], floating: tuple[str, ...]) -> dict[str,
     return found
 
 
-def _weights(graph: Graph, config: QuantizationConfig) -> dict[str, Site]:
+def _weights(model: Model, config: QuantizationConfig) -> dict[str, Site]:
     uses: dict[str, list[tuple[Node, int, int]]] = {}
-    for node in graph.nodes:
+    for node in model.graph.nodes:
         for tensor, axis, summed in _operand_axes(node):
-            if tensor in graph.parameters:
+            if tensor in model.params:
                 uses.setdefault(tensor, []).append((node, axis, summed))
-    return {tensor: _weight(graph, tensor, found, config) for tensor, found in uses.items()}
+    return {tensor: _weight(model, tensor, found, config) for tensor, found in uses.items()}
 
 
 def _operand_axes(node: Node) -> Iterator[tuple[str, int, int]]:
@@ -165,24 +159,39 @@ def _operand_axes(node: Node) -> Iterator[tuple[str, int, int]]:
         yield node.inputs[0], -2, -1
 
 
-def _weight(graph: Graph, tensor: str, uses: list[tuple[Node, int, int]], config: QuantizationConfig) -> Site:
-    nodes, axes = [node for node, _, _ in uses], {(axis, summed) for _, axis, summed in uses}
-    channel, summed = uses[0][1:]
-    reason = f"weight of {', '.join(sorted({node.op_type for node in nodes}))}"
-    by_channel = config.granularity != "tensor"
-    if by_channel and (len(axes) > 1 or graph.num_readers(tensor) > len(uses)):
-        by_channel, reason = False, f"{reason}; one scale, because its readers disagree on the channel axis"
-    block_size = config.block_size if by_channel else None
+def _weight(model: Model, tensor: str, uses: list[tuple[Node, int, int]], config: QuantizationConfig) -> Site:
+    reason = f"weight of {', '.join(sorted({node.op_type for node, _, _ in uses}))}"
+    axis, block_size, exception = _granularity(model, tensor, uses, config)
     return Site(
         tensor=tensor,
         kind=WEIGHT,
         dtype=config.weights,
         symmetric=not config.weights.startswith("u"),
         root=tensor,
-        reason=reason,
-        axis=None if not by_channel else channel if block_size is None else summed,
+        reason=f"{reason}; {exception}" if exception else reason,
+        axis=axis,
         block_size=block_size,
     )
+
+
+def _granularity(
+    model: Model, tensor: str, uses: list[tuple[Node, int, int]], config: QuantizationConfig
+) -> tuple[int | None, int | None, str]:
+    """Returns axis and block size of a weight's scales, and why they are not those of the configuration, if so."""
+    if config.granularity == "tensor":
+        return None, None, ""
+    shape = np.shape(model.params[tensor])
+    if len(shape) < 2:  # noqa: PLR2004 - a matrix or more
+        return None, None, "one scale, because all values of a vector are summed: it has no channels"
+    if len({(channel, summed) for _, channel, summed in uses}) > 1 or model.graph.num_readers(tensor) > len(uses):
+        return None, None, "one scale, because its readers disagree on the channel axis"
+    _, channel, summed = uses[0]
+    if config.block_size is None:
+        return channel, None, ""
+    if shape[summed] <= config.block_size:  # blocks would only split a kernel's positions: a scale for each of them
+        reason = f"a scale per channel, because {shape[summed]} summed values do not fill blocks of {config.block_size}"
+        return channel, None, reason
+    return summed, config.block_size, ""
 
 
 def _biases(model: Model, weights: Mapping[str, Site], excluded: Mapping[str, str]) -> tuple[BiasSite, ...]:
@@ -190,7 +199,7 @@ def _biases(model: Model, weights: Mapping[str, Site], excluded: Mapping[str, st
         in_float = site.input in excluded or site.weight in excluded or site.input in model.params
         return not in_float and site.weight in weights and weights[site.weight].block_size is None
 
-    placed = tuple(site for site in bias_sites(model.graph) if is_placed(site) and _is_vector(model.params[site.bias]))
+    placed = tuple(site for site in bias_sites(model) if is_placed(site))
     alone = {excluded[site.bias] for site in placed if site.bias in excluded} - set(_reaching_others(placed, excluded))
     if alone:
         raise ConfigError(
@@ -203,10 +212,6 @@ def _biases(model: Model, weights: Mapping[str, Site], excluded: Mapping[str, st
 def _reaching_others(placed: tuple[BiasSite, ...], excluded: Mapping[str, str]) -> Iterable[str]:
     biases = {site.bias for site in placed}
     return (pattern for tensor, pattern in excluded.items() if tensor not in biases)
-
-
-def _is_vector(value: np.ndarray) -> bool:
-    return value.ndim > 0 and value.size == value.shape[-1]
 
 
 def _constant(model: Model, tensor: str, config: QuantizationConfig, target: Target) -> Site | Skipped:
@@ -275,82 +280,6 @@ def _moves_data(model: Model, node: Node, target: Target) -> bool:
     value = node.inputs[2] if len(node.inputs) > 2 else ""  # noqa: PLR2004 - Pad's third input
     is_zero = scalar_of(model, value) == 0 if value else node.attribute("value", 0.0) == 0
     return node.attribute("mode", "constant") != "constant" or is_zero
-
-
-def _find_groups(model: Model, target: Target) -> _Groups:
-    inside: dict[str, str] = dict(_find_gelus(model))
-    bounded: dict[str, str] = {}
-    used: set[str] = set(inside)
-    for node in model.graph.nodes:
-        if node.op_type not in target.heads or node.domain or node.output in used:
-            continue
-        chain = _chain(model, node, target)
-        used.update(member.output for member in chain)
-        label = "+".join(member.op_type for member in chain)
-        for member, follower in pairwise(chain):
-            if follower.op_type in ("Min", "Max"):
-                bounded[member.output] = chain[-1].output
-            else:
-                inside[member.output] = f"inside {label}, which produces '{chain[-1].output}'"
-    return _Groups(inside=inside, bounded=bounded)
-
-
-def _chain(model: Model, head: Node, target: Target) -> list[Node]:
-    """Returns the head and what follows it without rounding in between."""
-    chain, has_curve = [head], False
-    while (node := only_reader(model.graph, chain[-1].output)) is not None and not node.domain:
-        previous = chain[-1]
-        is_bias = previous.op_type == "MatMul" and node.op_type == "Add" and _adds_vector(model, node, previous.output)
-        is_normalization = node.op_type == "BatchNormalization" and previous.op_type not in target.clamps
-        is_bound = node.op_type in ("Min", "Max") and _other_is_parameter(model, node, previous.output)
-        is_curve = node.op_type in target.activations and not has_curve and node.inputs[0] == previous.output
-        is_clamp = node.op_type in target.clamps and node.inputs[0] == previous.output
-        if not (is_bias or is_normalization or is_bound or is_curve or is_clamp):
-            break
-        has_curve = has_curve or is_curve
-        chain.append(node)
-    return chain
-
-
-def _other_is_parameter(model: Model, node: Node, tensor: str) -> bool:
-    others = [name for name in node.inputs if name != tensor]
-    return len(others) == 1 and others[0] in model.params
-
-
-def _adds_vector(model: Model, node: Node, tensor: str) -> bool:
-    other = next((name for name in node.inputs if name != tensor), "")
-    return other in model.params and _is_vector(model.params[other])
-
-
-def _find_gelus(model: Model) -> Iterator[tuple[str, str]]:
-    """Yields the tensors inside x * (1 + erf(x / sqrt 2)) / 2, in the ways that exporters spell it."""
-    graph = model.graph
-    for erf in graph.nodes:
-        scaled = graph.producers.get(erf.inputs[0]) if erf.op_type == "Erf" else None
-        plus_one = only_reader(graph, erf.output) if scaled is not None else None
-        product = only_reader(graph, plus_one.output) if plus_one is not None else None
-        if scaled is None or plus_one is None or product is None:
-            continue
-        if (scaled.op_type not in ("Div", "Mul")) or plus_one.op_type != "Add" or product.op_type != "Mul":
-            continue
-        x = scaled.inputs[0]
-        other = next((name for name in product.inputs if name != plus_one.output), "")
-        half = graph.producers.get(other)
-        halved_before = half is not None and half.op_type == "Mul" and x in half.inputs
-        if other != x and not halved_before:
-            continue
-        interior = [scaled.output, erf.output, plus_one.output]
-        halved_after = None if halved_before else only_reader(graph, product.output)
-        if halved_before:
-            interior.append(other)
-        elif halved_after is not None and halved_after.op_type == "Mul" and _has_number(model, halved_after):
-            interior.append(product.output)
-        result = halved_after.output if product.output in interior and halved_after is not None else product.output
-        yield from ((name, f"inside GELU, which produces '{result}'") for name in interior)
-
-
-def _has_number(model: Model, node: Node) -> bool:
-    return any(scalar_of(model, name) is not None for name in node.inputs)
 
 
 def _adopted_roots(graph: Graph, target: Target, decided: Mapping[str, Site | Skipped]) -> dict[str, str]:

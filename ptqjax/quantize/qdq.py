@@ -102,7 +102,7 @@ def check_tensors(graph: Graph, names: Iterable[str]) -> None:
 
 
 def _biases(model: Model, encodings: Mapping[str, Encoding]) -> list[_Piece]:
-    sites = ((site, bias_encoding(encodings, site)) for site in bias_sites(model.graph))
+    sites = ((site, bias_encoding(encodings, site)) for site in bias_sites(model))
     return [
         _parameter(model.graph, site.bias, model.params[site.bias], encoding, "int32")
         for site, encoding in sites

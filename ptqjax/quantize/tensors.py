@@ -1,11 +1,14 @@
-"""Which tensors of a graph hold floating-point numbers, without running it."""
+"""Which tensors of a graph hold floating-point numbers, and whether they can be rounded, without running it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
 
-from ptqjax.ir import Constant, Model, Node
+from ptqjax.errors import ModelError
+from ptqjax.ir import Constant, Model, Node, first_quantized_node, place_of
 
 _INTEGER_RESULTS = frozenset(
     [
@@ -30,7 +33,7 @@ _BOOLEAN_RESULTS = frozenset(
 _FLOAT_RESULTS = frozenset(["DequantizeLinear", "RandomNormal", "RandomUniform"])
 _DATA_INPUT = {"Where": 1, "OneHot": 2}
 _SECOND_IS_INTEGER = frozenset(["MaxPool", "TopK", "Dropout", "DynamicQuantizeLinear"])
-_ONNX_FLOATS = frozenset([1, 10, 11, 16])  # TensorProto: FLOAT, FLOAT16, DOUBLE, BFLOAT16
+_ONNX_FLOATS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}  # TensorProto's numbers
 
 
 def floating_tensors(model: Model) -> tuple[str, ...]:
@@ -47,6 +50,38 @@ def floating_tensors(model: Model) -> tuple[str, ...]:
             names = node.outputs[:1] if node.op_type in _SECOND_IS_INTEGER else node.outputs
             floating |= dict.fromkeys(name for name in names if name)
     return tuple(floating)
+
+
+def check_not_quantized(model: Model) -> None:
+    """Checks that the model is one in float.
+
+    Raises:
+        ModelError: It holds a node that only a quantized model has.
+    """
+    node = first_quantized_node(model.graph)
+    if node is not None:
+        raise ModelError(
+            f"the model is quantized already: it holds {place_of(node)}; expected a float model: quantize its source"
+        )
+
+
+def check_types(model: Model, tensors: Iterable[str]) -> None:
+    """Checks that `tensors` are float32, as far as the graph declares it: ends of the graph, parameters and casts.
+
+    Raises:
+        ModelError: One is of another type: scales and simulation are in float32.
+    """
+    graph = model.graph
+    types = {spec.name: spec.dtype.name for spec in (*graph.inputs, *graph.outputs)}
+    types |= {name: value.dtype.name for name, value in model.params.items()}
+    casts = (node for node in graph.nodes if node.op_type == "Cast")
+    types |= {node.output: _ONNX_FLOATS.get(node.attribute("to"), "float32") for node in casts}
+    wrong = next((name for name in tensors if types.get(name, "float32") != "float32"), None)
+    if wrong is not None:
+        raise ModelError(
+            f"tensor '{wrong}' has the type {types[wrong]}, and only float32 can be quantized; "
+            "convert the model to float32, or exclude the tensor"
+        )
 
 
 def is_floating(dtype: np.dtype) -> bool:

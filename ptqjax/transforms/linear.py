@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqjax.ir import Graph, Model, Node, Statistics, fresh_name, is_private, only_reader, rebuild
+from ptqjax.ir import Graph, Model, Node, Statistics, bias_behind, fresh_name, is_one_per_output, is_private, rebuild
 from ptqjax.kernels.grouped import grouped_view, ungrouped_view
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.kernels.precision import widened
@@ -52,11 +52,6 @@ class Linear:
     """Number of spatial axes; 0 for a Gemm or MatMul."""
     channels_at_1: bool
     """Whether axis 1 of input and output counts the channels that the weight connects."""
-
-    @property
-    def is_depthwise(self) -> bool:
-        """Whether each output channel depends on one input channel, one on one."""
-        return self.groups == self.num_outputs == self.num_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +197,7 @@ def _gemm(model: Model, node: Node, shape: tuple[int, ...]) -> Linear | None:
     inputs_first = not node.attribute("transB", 0)
     num_inputs, num_outputs = shape if inputs_first else shape[::-1]
     bias = _input(node, 2) if node.attribute("beta", 1.0) else ""
-    if bias and not _is_one_per_output(model, bias, num_outputs):
+    if bias and (bias not in model.params or not is_one_per_output(model.params[bias].shape, num_outputs)):
         return None
     return Linear(
         node=node,
@@ -222,14 +217,14 @@ def _gemm(model: Model, node: Node, shape: tuple[int, ...]) -> Linear | None:
 
 
 def _matmul(model: Model, node: Node, shape: tuple[int, ...], ranks: Mapping[str, int]) -> Linear:
-    add = only_reader(model.graph, node.output)
-    bias = next((name for name in add.inputs if name != node.output), "") if add and add.op_type == "Add" else ""
-    bias = bias if bias and _is_one_per_output(model, bias, shape[1]) else ""
+    add, bias = bias_behind(model, node) or (None, "")
+    if bias and len(model.params[bias].shape) > 2:  # noqa: PLR2004  it may raise the rank of what it is added to
+        add, bias = None, ""
     return Linear(
         node=node,
-        bias_node=add if bias else None,
+        bias_node=add,
         input=node.inputs[0],
-        output=add.output if add and bias else node.output,
+        output=add.output if add is not None else node.output,
         weight=node.inputs[1],
         bias=bias,
         num_outputs=shape[1],
@@ -240,11 +235,3 @@ def _matmul(model: Model, node: Node, shape: tuple[int, ...], ranks: Mapping[str
         kernel_rank=0,
         channels_at_1=ranks.get(node.inputs[0]) == 2,  # noqa: PLR2004  a matrix
     )
-
-
-def _is_one_per_output(model: Model, bias: str, num_outputs: int) -> bool:
-    """Tells whether `bias` is a parameter that gives every output channel (the last axis) one number."""
-    shape = getattr(model.params.get(bias), "shape", None)
-    if shape is None:
-        return False
-    return len(shape) <= 2 and all(size == 1 for size in shape[:-1]) and (not shape or shape[-1] in {1, num_outputs})  # noqa: PLR2004

@@ -1,0 +1,104 @@
+"""Supergroups: runs of operators that a runtime computes in one kernel, so that nothing is rounded inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from ptqjax.ir import Model, Node, bias_behind, only_reader, scalar_of
+from ptqjax.quantize.target import Target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """What supergroups decide about the tensors inside them."""
+
+    inside: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that are not rounded -> the reason."""
+    bounded: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that a Min or Max bounds -> the group's result, whose encoding they share."""
+
+
+def find_groups(model: Model, target: Target) -> Groups:
+    """Returns the tensors inside the supergroups of `model`: a head with what follows it, and decomposed GELUs.
+
+    A head is a product, a sum or a normalization; a bias, a batch norm, clamps, constant bounds and one activation
+    function may follow, each the only reader of the one before. Source: the fusions that `target` names.
+    """
+    inside: dict[str, str] = dict(_find_gelus(model))
+    bounded: dict[str, str] = {}
+    used: set[str] = set(inside)
+    for node in model.graph.nodes:
+        if node.op_type not in target.heads or node.domain or node.output in used:
+            continue
+        chain = _chain(model, node, target)
+        used.update(member.output for member in chain)
+        label = "+".join(member.op_type for member in chain)
+        for member, follower in pairwise(chain):
+            if follower.op_type in ("Min", "Max"):
+                bounded[member.output] = chain[-1].output
+            else:
+                inside[member.output] = f"inside {label}, which produces '{chain[-1].output}'"
+    return Groups(inside=inside, bounded=bounded)
+
+
+def _chain(model: Model, head: Node, target: Target) -> list[Node]:
+    """Returns the head and what follows it without rounding in between."""
+    chain, has_curve = [head], False
+    while (node := only_reader(model.graph, chain[-1].output)) is not None and not node.domain:
+        previous = chain[-1]
+        is_bias = previous.op_type == "MatMul" and _has_vector_behind(model, previous)
+        is_normalization = node.op_type == "BatchNormalization" and previous.op_type not in target.clamps
+        is_bound = node.op_type in ("Min", "Max") and _other_is_parameter(model, node, previous.output)
+        is_curve = node.op_type in target.activations and not has_curve and node.inputs[0] == previous.output
+        is_clamp = node.op_type in target.clamps and node.inputs[0] == previous.output
+        if not (is_bias or is_normalization or is_bound or is_curve or is_clamp):
+            break
+        has_curve = has_curve or is_curve
+        chain.append(node)
+    return chain
+
+
+def _other_is_parameter(model: Model, node: Node, tensor: str) -> bool:
+    others = [name for name in node.inputs if name != tensor]
+    return len(others) == 1 and others[0] in model.params
+
+
+def _has_vector_behind(model: Model, product: Node) -> bool:
+    """Tells whether a bias of one number per column is added: a single number for all is an Add of its own."""
+    found = bias_behind(model, product)
+    return found is not None and np.size(model.params[found[1]]) == np.shape(model.params[product.inputs[1]])[-1]
+
+
+def _find_gelus(model: Model) -> Iterator[tuple[str, str]]:
+    """Yields the tensors inside x * (1 + erf(x / sqrt 2)) / 2, in the ways that exporters spell it."""
+    graph = model.graph
+    for erf in graph.nodes:
+        scaled = graph.producers.get(erf.inputs[0]) if erf.op_type == "Erf" else None
+        plus_one = only_reader(graph, erf.output) if scaled is not None else None
+        product = only_reader(graph, plus_one.output) if plus_one is not None else None
+        if scaled is None or plus_one is None or product is None:
+            continue
+        if (scaled.op_type not in ("Div", "Mul")) or plus_one.op_type != "Add" or product.op_type != "Mul":
+            continue
+        x = scaled.inputs[0]
+        other = next((name for name in product.inputs if name != plus_one.output), "")
+        half = graph.producers.get(other)
+        halved_before = half is not None and half.op_type == "Mul" and x in half.inputs
+        if other != x and not halved_before:
+            continue
+        interior = [scaled.output, erf.output, plus_one.output]
+        halved_after = None if halved_before else only_reader(graph, product.output)
+        if halved_before:
+            interior.append(other)
+        elif halved_after is not None and halved_after.op_type == "Mul" and _has_number(model, halved_after):
+            interior.append(product.output)
+        result = halved_after.output if product.output in interior and halved_after is not None else product.output
+        yield from ((name, f"inside GELU, which produces '{result}'") for name in interior)
+
+
+def _has_number(model: Model, node: Node) -> bool:
+    return any(scalar_of(model, name) is not None for name in node.inputs)
