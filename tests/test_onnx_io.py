@@ -8,6 +8,7 @@ import onnxruntime as ort
 import pytest
 
 from ptqjax import onnx_io
+from ptqjax.data import Batches, Samples
 from ptqjax.errors import ModelError, OutputError
 from ptqjax.ir import text
 
@@ -182,3 +183,13 @@ def test_an_invalid_model_is_not_written(tmp_path):
     with pytest.raises(ModelError, match="not valid ONNX"):
         onnx_io.write(onnx_io.read(wrong), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_size_that_can_be_none_is_unknown(size):
+    file = proto([gemm()], [onh.from_array(W, "w")])
+    for info in (file.graph.input[0], file.graph.output[0]):
+        info.type.tensor_type.shape.dim[0].dim_value = size
+    graph = onnx_io.read(file).graph
+    assert (graph.inputs[0].shape, graph.outputs[0].shape) == ((None, 3), (None, 3))
+    assert len(Batches(Samples(inputs={"x": np.zeros((7, 3), np.float32)}, labels=None), graph, size=4)) == 2

@@ -247,5 +247,9 @@ def _spec(info: onnx.ValueInfoProto) -> TensorSpec:
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     if not tensor.HasField("shape"):
         return TensorSpec(name=info.name, dtype=dtype, shape=None)
-    sizes = (dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim)
-    return TensorSpec(name=info.name, dtype=dtype, shape=tuple(sizes))
+    return TensorSpec(name=info.name, dtype=dtype, shape=tuple(_size(dim) for dim in tensor.shape.dim))
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    """Returns the size or its symbol; None where unknown, which some exporters write as 0 or -1."""
+    return dim.dim_value if dim.dim_value > 0 else (dim.dim_param or None)
