@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,11 +38,11 @@ class Samples:
 def load_samples(path: str | os.PathLike[str], graph: Graph) -> Samples:
     """Returns the samples in the file `path` for the inputs of `graph`.
 
-    Names and counts are checked here; shapes, types and values where the samples are used.
+    Names, counts and labels are checked here; shapes, types and values of inputs where they are used.
 
     Raises:
         DataError: The file is missing, is not an .npz, lacks an input or holds an unknown array, has no samples, or
-            different numbers of them.
+            different numbers of them; or the labels are not the index of a class for each sample.
     """
     arrays = _read(Path(path))
     labels = None if _LABELS in {spec.name for spec in graph.inputs} else arrays.pop(_LABELS, None)
@@ -56,7 +58,57 @@ def load_samples(path: str | os.PathLike[str], graph: Graph) -> Samples:
             f"expected {_list(wanted)} and optionally '{_LABELS}'"
         )
     _check_counts(path, arrays if labels is None else arrays | {_LABELS: labels})
+    if labels is not None:
+        labels = checked_labels(labels, num_classes=_num_classes(graph), place=f"'{path}': '{_LABELS}'")
     return Samples(inputs={name: arrays[name] for name in wanted}, labels=labels)
+
+
+def checked_labels(labels: Any, *, num_classes: int | None, place: str) -> np.ndarray:
+    """Returns the labels as int64, one class index per sample; whole numbers in a floating type are taken as such.
+
+    Args:
+        labels: What is to be the index of the class of each sample.
+        num_classes: How many classes there are; None where unknown.
+        place: What to call the labels in a message.
+
+    Raises:
+        DataError: They are not one-dimensional, not whole numbers, or not in [0, num_classes).
+    """
+    array = np.asarray(labels)
+    if array.ndim != 1:
+        raise DataError(
+            f"{place} has the shape {array.shape}; expected one class index per sample, in one dimension: "
+            f"{_flattening(array, place)}"
+        )
+    if array.dtype.kind not in "iuf" or not np.all(array == np.floor(array)):  # NaN is not equal to itself
+        raise DataError(
+            f"{place} is of type {array.dtype} and holds {array[:1].tolist()}, ...; expected whole numbers, the "
+            "index of the class of each sample from 0; replace each name or score by the index of its class"
+        )
+    outside = (array < 0) | (array >= (np.inf if num_classes is None else num_classes))
+    if outside.any():
+        at = int(np.argmax(outside))
+        known = "0 or more" if num_classes is None else f"0 to {num_classes - 1}: the model has {num_classes} classes"
+        raise DataError(
+            f"{place} holds {array[at]} for sample {at}; expected {known}; number the classes from 0, in the "
+            "order of the model's outputs"
+        )
+    return array.astype(np.int64)
+
+
+def _flattening(array: np.ndarray, place: str) -> str:
+    if array.ndim == 0:
+        return f"{place} is a single value; give an array"
+    if array.size == len(array):
+        return "use labels.reshape(-1)"
+    return "where each row marks or scores the classes, use labels.argmax(1)"
+
+
+def _num_classes(graph: Graph) -> int | None:
+    """Returns how many elements the first output has per sample; None where the graph does not say."""
+    shape = graph.outputs[0].shape or ()
+    sizes = [size for size in shape[1:] if isinstance(size, int)]
+    return math.prod(sizes) if sizes and len(sizes) == len(shape) - 1 else None
 
 
 class Batches:

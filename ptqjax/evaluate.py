@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from ptqjax.errors import DataError
+from ptqjax.data import checked_labels
+from ptqjax.errors import DataError, ModelError
 from ptqjax.validate import decibels, run, session
 
 Runnable = str | os.PathLike[str] | bytes | Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -39,7 +40,7 @@ def evaluate(
     model: Runnable,
     batches: Iterable[Mapping[str, Any]],
     *,
-    labels: Int[np.ndarray, " n"] | None = None,
+    labels: np.ndarray | None = None,
     reference: Runnable | None = None,
     device: str = "cpu",
 ) -> Evaluation:
@@ -48,27 +49,33 @@ def evaluate(
     Args:
         model: A file (run in ONNX Runtime) or a function, such as `lambda x: simulate(params, encodings, x)`.
         batches: Inputs by name, samples along the first axis.
-        labels: The class of each sample, in the order of the batches. Classes are along the first output's last axis.
-        reference: The float model, to compare with.
+        labels: The index of the class of each sample, in the order of the batches. The classes are the elements of the
+            first output, over all its axes but that of the samples.
+        reference: The float model, to compare with: of the same inputs and outputs.
         device: Where ONNX Runtime computes: "cpu", "cuda" or "auto".
 
     Raises:
-        DataError: The batches do not fit the model, there are none, or not as many as labels.
-        ModelError: A file cannot be run.
+        DataError: The batches do not fit the model, there are none, one is empty, or there are not as many as labels;
+            or the labels are not indices of classes; or the reference has other inputs or outputs.
+        ModelError: A file cannot be run, or an output is not finite.
         ConfigError: onnxruntime is missing or has no such device.
     """
-    function = _function(model, device)
-    compared = None if reference is None else _function(reference, device)
+    subject = _runner(model, "the model", device)
+    other = None if reference is None else _runner(reference, "the reference", device)
     num_samples = num_right = num_same = 0
     signal = noise = 0.0
-    for batch in batches:
-        outputs = function(batch)
-        classes = predicted(_first(outputs))
+    for index, batch in enumerate(batches):
+        _require_samples(batch, index)
+        outputs = subject.outputs(batch, index)
+        first = next(iter(outputs))
+        classes = predicted(outputs[first])
         if labels is not None:
+            labels = checked_labels(labels, num_classes=outputs[first][0].size, place="labels")
             num_right += _num_right(classes, labels[num_samples : num_samples + len(classes)])
-        if compared is not None:
-            wanted = compared(batch)
-            num_same += int(np.count_nonzero(classes == predicted(_first(wanted))))
+        if other is not None:
+            wanted = other.outputs(batch, index)
+            _require_alike(outputs, wanted, f"{other.label} and {subject.label}")
+            num_same += int(np.count_nonzero(classes == predicted(wanted[first])))
             signal, noise = signal + _energy(wanted), noise + _energy(wanted, outputs)
         num_samples += len(classes)
     num_labels = num_samples if labels is None else len(labels)
@@ -80,8 +87,8 @@ def evaluate(
     return Evaluation(
         num_samples=num_samples,
         top1=None if labels is None else num_right / num_samples,
-        agreement=None if compared is None else num_same / num_samples,
-        sqnr=None if compared is None else decibels(signal, noise),
+        agreement=None if other is None else num_same / num_samples,
+        sqnr=None if other is None else decibels(signal, noise),
     )
 
 
@@ -105,15 +112,61 @@ def sqnr(y: Shaped[np.ndarray, "..."], quantized: Shaped[np.ndarray, "..."]) -> 
     return decibels(_energy({"": y}), _energy({"": y}, {"": quantized}))
 
 
-def _function(model: Runnable, device: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Runner:
+    """A model that runs, and what to call it in a message."""
+
+    label: str
+    """Its part in the comparison, and its file where it is one."""
+    function: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    """Inputs by name to outputs by name."""
+
+    def outputs(self, batch: Mapping[str, Any], index: int) -> dict[str, np.ndarray]:
+        """Returns the outputs on batch number `index`, all of them finite."""
+        try:
+            found = {name: np.asarray(value) for name, value in self.function(batch).items()}
+        except DataError as error:
+            raise DataError(f"{self.label}, batch {index}: {error}") from error
+        for name, value in found.items():
+            _require_finite(value, f"{self.label}: output '{name}' of batch {index}")
+        return found
+
+
+def _runner(model: Runnable, part: str, device: str) -> _Runner:
     if callable(model):
-        return model
+        return _Runner(label=part, function=model)
     runtime = session(model, device=device)
-    return lambda batch: run(runtime, batch)
+    label = part if isinstance(model, bytes) else f"{part} '{os.fspath(model)}'"
+    return _Runner(label=label, function=lambda batch: run(runtime, batch))
 
 
-def _first(outputs: Mapping[str, Any]) -> np.ndarray:
-    return np.asarray(next(iter(outputs.values())))
+def _require_samples(batch: Mapping[str, Any], index: int) -> None:
+    for name in [name for name, value in batch.items() if 0 in np.shape(value)]:
+        raise DataError(
+            f"batch {index}: input '{name}' has no samples (shape {np.shape(batch[name])}); leave the batch out"
+        )
+
+
+def _require_finite(value: np.ndarray, place: str) -> None:
+    if value.dtype.kind in "iubOSUT":
+        return
+    finite = np.isfinite(value)
+    if not finite.all():
+        at = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise ModelError(
+            f"{place} holds {value[at]} at {at}; expected finite numbers: look for NaN or infinity in the batch, and "
+            "for an overflow in the model"
+        )
+
+
+def _require_alike(outputs: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], who: str) -> None:
+    shapes = ({name: value.shape for name, value in found.items()} for found in (wanted, outputs))
+    theirs, ours = shapes
+    if theirs != ours:
+        raise DataError(
+            f"{who} have different outputs, {theirs} and {ours}; expected the same names and shapes: compare with the "
+            "model that this one was made from"
+        )
 
 
 def _num_right(classes: np.ndarray, labels: np.ndarray) -> int:

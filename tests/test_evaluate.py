@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ptqjax import apply, evaluate, onnx_io
-from ptqjax.errors import DataError
+from ptqjax.errors import DataError, ModelError
 from ptqjax.evaluate import agreement, predicted, sqnr, top1
 from tests.models import build, node
 
@@ -60,7 +60,59 @@ def test_figures_that_need_more_are_absent():
     assert (found.top1, found.agreement, found.sqnr) == (None, None, None)
 
 
-@pytest.mark.parametrize(("data", "labels"), [([], None), (batches(20), LABELS[:5]), (batches(10), np.arange(25))])
+@pytest.mark.parametrize(("data", "labels"), [([], None), (batches(20), LABELS[:5]), (batches(10), np.zeros(25, int))])
 def test_counts_that_do_not_fit_are_errors(data, labels):
     with pytest.raises(DataError, match="expected at least one sample, and a label for each"):
         evaluate(function(W), data, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (LABELS[:, None], r"shape \(20, 1\); expected one class index per sample.*reshape\(-1\)"),
+        (np.eye(4)[LABELS], r"shape \(20, 4\).*argmax\(1\)"),
+        (np.array(list("abcd"))[LABELS], "type <U1 and holds .*; expected whole numbers"),
+        (LABELS + 0.5, "float64 .*; expected whole numbers"),
+        (np.where(LABELS == 0, np.nan, LABELS), "expected whole numbers"),
+        (LABELS == 0, "type bool"),
+        (LABELS + 1, "expected 0 to 3: the model has 4 classes"),
+        (LABELS - 1, "holds -1 for sample .*; expected 0 to 3"),
+        (np.array(3), "single value"),
+    ],
+)
+def test_labels_that_are_no_class_indices_are_errors(labels, words):
+    with pytest.raises(DataError, match=words):
+        evaluate(function(W), batches(20), labels=labels)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64, np.float32])
+def test_labels_may_be_whole_numbers_of_any_type(dtype):
+    assert evaluate(function(W), batches(7), labels=LABELS.astype(dtype)).top1 == 1.0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["model", "reference"])
+def test_an_output_that_is_not_finite_is_an_error(value, part):
+    def broken(batch):
+        y = batch["x"] @ W
+        return {"y": np.where(batch["x"][:, :1] == X[9, 0], np.float32(value), y)}
+
+    parts = {"model": function(W), "reference": function(W)} | {part: broken}
+    with pytest.raises(ModelError, match=rf"the {part}: output 'y' of batch 1 holds {value} at \(2, 0\)"):
+        evaluate(parts["model"], batches(7), reference=parts["reference"])
+
+
+def test_an_empty_batch_is_an_error():
+    with pytest.raises(DataError, match=r"batch 1: input 'x' has no samples \(shape \(0, 6\)\)"):
+        evaluate(function(W), [{"x": X}, {"x": X[:0]}])
+
+
+@pytest.mark.parametrize("other", [W[:5], W[:, :3]], ids=["inputs", "outputs"])
+def test_a_reference_that_does_not_fit_is_named(tmp_path, other):
+    model = build([node("MatMul", ["x", "w"], "y")], {"w": other}, input_shape=("n", other.shape[0]), outputs=["y"])
+    path = tmp_path / "other.onnx"
+    path.write_bytes(onnx_io.to_proto(model).SerializeToString())
+    with pytest.raises(DataError, match=r"the reference '.*other\.onnx'"):
+        evaluate(function(W), batches(7), reference=path)
+    with pytest.raises(DataError, match=r"the model '.*other\.onnx'"):
+        evaluate(path, batches(7), reference=function(W))
