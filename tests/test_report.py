@@ -1,15 +1,18 @@
 """What a report says: complete, in a stable order, the same for the same run, and readable without a network."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ptqjax.config import QuantizationConfig
 from ptqjax.ir import Graph, Model, Node, Record, TensorSpec
 from ptqjax.quantize import make_encoding
-from ptqjax.report import MeasuredStage, Row, facts, measure, page, to_json
+from ptqjax.report import MeasuredStage, Row, facts, inspect, measure, page, tables, to_json
 from ptqjax.report.plots import channel_plot, range_bar, spread
 
 VOID = {"meta", "link", "br", "line", "rect", "circle"}
@@ -162,6 +165,55 @@ def test_measure_compares_with_the_float_model():
     labels = np.array([3, 3, 3, 0, 0, 0])
     stage = MeasuredStage(name="fold", model=source, encodings=encodings(), keeps_function=True)
     first, second = measure(source, [stage], batches, labels)
-    assert (first.stage, first.metrics) == ("float", {"top1": 1.0})
+    same = {"float_sqnr_db": np.inf, "sqnr_db": np.inf, "agreement": 1.0}
+    assert (first.stage, first.metrics) == ("float", same | {"top1": 1.0})
+    assert measure(source, [], batches, None) == (Row(stage="float", metrics=same),)  # without labels too
     assert second.metrics["float_sqnr_db"] == np.inf
     assert 20 < second.metrics["sqnr_db"] < 70  # 7 bits of weight: 6 dB a bit, x on a coarse grid that holds 0 and 1
+
+
+def test_classes_are_those_of_the_first_output_whatever_its_name():
+    graph = Graph(
+        name="two",
+        inputs=(TensorSpec(name="x", dtype=np.dtype("float32"), shape=("N", 3)),),
+        outputs=tuple(TensorSpec(name=name, dtype=np.dtype("float32"), shape=("N", 3)) for name in ("z", "a")),
+        nodes=(
+            Node(op_type="Relu", inputs=("x",), outputs=("z",)),
+            Node(op_type="Neg", inputs=("x",), outputs=("a",)),
+        ),
+    )
+    x = np.array([[-5, 1, 2], [3, -5, 2]], np.float32)
+    (row,) = measure(Model(graph=graph, params={}), [], [{"x": x}], np.array([2, 0]))
+    assert row.metrics["top1"] == 1.0
+
+
+def test_an_operator_has_one_name_whichever_domain_it_is_from(capsys):
+    float32 = np.dtype("float32")
+    graph = Graph(
+        name="domains",
+        inputs=(TensorSpec(name="x", dtype=float32, shape=("N", 3)),),
+        outputs=(TensorSpec(name="y", dtype=float32, shape=("N", 3)),),
+        nodes=(
+            Node(op_type="Relu", inputs=("x",), outputs=("h",)),
+            Node(op_type="Relu", inputs=("h",), outputs=("y",), domain="elsewhere"),
+        ),
+        opsets=(("", 17), ("elsewhere", 1)),
+    )
+    found = inspect(Model(graph=graph, params={}))
+    assert found.contents["operators"] == {"Relu": 1, "elsewhere.Relu": 1}
+    assert found.without_lowering == {"elsewhere.Relu": 1}
+    tables.print_inspection(Path("net.onnx"), found)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["elsewhere.Relu", "1", "no", "lowering"] in lines
+    assert ["Relu", "1"] in lines
+
+
+@pytest.mark.parametrize(("granularity", "per"), [("tensor", ["tensor"]), ("channel", ["axis", "-1"])])
+def test_a_bias_has_as_many_scales_as_its_weight(capsys, granularity, per):
+    plain = model()
+    nodes = (Node(op_type="Gemm", inputs=("x", "w", "b"), outputs=("y",), attributes=(("transB", 1),)),)
+    graph = dataclasses.replace(plain.graph, nodes=nodes, parameters=("b", "w"))
+    biased = Model(graph=graph, params=plain.params | {"b": np.ones(4, np.float32)})
+    tables.print_inspection(Path("net.onnx"), inspect(biased, QuantizationConfig(granularity=granularity)))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1 : 2 + len(per)] for line in lines if line[:1] == ["b"]] == [["int32", *per]]

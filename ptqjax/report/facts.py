@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqjax.ir import Model, Record, TensorSpec
+from ptqjax.ir import Model, Node, Record, TensorSpec
 from ptqjax.quantize import Encoding
 
 _PACKAGES = ("ptqjax", "jax", "jaxlib", "numpy", "onnx", "flax", "onnxruntime", "onnxruntime-gpu")
@@ -85,7 +85,7 @@ def versions() -> dict[str, str]:
 def contents(model: Model) -> dict[str, Any]:
     """Returns what is in a model: inputs, outputs, opset, how many of each operator, how many parameters."""
     graph = model.graph
-    operators = Counter(node.op_type for node in graph.nodes)
+    operators = Counter(map(operator_name, graph.nodes))
     return {
         "inputs": [_spec(spec) for spec in graph.inputs],
         "outputs": [_spec(spec) for spec in graph.outputs],
@@ -93,6 +93,11 @@ def contents(model: Model) -> dict[str, Any]:
         "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
         "num_parameters": int(sum(np.size(value) for value in model.params.values())),
     }
+
+
+def operator_name(node: Node) -> str:
+    """Returns what tables call an operator: its type, after its domain where that is not ONNX's own."""
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
 
 
 def encoding_facts(name: str, encoding: Encoding, model: Model) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ptqjax.errors import ModelError, UnsupportedOperatorError
 from ptqjax.ir import Model, Record, first_quantized_node, place_of
 from ptqjax.ops import find_lowering
 from ptqjax.quantize import Placement, place
-from ptqjax.report.facts import contents
+from ptqjax.report.facts import contents, operator_name
 from ptqjax.transforms import equalize, fold_batch_norms
 
 
@@ -22,7 +22,7 @@ class Inspection:
     contents: dict[str, Any]
     """Inputs, outputs, opset, operators, number of parameters: see `contents`."""
     without_lowering: dict[str, int]
-    """Operators that cannot be computed here, with their number."""
+    """Operators that cannot be computed here, with their number; called as in `contents["operators"]`."""
     records: tuple[Record, ...]
     """What folding and equalization would do and leave alone."""
     placement: Placement | None
@@ -64,4 +64,4 @@ def _without_lowering(model: Model) -> dict[str, int]:
         return False
 
     missing = [node for node in model.graph.nodes if is_missing(node.op_type, node.domain)]
-    return dict(Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in missing))
+    return dict(Counter(map(operator_name, missing)))

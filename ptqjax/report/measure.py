@@ -35,7 +35,10 @@ class MeasuredStage:
 def measure(
     source: Model, stages: Iterable[MeasuredStage], batches: Iterable[Mapping[str, Any]], labels: np.ndarray | None
 ) -> tuple[Row, ...]:
-    """Returns the table, "float" first.
+    """Returns the table, "float" first: that row agrees with itself by definition, so it is there without labels too.
+
+    The quantized models are simulated, and on `batches`, which they may have been calibrated on: a table to compare
+    stages by, no estimate of what the exported file is worth (`evaluate` gives that).
 
     Args:
         source: The float model as it was read, which all are compared with.
@@ -44,9 +47,9 @@ def measure(
         labels: The classes of the samples, in the order of the batches; None where unknown.
     """
     reference = _in_float(source)
-    rows = []
-    if labels is not None:
-        rows.append(Row(stage="float", metrics=_metrics(evaluate(reference, batches, labels=labels))))
+    itself = {"float_sqnr_db": float("inf"), "sqnr_db": float("inf"), "agreement": 1.0}
+    known = {} if labels is None else _metrics(evaluate(reference, batches, labels=labels))
+    rows = [Row(stage="float", metrics=itself | known)]
     for stage in stages:
         metrics = _metrics(evaluate(_quantized(stage), batches, labels=labels, reference=reference))
         if stage.keeps_function:
@@ -57,12 +60,17 @@ def measure(
 
 
 def _in_float(model: Model) -> Function:
-    return lambda batch: apply(model.graph, model.params, batch)
+    return lambda batch: _in_order(model, apply(model.graph, model.params, batch))
 
 
 def _quantized(stage: MeasuredStage) -> Function:
     program = simulate(stage.model, stage.encodings)
-    return lambda batch: program(stage.model.params, stage.encodings, batch)
+    return lambda batch: _in_order(stage.model, program(stage.model.params, stage.encodings, batch))
+
+
+def _in_order(model: Model, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the outputs in the order of the graph, the first of which has the classes; jit sorts them by name."""
+    return {spec.name: outputs[spec.name] for spec in model.graph.outputs}
 
 
 def _metrics(found: Evaluation) -> dict[str, float]:

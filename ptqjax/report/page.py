@@ -69,9 +69,10 @@ def _stages(report: Mapping[str, Any]) -> str:
         for stage in stages
     ]
     return _section(
-        "Stage by stage",
-        "Each row is the model after one more step, on the calibration samples, against the float model. "
-        "“In float” tells whether a transform kept the function; the other columns what is left of it when quantized.",
+        "Stage by stage: the simulation, on the calibration samples",
+        "Each row is the model after one more step, against the float model. “In float” tells whether a transform "
+        "kept the function; the other columns what is left of it when quantized. What the exported file is worth, on "
+        "samples that took no part, “ptqjax evaluate” tells.",
         _table(["stage", *headings.values()], rows, numbers_from=1, mark_last=True),
     )
 

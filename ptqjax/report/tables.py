@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ptqjax.evaluate import Evaluation
 from ptqjax.ir import Record
-from ptqjax.quantize import Placement, Site
+from ptqjax.quantize import BiasSite, Placement, Site
 from ptqjax.report.inspection import Inspection
 from ptqjax.report.page import metric_headings, metric_text
 from ptqjax.validate import Validation
@@ -29,7 +29,9 @@ def print_stages(stages: Sequence[Mapping[str, Any]]) -> None:
         return
     headings = metric_headings(stages)
     rows = [[stage["stage"], *(metric_text(name, stage["metrics"].get(name)) for name in headings)] for stage in stages]
-    _table("After each stage, on the calibration samples", ["", *headings.values()], rows, numbers_from=1)
+    _table(
+        "After each stage: the simulation, on the calibration samples", ["", *headings.values()], rows, numbers_from=1
+    )
 
 
 def print_validation(path: Path, found: Validation) -> None:
@@ -100,16 +102,24 @@ def _print_transforms(records: Sequence[Record]) -> None:
 
 
 def _print_placement(placement: Placement) -> None:
-    rows = [
-        [site.tensor, site.dtype, "tensor" if site.axis is None else f"axis {site.axis}", _tie(site), site.reason]
-        for site in placement.sites
-    ]
-    rows += [
-        [site.bias, "int32", "axis 0", "", f"bias: scale of '{site.input}' times scale of '{site.weight}'"]
-        for site in placement.biases
-    ]
+    rows = [[site.tensor, site.dtype, _per(site.axis), _tie(site), site.reason] for site in placement.sites]
+    rows += [[site.bias, "int32", _per(_scale_axis(site, placement)), "", _origin(site)] for site in placement.biases]
     rows += [[entry.tensor, "float", "", "", entry.reason] for entry in placement.skipped]
     _table("Which tensor would get which grid", ["tensor", "type", "per", "shares with", "why"], rows)
+
+
+def _per(axis: int | None) -> str:
+    return "tensor" if axis is None else f"axis {axis}"
+
+
+def _scale_axis(site: BiasSite, placement: Placement) -> int | None:
+    """Returns the axis of a bias that its scales run along; None where its weight has one scale, and so the bias."""
+    weight = placement.site(site.weight)
+    return None if weight is None or weight.axis is None else site.axis
+
+
+def _origin(site: BiasSite) -> str:
+    return f"bias: scale of '{site.input}' times scale of '{site.weight}'"
 
 
 def _tie(site: Site) -> str:
