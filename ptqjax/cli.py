@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
+import fnmatch
 import hashlib
-import shutil
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ptqjax.errors import ConfigError, OutputError, PtqjaxError
+from ptqjax.errors import ConfigError
+from ptqjax.faults import reports_faults
+from ptqjax.publish import published, write_text
 
 if TYPE_CHECKING:
     from ptqjax.config import QuantizationConfig
@@ -25,13 +24,7 @@ if TYPE_CHECKING:
     from ptqjax.report import Row
 
 _BATCH = 32  # samples at a time
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-class _Fault(click.ClickException):
-    """The data or the model is at fault: one line on stderr, exit code 1."""
-
-    exit_code = 1
+_FILES = ("model.onnx", "model.encodings", "report.json", "report.html")
 
 
 def main() -> None:
@@ -39,33 +32,12 @@ def main() -> None:
     commands()
 
 
-def _reports_faults(command: _F) -> _F:
-    """Returns the command with the package's errors as one line on stderr: usage exits with 2, all others with 1."""
-
-    @functools.wraps(command)
-    def reporting(*args: Any, **settings: Any) -> Any:
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
-                return command(*args, **settings)
-        except ConfigError as error:
-            raise click.UsageError(_one_line(error), click.get_current_context(silent=True)) from error
-        except PtqjaxError as error:
-            raise _Fault(_one_line(error)) from error
-
-    return reporting  # pyright: ignore[reportReturnType]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 _device = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where to compute, in JAX and in ONNX Runtime; auto takes an NVIDIA GPU where there is one.",
+    help="Where to compute; auto takes an NVIDIA GPU where there is one.",
 )
 _model = click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path))
 _data = click.option(
@@ -103,7 +75,8 @@ def commands() -> None:
     "--calibration",
     required=True,
     metavar="DATA.npz|none",
-    help="Samples to find ranges on, one array per model input; 'none': from the model's batch norms alone.",
+    help="Samples to find ranges on, one array per model input. 'none' (ranges from the model's batch norms alone) is "
+    "not available yet.",
 )
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
 @click.option("--weights", default="int8", show_default=True, metavar="TYPE", help="int8, uint8, int4, uint4, int16.")
@@ -122,9 +95,18 @@ def commands() -> None:
     metavar="RULE",
     help="How a range is chosen: min-max, sqnr (least noise).",
 )
-@click.option("--equalize/--no-equalize", default=True, show_default=True, help="Make channels alike across layers.")
 @click.option(
-    "--absorb", default="exact", show_default=True, metavar="exact|off", help="Move biases on where that is exact."
+    "--equalize/--no-equalize",
+    default=True,
+    show_default=True,
+    help="Make channels alike across layers; --no-equalize leaves out absorption as well, which is a part of it.",
+)
+@click.option(
+    "--absorb",
+    default="exact",
+    show_default=True,
+    metavar="exact|off",
+    help="Move biases on where that is exact; a part of equalization.",
 )
 @click.option(
     "--correct",
@@ -132,10 +114,18 @@ def commands() -> None:
     metavar="none|empirical",
     help="Take out the mean error that quantization leaves in each layer.  [default: empirical, where there is data]",
 )
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave the tensors of this name in float; * and ? stand for any characters. May be given several times.",
+)
 @click.option("--target", default="ort-cpu", show_default=True, metavar="NAME|FILE", help="What the runtime accepts.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all randomness.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Reserved: nothing is random yet."
+)
 @_device
-@_reports_faults
+@reports_faults
 def quantize(model: Path, calibration: str, out: Path, device: str, **settings: Any) -> None:
     """Quantize MODEL.onnx and write it to DIR, with its encodings and a report.
 
@@ -150,6 +140,7 @@ def quantize(model: Path, calibration: str, out: Path, device: str, **settings: 
         ptqjax quantize net.onnx --calibration data.npz --out q --granularity tensor
         ptqjax quantize net.onnx --calibration data.npz --out q --weights int4
         ptqjax quantize net.onnx --calibration data.npz --out q --no-equalize --correct none
+        ptqjax quantize net.onnx --calibration data.npz --out q --exclude 'head/*' --exclude logits
 
     With 'labels' in DATA.npz, the table at the end shows top-1 accuracy as well.
     """
@@ -157,29 +148,48 @@ def quantize(model: Path, calibration: str, out: Path, device: str, **settings: 
     from ptqjax import report
     from ptqjax.report import tables
 
-    device_name = _use_device(device)
-    path = None if calibration == "none" else Path(calibration)
-    settings["correct"] = settings["correct"] or ("none" if path is None else "empirical")
+    _require_consistent(calibration, **settings)
+    settings["correct"] = settings["correct"] or "empirical"
     config = ptqjax.QuantizationConfig(**settings)
+    device_name, path = _use_device(device), Path(calibration)
     source = ptqjax.read(model)
-    samples, batches = (None, None) if path is None else _load(path, source.graph)
-    with _published(out) as folder, _progress() as follow:
-        result = ptqjax.quantize(source, batches and follow(batches, "quantizing"), config)
+    samples, batches = _load(path, source.graph)
+    with published(out, _FILES) as folder, _progress() as follow:
+        result = ptqjax.quantize(source, follow(batches, "quantizing"), config)
         ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config))
         facts = report.facts(
-            source=_provenance(model, path) | {"num_samples": 0 if samples is None else samples.num_samples},
+            source=_provenance(model, path) | {"num_samples": samples.num_samples},
             settings=asdict(config),
             device=device_name,
-            rows=_measured(source, result, follow(batches, "measuring"), samples, config) if batches else (),
+            rows=_measured(source, result, follow(batches, "measuring"), samples, config),
             records=[record for records in result.reports.values() for record in records],
             encodings=result.encodings,
             before=result.stages[0].model,
             after=result.model,
         )
-        (folder / "report.json").write_text(report.to_json(facts))
-        (folder / "report.html").write_text(report.page(facts))
+        write_text(folder / "report.json", report.to_json(facts))
+        write_text(folder / "report.html", report.page(facts))
     tables.print_stages(facts["stages"])
     click.echo(f"wrote {out / 'model.onnx'}; what was done and why: {out / 'report.html'}")
+    click.echo(f"what the file is worth: ptqjax evaluate {out / 'model.onnx'} --data TEST.npz --reference {model}")
+
+
+def _require_consistent(calibration: str, *, equalize: bool, absorb: str, **_: Any) -> None:
+    """Refuses what cannot be done, before any work.
+
+    Raises:
+        ConfigError: There are to be no samples; or absorption is asked for by name, and equalization is off.
+    """
+    if calibration == "none":
+        raise ConfigError(
+            "--calibration none is not available yet: ranges without data need the model's batch norms carried through "
+            "the graph; give a DATA.npz with samples (a hundred will do, no labels needed)"
+        )
+    by_name = click.get_current_context().get_parameter_source("absorb") is click.core.ParameterSource.COMMANDLINE
+    if by_name and absorb != "off" and not equalize:
+        raise ConfigError(
+            f"--absorb {absorb} with --no-equalize: absorption is a part of equalization; leave one of the two out"
+        )
 
 
 @commands.command()
@@ -192,7 +202,7 @@ def quantize(model: Path, calibration: str, out: Path, device: str, **settings: 
     help="The model that MODEL.onnx was made from: adds agreement and SQNR.",
 )
 @_device
-@_reports_faults
+@reports_faults
 def evaluate(model: Path, data: Path, reference: Path | None, device: str) -> None:
     """Run MODEL.onnx in ONNX Runtime and tell how good it is.
 
@@ -210,8 +220,7 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str) -> No
     from ptqjax.quantize.batches import checked_batches
     from ptqjax.report import tables
 
-    _use_device(device)
-    graph = ptqjax.read(model).graph
+    graph = ptqjax.read(model).graph  # ONNX Runtime alone computes: it says where it can
     samples, batches = _load(data, graph)
     with _progress() as follow:
         found = ptqjax.evaluate(
@@ -233,7 +242,7 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str) -> No
 @click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
 @_data
 @_device
-@_reports_faults
+@reports_faults
 def validate(model: Path, data: Path, device: str) -> None:
     """Compare what is simulated with what ONNX Runtime computes from a quantized model.
 
@@ -261,7 +270,7 @@ def validate(model: Path, data: Path, device: str) -> None:
 
 @commands.command()
 @_model
-@_reports_faults
+@reports_faults
 def inspect(model: Path) -> None:
     """Show what is in MODEL.onnx and what can be done to it; nothing is computed or written.
 
@@ -309,30 +318,6 @@ def _use_device(device: str) -> str:
 
 
 @contextmanager
-def _published(out: Path) -> Iterator[Path]:
-    """Yields a hidden folder in `out`; at the end its files move to `out`, each at once; after an error none does.
-
-    Raises:
-        OutputError: `out` cannot be made or written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".ptqjax-", dir=out))
-    except OSError as error:
-        raise OutputError(
-            f"--out '{out}' cannot be written: {error.strerror}; name a folder that exists or can be made"
-        ) from error
-    try:
-        yield folder
-        for file in sorted(folder.iterdir()):
-            file.replace(out / file.name)
-    except OSError as error:
-        raise OutputError(f"--out '{out}' cannot be written: {error.strerror}; free space, or name another") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
 def _progress() -> Iterator[Callable[[Any, str], Any]]:
     """Yields a function that shows, on a terminal, how far each pass over its first argument is."""
     from rich.console import Console
@@ -359,13 +344,14 @@ class _Followed:
 
 
 def _measured(
-    source: Model, result: Result, batches: Any, samples: Samples | None, config: QuantizationConfig
+    source: Model, result: Result, batches: Any, samples: Samples, config: QuantizationConfig
 ) -> Sequence[Row]:
     """Returns the table of the run; the model without equalization gets grids of its own, to show what that gained."""
     import ptqjax
     from ptqjax import report
 
-    own = {"fold": ptqjax.calibrate(result.stages[0].model, batches, config)} if config.equalize else {}
+    folded = result.stages[0].model
+    own = {"fold": ptqjax.calibrate(folded, batches, _fitting(config, folded))} if config.equalize else {}
     stages = [
         report.MeasuredStage(
             name=stage.name,
@@ -375,10 +361,17 @@ def _measured(
         )
         for stage in result.stages
     ]
-    return report.measure(source, stages, batches, None if samples is None else samples.labels)
+    return report.measure(source, stages, batches, samples.labels)
 
 
-def _provenance(model: Path, data: Path | None) -> dict[str, Any]:
-    files = {"model": model} if data is None else {"model": model, "data": data}
+def _fitting(config: QuantizationConfig, model: Model) -> QuantizationConfig:
+    """Returns `config` without the patterns that match no tensor of `model`: they are for what equalization adds."""
+    inputs = [spec.name for spec in model.graph.inputs]
+    names = [*model.graph.parameters, *inputs, *(name for node in model.graph.nodes for name in node.outputs)]
+    return replace(config, exclude=tuple(pattern for pattern in config.exclude if fnmatch.filter(names, pattern)))
+
+
+def _provenance(model: Path, data: Path) -> dict[str, Any]:
+    files = {"model": model, "data": data}
     hashes = {f"{key}_sha256": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()}
     return {key: path.name for key, path in files.items()} | hashes

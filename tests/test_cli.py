@@ -1,11 +1,14 @@
 """The command line: what it writes, what it says, and that every fault is one line with a cause and a remedy."""
 
 import json
+import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import click.testing
+import jax
 import numpy as np
 import onnx
 import onnxruntime
@@ -13,8 +16,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import ptqjax
-from ptqjax import report
+from ptqjax import cli, report
 from ptqjax.cli import commands
+from ptqjax.publish import published
 
 FILES = {"model.onnx", "model.encodings", "report.json", "report.html"}
 
@@ -181,7 +185,7 @@ def test_an_operator_without_lowering(place, tmp_path):
     onnx.save(network(last="Det"), tmp_path / "net.onnx")
     result = quantize(place, tmp_path / "q", model=tmp_path / "net.onnx")
     assert_fault(result, "Det", "'last'", "no lowering")
-    assert not list((tmp_path / "q").iterdir())
+    assert not (tmp_path / "q").exists()
 
 
 def test_a_model_that_is_quantized_already(place, quantized, tmp_path):
@@ -225,9 +229,95 @@ def test_data_that_is_no_archive(place, tmp_path, content):
     assert_fault(quantize(place, tmp_path / "q", data=path), "data.npz", ".npz")
 
 
-def test_calibration_without_data_says_what_is_missing(place, tmp_path):
-    result = run("quantize", place / "net.onnx", "--calibration", "none", "--out", tmp_path / "q")
-    assert_fault(result, "statistics")
+def test_calibration_without_data_is_refused_before_any_work(tmp_path):
+    result = run("quantize", tmp_path / "absent.onnx", "--calibration", "none", "--out", tmp_path / "q")
+    assert result.exit_code == 2
+    assert "--calibration none is not available yet" in result.stderr
+    assert "give a DATA.npz" in result.stderr
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(("option", "words"), [("--calibration", "not available yet"), ("--seed", "nothing is random")])
+def test_help_does_not_promise_what_is_not_there(option, words):
+    lines = run("quantize", "--help").stdout
+    assert words in " ".join(lines[lines.index(f"  {option}") :].split()).partition(" --")[0]
+
+
+def test_absorption_without_equalization_is_refused_where_it_is_asked_for(place, tmp_path):
+    arguments = ["quantize", place / "net.onnx", "--calibration", place / "data.npz", "--out", tmp_path / "q"]
+    result = run(*arguments, "--no-equalize", "--absorb", "exact")
+    assert result.exit_code == 2
+    assert "absorption is a part of equalization" in result.stderr
+    assert not (tmp_path / "q").exists()
+    assert run(*arguments, "--no-equalize").exit_code == 0
+    assert run(*arguments, "--no-equalize", "--absorb", "off").exit_code == 0
+    assert run("quantize", "--help").stdout.count("part of") == 2  # said at both options
+
+
+def test_excluded_tensors_stay_in_float(place, tmp_path):
+    arguments = ["quantize", place / "net.onnx", "--calibration", place / "data.npz", "--out", tmp_path / "q"]
+    result = run(*arguments, "--exclude", "w2", "--exclude", "pool*")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "q" / "report.json").read_text())
+    assert found["settings"]["exclude"] == ["w2", "pool*"]
+    assert "w1" in found["encodings"]
+    assert not {"w2", "pooled"} & set(found["encodings"])
+    result = run(*arguments, "--exclude", "w3")
+    assert result.exit_code == 2
+    assert "'w3' matches none" in result.stderr
+
+
+def test_the_table_says_what_it_is_and_where_to_go_on(place, quantized):
+    assert "the simulation, on the calibration samples" in quantized.stdout
+    assert f"ptqjax evaluate {place / 'q' / 'model.onnx'} --data" in quantized.stdout
+
+
+def test_the_table_begins_with_float_without_labels_too(place, tmp_path):
+    np.savez(tmp_path / "data.npz", input=np.load(place / "data.npz")["input"])
+    result = quantize(place, tmp_path / "q", data=tmp_path / "data.npz")
+    rows = [line.split() for line in result.stdout.splitlines() if line.strip()]
+    assert ["float", "exact", "100.0", "exact"] in rows
+    assert "top-1" not in result.stdout
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate"])
+def test_labels_that_are_no_class_indices(place, tmp_path, command):
+    arrays = dict(np.load(place / "data.npz"))
+    for labels, words in (
+        (arrays["labels"][:, None], "reshape(-1)"),
+        (np.eye(5)[arrays["labels"]], "argmax(1)"),
+        (arrays["labels"].astype(str), "whole numbers"),
+        (arrays["labels"] + 5, "0 to 4"),
+    ):
+        np.savez(tmp_path / "data.npz", input=arrays["input"], labels=labels)
+        data = ["--calibration" if command == "quantize" else "--data", tmp_path / "data.npz"]
+        more = ["--out", tmp_path / "q"] if command == "quantize" else []
+        assert_fault(run(command, place / "net.onnx", *data, *more), "data.npz': 'labels'", words)
+
+
+def test_a_reference_that_does_not_fit_is_named(place, tmp_path):
+    other = network()
+    other.graph.input[0].name = other.graph.node[0].input[0] = "image"
+    onnx.save(other, tmp_path / "other.onnx")
+    data = ["--data", place / "data.npz"]
+    result = run("evaluate", place / "net.onnx", *data, "--reference", tmp_path / "other.onnx")
+    assert_fault(result, "the reference '", "other.onnx'", "'image'")
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("nobody\nforesaw this"), OSError(28, "No space left"), KeyError()])
+def test_what_nobody_foresaw_is_one_line(place, tmp_path, monkeypatch, fault):
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(ptqjax, "quantize", fail)
+    result = quantize(place, tmp_path / "q")
+    assert_fault(result, f"internal error: {type(fault).__name__}", "please report it", "PTQJAX_DEBUG=1")
+    assert "--out" not in result.stderr
+    assert not (tmp_path / "q").exists()
+    monkeypatch.setenv("PTQJAX_DEBUG", "1")
+    result = quantize(place, tmp_path / "q")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
 
 
 def test_an_output_place_that_cannot_be_written(place, tmp_path):
@@ -251,6 +341,75 @@ def test_an_interrupted_run_leaves_nothing_new_and_nothing_damaged(place, quanti
     assert (tmp_path / "model.onnx").read_bytes() == earlier
 
 
+def test_a_folder_in_the_way_of_a_file_stops_the_run_before_it_begins(place, tmp_path, monkeypatch):
+    (tmp_path / "model.onnx").write_text("earlier")
+    (tmp_path / "report.html").mkdir()
+    monkeypatch.setattr(ptqjax, "quantize", None)  # not reached
+    assert_fault(quantize(place, tmp_path), "report.html' is a folder", "move it")
+    assert (tmp_path / "model.onnx").read_text() == "earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "report.html"]
+
+
+@pytest.fixture(params=["links", "no links"])
+def _file_system(request, monkeypatch):
+    """One that has hard links, and one that has none."""
+
+    def no_link(*_, **__):
+        raise OSError(95, "Operation not supported")
+
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", no_link)
+
+
+@pytest.mark.usefixtures("_file_system")
+@pytest.mark.parametrize("earlier", [{}, {"a": "old a", "b": "old b"}, {"b": "old b"}, {"a": "old a", "c": "else"}])
+@pytest.mark.parametrize("before", [True, False], ids=["before the move", "after the move"])
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(5, "Input/output error")])
+def test_a_fault_at_the_second_move_puts_everything_back(tmp_path, monkeypatch, earlier, before, fault):
+    out, move, moved = tmp_path / "q", Path.replace, []
+    if earlier:
+        out.mkdir()
+    for name, content in earlier.items():
+        (out / name).write_text(content)
+
+    def replace(self, target):
+        moved.append(target)
+        if len(moved) == 2 and before:
+            raise fault
+        move(self, target)
+        if len(moved) == 2:
+            raise fault
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt if fault is KeyboardInterrupt else ptqjax.OutputError), fill(out):
+        pass
+    assert len(moved) == 2
+    found = {path.name: path.read_text() for path in out.iterdir()} if out.exists() else {}
+    assert found == earlier
+    assert out.exists() == bool(earlier)
+
+
+@contextmanager
+def fill(out):
+    with published(out, ["a", "b"]) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text(f"new {name}")
+        yield
+
+
+def test_published_files_replace_earlier_ones_and_leave_nothing_else(tmp_path):
+    (tmp_path / "a").write_text("old a")
+    with fill(tmp_path):
+        pass
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new a", "b": "new b"}
+
+
+def test_an_error_of_the_body_is_not_blamed_on_the_output_place(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"), published(tmp_path / "p" / "q", []):
+        (tmp_path / "absent").read_text()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -270,10 +429,28 @@ def test_usage_is_exit_code_two_and_names_what_is_allowed(place, tmp_path, optio
     assert not list(tmp_path.iterdir())
 
 
-def test_a_gpu_that_is_not_there_is_said_so(place):
-    result = run("evaluate", place / "net.onnx", "--data", place / "data.npz", "--device", "cuda")
+@pytest.mark.parametrize(
+    ("command", "words"), [("evaluate", "this onnxruntime has no CUDA"), ("validate", "JAX sees no NVIDIA GPU")]
+)
+def test_a_gpu_that_is_not_there_is_said_so_by_what_would_compute(place, quantized, monkeypatch, command, words):
+    monkeypatch.setattr(jax, "devices", no_gpu)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    result = run(command, place / "q" / "model.onnx", "--data", place / "data.npz", "--device", "cuda")
     assert result.exit_code == 2
+    assert words in result.stderr
     assert "ptqjax[cuda12]" in result.stderr
+
+
+def no_gpu(platform=None):
+    raise RuntimeError(platform)
+
+
+def test_validation_on_a_gpu_asks_the_runtime_too(place, quantized, monkeypatch):
+    monkeypatch.setattr(cli, "_use_device", lambda device: device)  # JAX has one
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    result = run("validate", place / "q" / "model.onnx", "--data", place / "data.npz", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "this onnxruntime has no CUDA" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["", "quantize", "evaluate", "inspect", "validate"])
