@@ -54,7 +54,7 @@ class QuantizationConfig:
     target: str = "ort-cpu"
     """The runtime: name of a file of `ptqjax/targets`, or path of such a file (ends in .toml)."""
     seed: int = 0
-    """Seed of all randomness."""
+    """Reserved for what will be random; at present nothing is."""
     exclude: tuple[str, ...] = ()
     """Glob patterns of tensors that stay in float."""
 

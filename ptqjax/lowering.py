@@ -50,7 +50,12 @@ def apply(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) ->
     _check_params(graph, params)
     params = {name: params[name] for name in graph.parameters}
     with _precision(graph, params, inputs):
-        return _compiled(graph, params, inputs)
+        return in_order(graph, _compiled(graph, params, inputs))
+
+
+def in_order(graph: Graph, outputs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the outputs in the graph's order: `jit` sorts the names of what it returns."""
+    return {spec.name: outputs[spec.name] for spec in graph.outputs}
 
 
 def interpret(

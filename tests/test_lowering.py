@@ -204,6 +204,12 @@ def test_outputs_that_are_inputs_or_parameters_are_returned():
     np.testing.assert_array_equal(outputs["w"], _random(3))
 
 
+def test_outputs_come_in_the_graphs_order():
+    nodes = [_node("Relu", ["x"], ["z"]), _node("Abs", ["x"], ["a"])]
+    graph = _graph(nodes, [_spec("x", 2)], [_spec("z", 2), _spec("a", 2)])
+    assert list(apply(graph, {}, {"x": _random(2)})) == ["z", "a"]
+
+
 def test_shape_arithmetic_is_done_while_tracing():
     """Shape -> Gather -> Mul -> Abs -> Div -> Concat -> Reshape; the product needs more than 32 bits."""
     nodes = (
