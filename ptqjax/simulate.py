@@ -17,7 +17,7 @@ from ptqjax.ir import Graph, Model
 from ptqjax.lowering import Intercept, apply, checked_inputs, interpret
 from ptqjax.quantize.bias import bias_encoding, bias_sites
 from ptqjax.quantize.encodings import Encoding, Encodings, fake_quantize
-from ptqjax.quantize.qdq import check_tensors, grid_dtypes, insert_qdq
+from ptqjax.quantize.qdq import check_tensors, grid_dtypes, insert_qdq, with_own_biases
 from ptqjax.transforms.fuse_quantized import fuse_quantized
 
 Simulation: TypeAlias = Callable[[Mapping[str, Any], Encodings, Mapping[str, Any]], dict[str, jax.Array]]
@@ -53,7 +53,10 @@ def simulate(model: Model, encodings: Encodings, *, arithmetic: str = "float") -
 
 
 def fake_quantization(model: Model, encodings: Encodings) -> Intercept:
-    """Returns what `interpret` calls to run `model` as the float program: each tensor and bias rounded to its grid."""
+    """Returns what `interpret` calls to run `model` as the float program: each tensor and bias rounded to its grid.
+
+    A bias that several layers read has a grid for each of them; it stays as it is, where they have no copies.
+    """
     graph, grids = model.graph, _with_biases(model, encodings)
 
     def intercept(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, None]:
@@ -92,8 +95,8 @@ def _with_checks(graph: Graph, program: Simulation) -> Simulation:
 def _float_program(
     graph: Graph, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-    model = Model(graph=graph, params=dict(params))
-    return interpret(graph, params, inputs, intercept=fake_quantization(model, encodings))[0]
+    model = with_own_biases(Model(graph=graph, params=dict(params)), encodings)
+    return interpret(model.graph, model.params, inputs, intercept=fake_quantization(model, encodings))[0]
 
 
 class _IntegerGraphs(NamedTuple):

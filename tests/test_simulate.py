@@ -167,3 +167,18 @@ def test_a_wrong_input_is_an_error(case, arithmetic):
     model, encodings, batch = case
     with pytest.raises(DataError, match="input 'y' is unknown"):
         simulate(model, encodings, arithmetic=arithmetic)(model.params, encodings, {"y": batch["x"]})
+
+
+def test_a_shared_bias_lies_on_the_grid_of_each_of_its_layers():
+    """As in the exported model: coarse grids make the rounding of the bias visible."""
+    nodes = [node("Conv", ["x", "w", "b"], "c"), node("Conv", ["x", "v", "b"], "d"), node("Concat", ["c", "d"], "y")]
+    nodes[2] = node("Concat", ["c", "d"], "y", axis=1)
+    params = {"w": normal(2, 3, 1, 1), "v": normal(2, 3, 1, 1, seed=1), "b": np.array([0.3, -0.7], np.float32)}
+    model = build(nodes, params, input_shape=("n", 3, 1, 1), outputs=["y"])
+    step = {"x": 0.5, "w": 0.5, "v": 0.25}
+    encodings = {name: make_encoding(np.float32(scale), np.float32(0), dtype="int8") for name, scale in step.items()}
+    y = output(simulate(model, encodings)(params, encodings, {"x": np.zeros((1, 3, 1, 1), np.float32)}))
+    np.testing.assert_allclose(y.ravel(), [0.25, -0.75, 0.25, -0.75], atol=0)
+    quantized = insert_qdq(model, encodings)
+    expected = output(apply(quantized.graph, quantized.params, {"x": np.zeros((1, 3, 1, 1), np.float32)}))
+    np.testing.assert_array_equal(y, expected)

@@ -46,9 +46,14 @@ def grid_dtypes(encodings: Mapping[str, Encoding]) -> dict[str, str]:
 
 def lowest_opset(dtype: str, encoding: Encoding) -> int:
     """Returns the first opset whose QuantizeLinear and DequantizeLinear have the type and granularity."""
-    if dtype not in _BYTES or encoding.block_size is not None:
+    return lowest_opset_of(dtype, encoding.axis, encoding.block_size)
+
+
+def lowest_opset_of(dtype: str, axis: int | None, block_size: int | None) -> int:
+    """Returns `lowest_opset` of a grid of that type and granularity."""
+    if dtype not in _BYTES or block_size is not None:
         return 21
-    return 10 if encoding.axis is None else 13
+    return 10 if axis is None else 13
 
 
 def insert_qdq(model: Model, encodings: Mapping[str, Encoding], *, dtypes: Mapping[str, str] | None = None) -> Model:
@@ -57,8 +62,10 @@ def insert_qdq(model: Model, encodings: Mapping[str, Encoding], *, dtypes: Mappi
     A weight W becomes the integer parameter W_quantized, whose DequantizeLinear writes W; a bias likewise, in int32
     with the scale s_x s_w, where input and weight are quantized. An activation X is read through QuantizeLinear
     (X_quantized) and DequantizeLinear (X_dequantized); where X is a graph output, it is the dequantized tensor that is
-    called X. Relu and Clip stay: a runtime removes them where the range implies them. Readers inside subgraphs read
-    the float tensor. Nodes that the model's opset does not have yet are of the domain com.microsoft.
+    called X. Each layer has its own copy of a weight or bias that several read: a bias's scale is its layer's, and ONNX
+    Runtime refuses a weight shared by integer layers where session.x64quantprecision is set. Relu and Clip stay: a
+    runtime removes them where the range implies them. Readers inside subgraphs read the float tensor. Nodes that the
+    model's opset does not have yet are of the domain com.microsoft.
 
     Args:
         model: The float model; its arrays may be traced.
@@ -69,9 +76,13 @@ def insert_qdq(model: Model, encodings: Mapping[str, Encoding], *, dtypes: Mappi
         ConfigError: An encoding is for a tensor that the model has not.
     """
     dtypes = grid_dtypes(encodings) if dtypes is None else dtypes
-    graph = model.graph
-    check_tensors(graph, dtypes)
+    check_tensors(model.graph, dtypes)
     chosen = {name: encodings[name] for name in sorted(dtypes)}
+    model, sources = with_own_copies(model, set(dtypes) & set(model.params))
+    chosen |= {copy: chosen[source] for copy, source in sources.items()}
+    dtypes = {**dtypes, **{copy: dtypes[source] for copy, source in sources.items()}}
+    model = with_own_biases(model, chosen)
+    graph = model.graph
     pieces = [
         _parameter(graph, name, model.params[name], encoding, dtypes[name])
         if name in graph.parameters
@@ -84,6 +95,42 @@ def insert_qdq(model: Model, encodings: Mapping[str, Encoding], *, dtypes: Mappi
     for piece in pieces:
         params.update(piece.params)
     return _with_microsoft(rebuild(model, nodes=nodes, params=_unwritten(params, nodes)))
+
+
+def with_own_copies(model: Model, names: Iterable[str]) -> tuple[Model, dict[str, str]]:
+    """Returns the model in which one node alone reads each parameter of `names`, and the source of each copy by name.
+
+    The first reader keeps the name, and so do readers inside subgraphs.
+    """
+    sources: dict[str, str] = {}
+    for name in sorted(names):
+        for node in [each for each in model.graph.nodes if name in each.inputs][1:]:
+            copy = fresh_name(model.graph, f"{name}_{node.output}")
+            sources[copy] = name
+            model = _with_copy(model, node, name, copy)
+    return model, sources
+
+
+def _with_copy(model: Model, reader: Node, name: str, copy: str) -> Model:
+    graph = model.graph
+    inputs = tuple(copy if each == name else each for each in reader.inputs)
+    nodes = tuple(replace(node, inputs=inputs) if node is reader else node for node in graph.nodes)
+    graph = replace(graph, nodes=nodes, parameters=tuple(sorted((*graph.parameters, copy))))
+    return model.replace(graph=graph, params={**model.params, copy: model.params[name]})
+
+
+def with_own_biases(model: Model, encodings: Mapping[str, Encoding]) -> Model:
+    """Returns the model in which each layer has its own copy of a shared bias that is to be int32.
+
+    Biases are told by names, shapes and the static parts of the encodings.
+    """
+    readers = model.graph.readers
+    shared = {name for name in model.params if name not in encodings and len(readers.get(name, ())) > 1}
+    if not shared:
+        return model
+    tentative, sources = with_own_copies(model, shared)
+    placed = (site.bias for site in bias_sites(tentative) if bias_encoding(encodings, site) is not None)
+    return with_own_copies(model, {sources.get(name, name) for name in placed} & shared)[0]
 
 
 def check_tensors(graph: Graph, names: Iterable[str]) -> None:
