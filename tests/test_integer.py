@@ -149,6 +149,67 @@ def test_an_activation_is_dropped_only_where_the_range_implies_it(op_type, bound
     assert validate(insert_qdq(model, encodings), [batch]).largest <= 1
 
 
+def as_foreseen(model, batch, **settings):
+    """What `validate` finds, with nothing fused otherwise than foreseen, and all equal to a step."""
+    encodings = calibrate(model, [batch], QuantizationConfig(ranges="min-max", **settings))
+    found = validate(insert_qdq(model, encodings), [batch])
+    assert not [warning for warning in found.warnings if "VNNI" not in warning]
+    assert found.largest <= 1
+    assert found.equal >= 0.999
+    return [group.operator for group in found.groups if group.operator.startswith("Q")]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("shared", ["w", "b", "wb"])
+def test_layers_that_share_a_weight_or_bias_have_their_own_integers(shared, granularity):
+    """ONNX Runtime refuses integer layers on one weight with the entry that makes sessions exact."""
+    params = {"w": normal(4, 4, 3, 3), "w2": normal(4, 4, 3, 3), "b": normal(4), "b2": normal(4)}
+    weight, bias = ("w" if "w" in shared else "w2"), ("b" if "b" in shared else "b2")
+    nodes = [node("Conv", ["x", "w", "b"], "c"), node("Conv", ["c", weight, bias], "y")]
+    used = {name: params[name] for name in {"w", "b", weight, bias}}
+    model = build(nodes, used, input_shape=("n", 4, 8, 8), outputs=["y"])
+    batch = {"x": normal(4, 4, 8, 8)}
+    assert as_foreseen(model, batch, granularity=granularity) == ["QLinearConv", "QLinearConv"]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (1,)])
+@pytest.mark.parametrize("order", [("m", "b"), ("b", "m")])
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_product_of_matrices_and_its_bias_are_one_operator(shape, order, relu, granularity):
+    nodes = [node("MatMul", ["x", "w"], "m"), node("Add", order, "y")]
+    nodes = [nodes[0], node("Add", order, "a"), node("Relu", ["a"], "y")] if relu else nodes
+    model = build(nodes, {"w": normal(6, 5), "b": normal(*shape)}, input_shape=("n", 6), outputs=["y"])
+    found = as_foreseen(model, {"x": normal(8, 6)}, granularity=granularity)
+    assert found == (["QLinearMatMul"] if shape == (1,) else ["QGemm"])
+
+
+def test_a_product_of_more_axes_stays_apart_from_its_bias():
+    nodes = [node("MatMul", ["x", "w"], "m"), node("Add", ["m", "b"], "y")]
+    model = build(nodes, {"w": normal(6, 5), "b": normal(5)}, input_shape=("n", 3, 6), outputs=["y"])
+    assert as_foreseen(model, {"x": normal(8, 3, 6)}) == []
+
+
+@pytest.mark.parametrize("shape", [(5,), (1,)])
+def test_a_gemm_with_one_number_as_bias_is_as_foreseen(shape):
+    nodes = [node("Gemm", ["x", "w", "b"], "y")]
+    model = build(nodes, {"w": normal(6, 5), "b": normal(*shape)}, input_shape=("n", 6), outputs=["y"])
+    assert as_foreseen(model, {"x": normal(8, 6)}) == (["QGemm"] if shape == (5,) else [])
+
+
+def test_the_head_of_a_transformer_is_as_foreseen():
+    """Reduced over its tokens, the input of the last product is a matrix."""
+    nodes = [
+        node("LayerNormalization", ["x", "s", "o"], "l", axis=-1),
+        node("ReduceMean", ["l"], "r", axes=(1,), keepdims=0),
+        node("MatMul", ["r", "w"], "m"),
+        node("Add", ["m", "b"], "y"),
+    ]
+    params = {"s": normal(6), "o": normal(6), "w": normal(6, 5), "b": normal(5)}
+    model = build(nodes, params, input_shape=("n", 7, 6), outputs=["y"])
+    assert as_foreseen(model, {"x": normal(8, 7, 6)}) == ["QGemm"]
+
+
 def test_a_sum_with_many_terms_is_exact():
     """The worst case that 8 bits allow, beyond what float32 adds exactly."""
     for num_terms in (9, 400, 2000, 20000):

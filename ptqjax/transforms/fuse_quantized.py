@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from ptqjax.ir import Model, Node, Record, Report, only_reader, rebuild, scalar_of, value_of
+from ptqjax.transforms.rank import ranks_of
 
 _MICROSOFT = "com.microsoft"
+_MATRIX = 2  # axes
 _EIGHT_BITS = (np.dtype(np.int8), np.dtype(np.uint8))
 
 # Operators that become one on integers.
@@ -51,8 +53,10 @@ def fuse_quantized(model: Model) -> tuple[Model, Report]:
     """
     replaced: dict[int, Node] = {}
     report: list[Record] = []
-    for node in model.graph.nodes:
-        if node.op_type not in _INTEGER or node.domain:
+    gemms, merged = _gemms(model)
+    for product in model.graph.nodes:
+        node = gemms.get(product.output, product)
+        if node.op_type not in _INTEGER or node.domain or product.output in merged:
             continue
         group = _group(model, node)
         reason = group if isinstance(group, str) else _objection(model, group)
@@ -61,6 +65,28 @@ def fuse_quantized(model: Model) -> tuple[Model, Report]:
             replaced[id(group.quantizer)] = _integer_node(model, group)
     nodes = [replaced.get(id(node), node) for node in model.graph.nodes]
     return rebuild(model, nodes=nodes), tuple(report)
+
+
+def _gemms(model: Model) -> tuple[dict[str, Node], set[str]]:
+    """Returns the Gemm that stands for each MatMul + Add, by the MatMul's result, and the results of these Adds.
+
+    The runtime merges them where both operands are matrices and what is added is quantized to int32.
+    """
+    graph, ranks = model.graph, ranks_of(model)
+    found: dict[str, Node] = {}
+    for node in graph.nodes:
+        add = only_reader(graph, node.output) if node.op_type == "MatMul" and not node.domain else None
+        if add is None or add.op_type != "Add" or any(ranks.get(name) != _MATRIX for name in node.inputs):
+            continue
+        bias = next((name for name in add.inputs if name != node.output), "")
+        producer = graph.producers.get(bias)
+        if producer is not None and producer.op_type == "DequantizeLinear" and _is_int32(model, producer):
+            found[node.output] = Node(op_type="Gemm", inputs=(*node.inputs, bias), outputs=add.outputs, name=node.name)
+    return found, {node.output for node in found.values()}
+
+
+def _is_int32(model: Model, dequantizer: Node) -> bool:
+    return _grid_type(model, dequantizer) == np.dtype(np.int32)
 
 
 def _record(node: Node, reason: str) -> Record:
@@ -100,7 +126,7 @@ def _is_implied(model: Model, activation: Node, quantizer: Node) -> bool:
     info = np.iinfo(zero_point.dtype)
     if activation.op_type == "Relu":
         return int(zero_point.item()) == info.min
-    low, high = _bound(model, activation, 1, -np.inf), _bound(model, activation, 2, np.inf)
+    low, high = _bound(model, activation, "min", -np.inf), _bound(model, activation, "max", np.inf)
     if low is None or high is None:
         return False
     step, offset = np.float32(scale.item()), int(zero_point.item())
@@ -108,10 +134,13 @@ def _is_implied(model: Model, activation: Node, quantizer: Node) -> bool:
     return bool(smallest <= info.min and largest >= info.max)
 
 
-def _bound(model: Model, clip: Node, index: int, absent: float) -> float | None:
-    """Returns a bound of a Clip; `absent` where it has none; None where it is not a known number."""
-    name = _input(clip, index)
-    return scalar_of(model, name) if name else absent
+def _bound(model: Model, clip: Node, end: str, absent: float) -> float | None:
+    """Returns a bound of a Clip; `absent` where it has none; None where it is not a known number.
+
+    Before opset 11, bounds are attributes.
+    """
+    name = _input(clip, 1 if end == "min" else 2)
+    return scalar_of(model, name) if name else clip.attribute(end, absent)
 
 
 def _objection(model: Model, group: _Group) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+
+import numpy as np
 
 from ptqjax.ir import Model, Node
 
 _KEEPS_RANK = frozenset({
-    "AveragePool", "BatchNormalization", "Cast", "Clip", "Dropout", "Elu", "GlobalAveragePool", "GlobalMaxPool",
-    "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool", "Neg", "PRelu", "Pad", "Relu", "Selu", "Sigmoid",
-    "Softmax", "Tanh", "Transpose",
+    "AveragePool", "BatchNormalization", "Cast", "Clip", "DequantizeLinear", "Dropout", "Elu", "Erf",
+    "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "HardSwish", "Identity", "LayerNormalization", "LeakyRelu",
+    "MaxPool", "Neg", "PRelu", "Pad", "QuantizeLinear", "Relu", "Selu", "Sigmoid", "Slice", "Softmax", "Sqrt", "Tanh",
+    "Transpose",
 })  # fmt: skip
 _WIDEST = frozenset({"Add", "Sub", "Mul", "Div", "Min", "Max", "Sum"})
+_DOMAINS = ("", "com.microsoft")  # the runtime has its own QuantizeLinear and DequantizeLinear
 _MATRIX = frozenset({"Gemm", "Flatten"})
 
 
@@ -21,22 +25,31 @@ def ranks_of(model: Model) -> dict[str, int]:
     ranks |= {name: len(value.shape) for name, value in model.params.items()}
     ranks |= {name: value.ndim for name, value in model.graph.constant_values.items()}
     for node in model.graph.nodes:
-        rank = None if node.domain else _rank(node, ranks)
+        rank = None if node.domain not in _DOMAINS else _rank(model, node, ranks)
         if rank is not None:
             ranks[node.output] = rank
     return ranks
 
 
-def _rank(node: Node, ranks: Mapping[str, int]) -> int | None:
-    known: Callable[[int], int | None] = lambda index: ranks.get(node.inputs[index])  # noqa: E731
+def _rank(model: Model, node: Node, ranks: Mapping[str, int]) -> int | None:
+    known = [ranks.get(name) for name in node.inputs]
     if node.op_type in _MATRIX:
         return 2
     if node.op_type in {"Conv", "ConvTranspose"}:
-        return known(1)
-    if node.op_type in _KEEPS_RANK:
-        return known(0)
-    if node.op_type == "MatMul" and known(1) == 2:  # noqa: PLR2004  a matrix
-        return known(0)
-    if node.op_type in _WIDEST and all(name in ranks for name in node.inputs):
-        return max(ranks[name] for name in node.inputs)
-    return None
+        return known[1]
+    if node.op_type in _KEEPS_RANK or (node.op_type == "MatMul" and known[1] == 2):  # noqa: PLR2004  a matrix
+        return known[0]
+    if node.op_type == "Reshape" or node.op_type.startswith("Reduce"):
+        return _reshaped_rank(model, node, known[0])
+    return max(known) if node.op_type in _WIDEST and None not in known else None  # pyright: ignore[reportArgumentType]
+
+
+def _reshaped_rank(model: Model, node: Node, rank: int | None) -> int | None:
+    """Returns the rank of a Reshape or reduction; None where shape or axes are computed, or the axes are not stated."""
+    second = next(iter(node.inputs[1:]), "")
+    stated = model.graph.constant_values.get(second) if second else node.attribute("axes")
+    if node.op_type == "Reshape":
+        return None if stated is None else int(np.size(stated))
+    if rank is None or node.attribute("keepdims", 1):
+        return rank
+    return rank - int(np.size(stated)) if stated is not None and np.size(stated) else None
