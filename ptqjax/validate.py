@@ -22,6 +22,7 @@ from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.ir import Graph, Model, Node, Report, TensorSpec, rebuild, value_of
 from ptqjax.lowering import apply
 from ptqjax.transforms.fuse_quantized import fuse_quantized
+from ptqjax.transforms.saturation import warn_of_saturation
 
 Run = Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
 """A model as something that runs: inputs by name to outputs by name."""
@@ -36,7 +37,10 @@ class Group:
     operator: str
     """What computes it: the operator behind which it is quantized."""
     integer: bool
-    """Whether the runtime computes it in integers."""
+    """Whether the runtime computed it in integers, by the operator that also runs where nothing is exposed.
+
+    Where exposing the integers keeps the runtime from fusing, what was compared is not what runs: False, and a warning.
+    """
     largest: int
     """Largest distance, in steps."""
     num_equal: int
@@ -107,6 +111,7 @@ def validate(
     Raises:
         ModelError: The model cannot be read or run, or is not quantized.
         DataError: The batches do not fit, or there are none.
+        ConfigError: onnxruntime is not installed, or has no such device.
     """
     quantized = model if isinstance(model, Model) else onnx_io.read(_file(model))
     tensors = _quantized_tensors(quantized)
@@ -118,12 +123,17 @@ def validate(
     cut = _cut(fused, tensors)
     exposed = _with_outputs(quantized, tensors)
     runtime = session(exposed, device=device)
+    fusions = _Fusions(plain=_optimized(quantized), exposed=_optimized(exposed), foreseen=fused.graph)
+    as_it_is = (
+        runtime if _operators(fusions.plain) == _operators(fusions.exposed) else session(quantized, device=device)
+    )
     totals = {name: _Totals() for name in tensors}
     integer, floating = _Sums(), _Sums()
     num_samples = 0
     for batch in batches:
         found = run(runtime, batch)
-        outputs = {spec.name: found[spec.name] for spec in quantized.graph.outputs}
+        whole = found if as_it_is is runtime else run(as_it_is, batch)
+        outputs = {spec.name: whole[spec.name] for spec in quantized.graph.outputs}
         recomputed = apply(cut.graph, cut.params, {**batch, **{name: found[name] for name in tensors}})
         totals = {name: total.plus(found[name], recomputed[_again(name)]) for name, total in totals.items()}
         integer = integer.plus(outputs, apply(fused.graph, fused.params, batch))
@@ -132,12 +142,12 @@ def validate(
     if not num_samples:
         raise DataError("there are no samples to validate with; give at least one batch")
     return Validation(
-        groups=tuple(_group(fused.graph, quantized.graph, name, total) for name, total in totals.items()),
+        groups=tuple(_group(fusions, quantized.graph, name, total) for name, total in totals.items()),
         integer=integer.likeness(),
         float=floating.likeness(),
         num_samples=num_samples,
         fusion=fusion,
-        warnings=(*_otherwise_fused(quantized, fused, exposed), *_saturating(fused)),
+        warnings=(*_otherwise_fused(fusions), *warn_of_saturation(fused)),
     )
 
 
@@ -308,10 +318,22 @@ def decibels(signal: float, noise: float) -> float:
     return float(10 * np.log10(signal / noise)) if signal else float("-inf")
 
 
-def _group(fused: Graph, quantized: Graph, tensor: str, total: _Totals) -> Group:
-    node = fused.producers[tensor]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fusions:
+    """The graphs that ONNX Runtime and we make of a model."""
+
+    plain: Graph
+    """The runtime's, of the model as it is."""
+    exposed: Graph
+    """The runtime's, of the model whose outputs are all quantized tensors."""
+    foreseen: Graph
+    """Ours."""
+
+
+def _group(fusions: _Fusions, quantized: Graph, tensor: str, total: _Totals) -> Group:
+    node = fusions.foreseen.producers[tensor]
     before = quantized.producers.get(quantized.producers[tensor].inputs[0])
-    is_integer = node.op_type != "QuantizeLinear"
+    is_integer = node.op_type != "QuantizeLinear" and _is_verified(fusions, tensor, node.op_type)
     operator = node.op_type if is_integer else "" if before is None else before.op_type
     return Group(
         tensor=tensor,
@@ -323,15 +345,24 @@ def _group(fused: Graph, quantized: Graph, tensor: str, total: _Totals) -> Group
     )
 
 
-def _otherwise_fused(quantized: Model, fused: Model, exposed: Model) -> list[str]:
+def _is_verified(fusions: _Fusions, tensor: str, operator: str) -> bool:
+    """Tells whether the tensor was exposed from an operator that the model as it is has no fewer of."""
+    producer = fusions.exposed.producers.get(tensor)
+    while producer is not None and producer.op_type == "Transpose":  # kernels may work channels last
+        producer = fusions.exposed.producers.get(producer.inputs[0])
+    is_same = producer is not None and _kind(producer) == operator
+    return is_same and _operators(fusions.plain)[operator] >= _operators(fusions.exposed)[operator]
+
+
+def _otherwise_fused(fusions: _Fusions) -> list[str]:
     """Returns a warning for each integer operator that the runtime has in another number than foreseen."""
-    plain, seen = (_operators(_optimized(model)) for model in (quantized, exposed))
-    foreseen = _operators(fused.graph)
+    plain, seen, foreseen = (_operators(graph) for graph in (fusions.plain, fusions.exposed, fusions.foreseen))
     warnings = []
     for name in sorted(name for name in {*plain, *seen, *foreseen} if name.startswith("Q") and name not in _TABLES):
         if plain[name] != seen[name]:
             warnings.append(
-                f"exposing the integers changes how many {name} there are: {plain[name]}, {seen[name]} exposed"
+                f"exposing the integers changes how many {name} there are: {plain[name]}, {seen[name]} exposed; "
+                "groups that were compared in float instead are marked so: they say nothing about the integer kernels"
             )
         if plain[name] != foreseen[name]:
             warnings.append(f"ONNX Runtime has {plain[name]} {name}, {foreseen[name]} were foreseen")
@@ -343,7 +374,11 @@ _TABLES = ("QLinearConcat", "QLinearLeakyRelu", "QLinearSigmoid", "QLinearWhere"
 
 
 def _operators(graph: Graph) -> Counter[str]:
-    return Counter(node.op_type.removeprefix("Nhwc") for node in graph.nodes)
+    return Counter(_kind(node) for node in graph.nodes)
+
+
+def _kind(node: Node) -> str:
+    return node.op_type.removeprefix("Nhwc")
 
 
 def _optimized(model: Model) -> Graph:
@@ -352,43 +387,3 @@ def _optimized(model: Model) -> Graph:
         path = Path(folder) / "optimized.onnx"
         session(model, optimized_model_filepath=str(path))
         return onnx_io.read(path).graph
-
-
-def _saturating(fused: Model) -> list[str]:
-    """Returns a warning that names the weights at which x86 kernels without VNNI would saturate, if there are any.
-
-    Those add two products uint8 x int8 in 16 bits: 255 (w + w') must stay within [-2**15, 2**15 - 1].
-    """
-    names = [name for node in fused.graph.nodes if (name := _weight_of(node)) and _can_saturate(fused, node, name)]
-    if not names:
-        return []
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")  # noqa: PLR2004
-    warning = (
-        f"on an x86 without VNNI, ONNX Runtime's default kernels may saturate at {len(names)} weights ({shown}); "
-        "there, open sessions with the entry session.x64quantprecision=1, as ptqjax does"
-    )
-    return [warning]
-
-
-def _weight_of(node: Node) -> str:
-    return node.inputs[3] if node.op_type in ("QLinearConv", "QLinearMatMul", "QGemm") else ""
-
-
-def _can_saturate(fused: Model, node: Node, name: str) -> bool:
-    weight = value_of(fused, name)
-    x_zero_point = value_of(fused, node.inputs[2])
-    if weight is None or x_zero_point is None or weight.dtype != np.int8 or x_zero_point.dtype != np.uint8:
-        return False
-    columns = _columns(np.asarray(weight, np.int64), node)
-    if columns.shape[1] < 2 or (node.op_type == "QLinearConv" and weight.shape[1] == 1):  # noqa: PLR2004
-        return False  # depthwise kernels add in 32 bits
-    ordered = np.sort(columns, axis=1)
-    info = np.iinfo(np.int16)
-    return bool(np.any(255 * ordered[:, -2:].sum(1) > info.max) or np.any(255 * ordered[:, :2].sum(1) < info.min))
-
-
-def _columns(weight: np.ndarray, node: Node) -> np.ndarray:
-    """Returns the weights that are summed for one output, [outputs, terms]."""
-    is_first = node.op_type == "QLinearConv" or node.attribute("transB", 0)
-    by_output = weight if is_first else np.moveaxis(weight, -1, 0)
-    return by_output.reshape(len(by_output), -1)

@@ -5,10 +5,11 @@ import importlib
 import numpy as np
 import pytest
 
-from ptqjax import calibrate, export, fold_batch_norms, onnx_io, read, validate
+from ptqjax import apply, calibrate, export, fold_batch_norms, onnx_io, read, validate
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.quantize.qdq import insert_qdq
+from ptqjax.transforms.fuse_quantized import fuse_quantized
 from ptqjax.validate import decibels, run, session
 from tests.models import Chain, build, node
 
@@ -79,6 +80,28 @@ def test_every_quantized_tensor_is_a_group(quantized):
     assert [group.tensor for group in found.groups] == [each.output for each in quantizers]
     assert found.groups[0].operator == "graph input"
     assert {key for key in found.as_dict() if key != "fusion"} >= {"groups", "integer", "float", "warnings"}
+
+
+def test_groups_that_exposing_keeps_in_float_are_not_called_integer():
+    """With int8 activations ONNX Runtime moves all to uint8, unless the int8 tensors are asked for: then it fuses none.
+
+    End to end, the model as it is runs.
+    """
+    model, batch = network()
+    signed = QuantizationConfig(ranges="min-max", activations="int8")
+    quantized = insert_qdq(model, calibrate(model, [batch], signed))
+    found = validate(quantized, [batch])
+    assert any("exposing the integers changes how many QLinearConv" in warning for warning in found.warnings)
+    assert not any(group.operator == "QLinearConv" or group.integer for group in found.groups)
+    assert any(group.operator == "Conv" for group in found.groups)
+    runtime = run(session(quantized), batch)
+    (y,), (computed,) = runtime.values(), fuse_quantized_and_apply(quantized, batch).values()
+    assert found.integer.equal == np.mean(y == computed)
+
+
+def fuse_quantized_and_apply(model, batch):
+    fused, _ = fuse_quantized(model)
+    return apply(fused.graph, fused.params, batch)
 
 
 @pytest.mark.parametrize(("magnitude", "warns"), [(127, True), (63, False)])
