@@ -205,7 +205,7 @@ def test_outputs_that_are_inputs_or_parameters_are_returned():
 
 
 def test_outputs_come_in_the_graphs_order():
-    nodes = [_node("Relu", ["x"], ["z"]), _node("Abs", ["x"], ["a"])]
+    nodes = [_node("Relu", "x", "z"), _node("Abs", "x", "a")]
     graph = _graph(nodes, [_spec("x", 2)], [_spec("z", 2), _spec("a", 2)])
     assert list(apply(graph, {}, {"x": _random(2)})) == ["z", "a"]
 
