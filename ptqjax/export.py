@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from typing import Any
 import numpy as np
 
 from ptqjax import onnx_io
-from ptqjax.errors import ConfigError, OutputError
-from ptqjax.ir import Graph, Model, Node
-from ptqjax.onnx_io.schema import schema
+from ptqjax.errors import ConfigError, ModelError, OutputError
+from ptqjax.ir import Model, Node, only_reader, place_of
+from ptqjax.onnx_io.opset import blocking_node, with_opset
 from ptqjax.quantize.encodings import Encoding, Encodings, concrete
-from ptqjax.quantize.qdq import MICROSOFT, insert_qdq, lowest_opset
+from ptqjax.quantize.qdq import MICROSOFT, insert_qdq, lowest_opset, lowest_opset_of
 
 __all__ = ["encodings_json", "export", "insert_qdq", "quantized_model"]
 
-_SAFE_TO_RAISE_FROM = 13  # before, raising changes what operators mean (Softmax) or where their settings stand
+_INTEGER_SINCE = 10  # the opset of QLinearConv, into which ONNX Runtime fuses
+_PER_CHANNEL_SINCE = 13  # the opset of DequantizeLinear along an axis
 _SCHEMA = "1.0.0"
 
 
@@ -49,8 +51,9 @@ def export(
 
     Raises:
         OutputError: `directory` cannot be made or written.
-        ConfigError: An encoding is for a tensor that the model has not, or `name` is not a file's name.
-        ModelError: The result does not pass ONNX's checker.
+        ConfigError: An encoding is for a tensor that the model has not, `name` is not a file's name, or weights are in
+            blocks and an operator bars the way to opset 21.
+        ModelError: The result does not pass ONNX's checker, or an operator bars the way to opset 10.
     """
     if not name or Path(name).name != name:
         raise ConfigError(f"name={name!r} is not the name of a file; expected one without folders, such as 'model'")
@@ -68,20 +71,32 @@ def export(
 def quantized_model(model: Model, encodings: Encodings) -> Model:
     """Returns the QDQ model that `export` writes: with the lowest opset that has its types, where nodes allow it.
 
-    Where raising the opset would change an operator, the opset stays, and QuantizeLinear and DequantizeLinear are those
-    of ONNX Runtime's own operator set, which have all types.
+    Attributes that became inputs are converted on the way. Where raising the opset would change an operator, the opset
+    stays, and QuantizeLinear and DequantizeLinear are those of ONNX Runtime's own operator set, which have all types.
+
+    Raises:
+        ModelError: The model is of an opset below 10, which ONNX Runtime cannot fuse into integers, and an operator
+            would change its meaning if it were raised.
+        ConfigError: Weights are in blocks, which need opset 21 (ONNX Runtime's own operators have none), and an
+            operator would change its meaning there; they are blocks of 8 bits that ONNX Runtime cannot run; or an
+            encoding is for a tensor that the model has not.
     """
     held = {name: concrete(encoding) for name, encoding in encodings.items()}
     quantized = insert_qdq(model, held)
     enabled = [encoding for encoding in held.values() if encoding.enabled]
-    opset = max((lowest_opset(encoding.dtype, encoding) for encoding in enabled), default=0)
-    return _with_opset(quantized, opset) if _can_raise(quantized.graph, opset) else quantized
+    if not enabled:
+        return quantized
+    _check_blocks(quantized)
+    lowest = max(lowest_opset(encoding.dtype, encoding) for encoding in enabled)
+    return _raised(quantized, lowest, has_blocks=any(encoding.block_size is not None for encoding in enabled))
 
 
 def encodings_json(model: Model, encodings: Encodings) -> dict[str, Any]:
     """Returns the encodings as AIMET's JSON schema 1.0.0 has them: offsets are those of unsigned integers, negated.
 
-    The schema does not state the axis; tools take the operator's output channel.
+    The schema states neither an axis nor the shape of the scales. For scales per channel, tools take the operator's
+    output channel. For blocks, scales and offsets are the elements in C order of an array with the weight's axes, in
+    which the axis that is summed is ceil(size / block_size) long; without the weight, they cannot be told apart.
     """
     entries = {name: _entry(name, concrete(encoding)) for name, encoding in sorted(encodings.items())}
     enabled = {name: entry for name, entry in entries.items() if bool(encodings[name].enabled)}
@@ -140,36 +155,96 @@ def _entry(name: str, encoding: Encoding) -> dict[str, Any]:
     return entry | ({"block_size": encoding.block_size} if blocks else {})
 
 
-def _can_raise(graph: Graph, opset: int) -> bool:
-    """Tells whether every operator means in `opset` what it means now, so that the number can simply be raised."""
-    if opset <= graph.opset():
+def _raised(model: Model, lowest: int, *, has_blocks: bool) -> Model:
+    """Returns the model at the opset `lowest`, or at the highest below it that keeps what nodes mean.
+
+    Raises:
+        ModelError: The opset cannot be raised to where ONNX Runtime has integer operators.
+        ConfigError: Weights are in blocks, and the opset cannot be raised to where these exist.
+    """
+    opset = model.graph.opset()
+    wanted = max(lowest, _PER_CHANNEL_SINCE) if opset < _INTEGER_SINCE else lowest
+    if opset >= wanted:
+        return model
+    versions = sorted({wanted, *(each for each in (_INTEGER_SINCE, _PER_CHANNEL_SINCE) if opset < each < wanted)})
+    blocked = {version: blocking_node(model, version) for version in versions}
+    reached = max((version for version, node in blocked.items() if node is None), default=opset)
+    needed = lowest if has_blocks else _INTEGER_SINCE
+    if reached < needed:
+        node = blocked[min(version for version in versions if version >= needed)]
+        raise _cannot_be_raised(opset, needed, node, has_blocks=has_blocks)
+    return _with_own_quantizers(with_opset(model, reached)) if reached > opset else model
+
+
+def _check_blocks(quantized: Model) -> None:
+    """Checks that ONNX Runtime runs the products by blocks.
+
+    It (1.32) makes MatMulIntegerToFloat of 8-bit operands whose product stays in float, whatever the granularity, and
+    then fails on the scales of blocks.
+
+    Raises:
+        ConfigError: There is such a product.
+    """
+    graph = quantized.graph
+    for node in graph.nodes:
+        if node.op_type != "MatMul" or node.domain:
+            continue
+        operands = [graph.producers.get(name) for name in node.inputs]
+        reader = only_reader(graph, node.output)
+        if reader is not None and reader.op_type == "QuantizeLinear":
+            continue
+        if all(map(partial(_reads_bytes, quantized), operands)) and any(
+            operand is not None and operand.attribute("block_size") for operand in operands
+        ):
+            raise ConfigError(
+                f"granularity in blocks: {place_of(node)} has 8-bit operands and a result that is not quantized, which "
+                "ONNX Runtime cannot run with scales per block; choose weights='int4', or granularity='channel'"
+            )
+
+
+def _reads_bytes(model: Model, node: Node | None) -> bool:
+    if node is None or node.op_type != "DequantizeLinear":
         return False
-    nodes = [node for node in graph.nodes if not node.domain]
-    return graph.opset() >= _SAFE_TO_RAISE_FROM and all(_means_the_same(node, graph.opset(), opset) for node in nodes)
+    return np.asarray(model.params[node.inputs[2]]).dtype in (np.int8, np.uint8)
 
 
-def _means_the_same(node: Node, old: int, new: int) -> bool:
-    before, after = schema(node.op_type, old, ""), schema(node.op_type, new, "")
-    if before is None or after is None:
-        return False
-    if before.since_version == after.since_version:
-        return True
-    if node.op_type == "Split" and len(node.inputs) == 1:
-        return False  # from 18 on it asks for num_outputs
-    return all(name in after.attributes for name, _ in node.attributes) and len(node.inputs) <= after.max_input
+def _cannot_be_raised(opset: int, needed: int, node: Node | None, *, has_blocks: bool) -> ModelError | ConfigError:
+    place = "an operator" if node is None else place_of(node)
+    remedy = f"convert it with onnx.version_converter.convert_version(model, {max(needed, _PER_CHANNEL_SINCE)}) first"
+    if has_blocks:
+        return ConfigError(
+            f"granularity in blocks needs opset {needed}; the model is of opset {opset}, and {place} would change its "
+            f"meaning there; {remedy}, or choose granularity='channel'"
+        )
+    return ModelError(
+        f"the model is of opset {opset}; ONNX Runtime has integer operators from opset {needed} on, where {place} "
+        f"would change its meaning; {remedy}"
+    )
 
 
-def _with_opset(model: Model, opset: int) -> Model:
-    """Returns the model at a newer opset, its QuantizeLinear and DequantizeLinear nodes all of ONNX's own set."""
+def _with_own_quantizers(model: Model) -> Model:
+    """Returns the model with its QuantizeLinear and DequantizeLinear nodes of ONNX's own set, as far as that has them.
+
+    Which it has in the model's opset follows from the types of their integers.
+    """
     graph = model.graph
     own = ("QuantizeLinear", "DequantizeLinear")
     nodes = tuple(
-        replace(node, domain="") if node.domain == MICROSOFT and node.op_type in own else node for node in graph.nodes
+        replace(node, domain="")
+        if node.domain == MICROSOFT and node.op_type in own and graph.opset() >= _since(model, node)
+        else node
+        for node in graph.nodes
     )
-    opsets = dict(graph.opsets) | {"": opset}
+    opsets = dict(graph.opsets)
     if not any(node.domain == MICROSOFT for node in nodes):
         opsets.pop(MICROSOFT, None)
     return model.replace(graph=replace(graph, nodes=nodes, opsets=tuple(sorted(opsets.items()))))
+
+
+def _since(model: Model, node: Node) -> int:
+    scale, zero_point = (np.asarray(model.params[name]) for name in node.inputs[1:3])
+    axis, block_size = (node.attribute(name) if scale.ndim else None for name in ("axis", "block_size"))
+    return lowest_opset_of(zero_point.dtype.name, axis, block_size)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -10,12 +10,15 @@ import onnx
 import onnxruntime
 import pytest
 
-from ptqjax import calibrate, export, onnx_io, read, simulate
+from ptqjax import apply, calibrate, export, onnx_io, read, simulate, validate
 from ptqjax.config import QuantizationConfig
-from ptqjax.errors import ConfigError, OutputError
+from ptqjax.errors import ConfigError, ModelError, OutputError
 from ptqjax.export import encodings_json, fingerprint, quantized_model
-from ptqjax.ir import text
+from ptqjax.ir import Node, text
+from ptqjax.onnx_io.opset import blocking_node, with_opset
+from ptqjax.quantize import make_encoding
 from ptqjax.quantize.qdq import insert_qdq
+from ptqjax.validate import run, session
 from tests.models import Chain, build, node
 
 
@@ -129,18 +132,157 @@ def test_a_higher_opset_stays():
     assert quantized_model(model, quantized(model)[0]).graph.opset() == 21
 
 
+def blocked_from_13():
+    """Softmax over several axes at once: from opset 13 on it has but one."""
+    nodes = [node("Softmax", ["x"], "p", axis=2), node("MatMul", ["p", "w"], "y")]
+    return build(nodes, {"w": normal(8, 6)}, input_shape=("n", 3, 8, 8), outputs=["y"], opset=12)
+
+
 def test_where_an_operator_would_change_the_opset_stays_and_the_runtimes_own_operators_serve(tmp_path):
-    """ReduceMean takes its axes as an attribute until opset 18."""
-    nodes = [node("ReduceMean", ["x"], "m", axes=(2, 3), keepdims=0), node("MatMul", ["m", "w"], "y")]
-    model = shaped(build(nodes, {"w": normal(3, 5)}, input_shape=("n", 3, 8, 8), outputs=["y"]), "n", 5)
+    model = blocked_from_13()
     encodings, batch = quantized(model, activations="uint16")
     export(model, encodings, tmp_path, "small")
-    assert dict(read(tmp_path / "small.onnx").graph.opsets) == {"": 17, "com.microsoft": 1}
+    assert dict(read(tmp_path / "small.onnx").graph.opsets) == {"": 12, "com.microsoft": 1}
     session = onnxruntime.InferenceSession(str(tmp_path / "small.onnx"), providers=["CPUExecutionProvider"])
     (y,) = session.run(None, batch)
     for arithmetic in ("float", "integer"):
         (simulated,) = simulate(model, encodings, arithmetic=arithmetic)(model.params, encodings, batch).values()
         np.testing.assert_allclose(y, simulated, atol=2.01 * float(encodings["y"].scale))
+
+
+def test_blocks_behind_an_operator_that_bars_the_way_are_an_error_before_anything_is_written(tmp_path):
+    """ONNX Runtime's own DequantizeLinear has no blocks."""
+    model = blocked_from_13()
+    encodings, _ = quantized(model, granularity="block:4")
+    with pytest.raises(ConfigError, match=r"needs opset 21.*Softmax \(producing 'p'\).*version_converter"):
+        export(model, encodings, tmp_path / "out", "small")
+    assert not (tmp_path / "out").exists()
+
+
+REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum")
+
+
+@pytest.mark.parametrize("op_type", REDUCTIONS)
+def test_axes_become_an_input_on_the_way_to_blocks(tmp_path, op_type):
+    opset = 12 if op_type == "ReduceSum" else 17
+    nodes = [node(op_type, ["x"], "m", axes=(2, 3), keepdims=0), node("MatMul", ["m", "w"], "y")]
+    model = build(nodes, {"w": normal(4, 5)}, input_shape=("n", 4, 8, 8), outputs=["y"], opset=opset)
+    encodings, batch = quantized(model, granularity="block:2")
+    export(model, encodings, tmp_path, "small")
+    assert dict(read(tmp_path / "small.onnx").graph.opsets) == {"": 21}
+    (y,) = run(session(tmp_path / "small.onnx"), batch).values()
+    (simulated,) = simulate(model, encodings)(model.params, encodings, batch).values()
+    np.testing.assert_allclose(y, simulated, atol=2.01 * float(encodings["y"].scale))
+
+
+def test_blocks_in_a_transformer_that_reduces(shared, tmp_path):
+    """ONNX Runtime takes blocks of 4 bits; those of 8 bits whose product stays in float it mistakes."""
+    model = read(shared / "models" / "tiny_vit_cifar10.onnx")
+    batch = {model.graph.inputs[0].name: np.load(shared / "data" / "cifar10" / "calibration.npz")["input"][:2]}
+    config = QuantizationConfig(ranges="min-max", granularity="block:32", weights="int4")
+    encodings = calibrate(model, [batch], config)
+    export(model, encodings, tmp_path, "vit")
+    assert dict(read(tmp_path / "vit.onnx").graph.opsets) == {"": 21}
+    assert run(session(tmp_path / "vit.onnx"), batch)["output"].shape == (2, 10)
+    wide = calibrate(model, [batch], replace(config, weights="int8"))
+    with pytest.raises(ConfigError, match=r"MatMul.*cannot run with scales per block.*int4"):
+        export(model, wide, tmp_path, "wide")
+
+
+OPSETS = (7, 8, 9, 10, 11, 12, 13, 15, 17, 21)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("opset", OPSETS)
+def test_models_of_every_opset_run_in_integers(tmp_path, opset, granularity):
+    """Below opset 10 ONNX Runtime refuses the integer operators that it makes itself."""
+    nodes = [
+        node("Conv", ["x", "w", "b"], "c", pads=(1, 1, 1, 1)),
+        node("Relu", ["c"], "r"),
+        node("MaxPool", ["r"], "m", kernel_shape=(2, 2), strides=(2, 2)),
+        node("Conv", ["m", "v"], "d"),
+        node("Clip", ["d"], "e", min=0.0, max=2.0) if opset < 11 else node("Clip", ["d", "low", "high"], "e"),
+        node("GlobalAveragePool", ["e"], "g"),
+        node("Flatten", ["g"], "f"),
+        node("Gemm", ["f", "u", "t"], "h", transB=1),
+        node("Softmax", ["h"], "y", axis=1),
+    ]
+    params = {"w": normal(6, 3, 3, 3), "b": normal(6), "v": normal(8, 6, 3, 3), "u": normal(5, 8), "t": normal(5)}
+    bounds = {"low": np.zeros((), np.float32), "high": np.full((), 2, np.float32)}
+    params |= bounds if opset >= 11 else {}
+    written = build(nodes, params, input_shape=("n", 3, 8, 8), outputs=["y"], opset=opset)
+    model = read(onnx_io.to_proto(written))
+    encodings, batch = quantized(model, granularity=granularity)
+    export(model, encodings, tmp_path, "model")
+    if opset < 10:
+        assert read(tmp_path / "model.onnx").graph.opset() == 13
+    found = validate(tmp_path, [batch])
+    assert [group.operator for group in found.groups if group.operator in ("QLinearConv", "QGemm")] == [
+        "QLinearConv",
+        "QLinearConv",
+        "QGemm",
+    ]
+    assert found.largest <= 1
+    assert not [warning for warning in found.warnings if "VNNI" not in warning]
+    (y,) = run(session(tmp_path), batch).values()
+    (expected,) = apply(model.graph, model.params, batch).values()
+    np.testing.assert_allclose(y, expected, atol=0.1)  # the mend keeps the meaning: 8 bits through three layers
+
+
+def test_an_operator_that_bars_the_way_to_integers_is_named(tmp_path):
+    nodes = [node("Conv", ["x", "w"], "c"), node("Upsample", ["c", "sizes"], "y", mode="nearest")]
+    params = {"w": normal(3, 3, 1, 1), "sizes": np.array([1, 1, 2, 2], np.float32)}
+    model = read(onnx_io.to_proto(build(nodes, params, input_shape=(1, 3, 4, 4), outputs=["y"], opset=9)))
+    encoding = make_encoding(np.float32(0.1), np.float32(0), dtype="int8")
+    with pytest.raises(ModelError, match=r"opset 9.*Upsample \(producing 'y'\).*version_converter"):
+        export(model, {"w": encoding}, tmp_path, "model")
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "shapes"),
+    [
+        ("Squeeze", {"axes": (2, 3)}, (2, 3, 1, 1)),
+        ("Unsqueeze", {"axes": (1,)}, (2, 3)),
+        ("TopK", {"k": 2}, (2, 5)),
+        ("Pad", {"pads": (0, 1, 0, 2), "value": 1.5, "mode": "constant"}, (2, 3)),
+        ("Slice", {"starts": (0, 1), "ends": (9, 2)}, (2, 3)),
+        ("Clip", {"min": -0.5}, (2, 3)),
+        ("Softmax", {"axis": 1}, (2, 3)),
+        ("Dropout", {"ratio": 0.3}, (2, 3)),
+        ("ReduceL2", {"axes": (1,)}, (2, 3)),
+    ],
+)
+def test_raising_the_opset_keeps_the_function(layer, inputs, shapes):
+    """ONNX Runtime on both versions: an oracle that knows each opset."""
+    outputs = ["y", "indices"] if layer == "TopK" else ["y"]
+    each = Node(op_type=layer, inputs=("x",), outputs=tuple(outputs), attributes=tuple(sorted(inputs.items())))
+    model = build([each], {}, input_shape=shapes, outputs=["y"], opset=9)
+    batch = {"x": normal(*shapes)}
+    assert blocking_node(model, 21) is None
+    (before,), (after,) = (run(session(m), batch).values() for m in (model, with_opset(model, 21)))
+    np.testing.assert_array_equal(after, before)
+
+
+def test_outputs_without_a_declared_shape_are_written(tmp_path):
+    """ONNX Runtime takes files whose outputs declare none; the checker does not."""
+    chain = Chain(3, dtype=np.float32)
+    model = chain.conv(4).add("GlobalAveragePool").add("Flatten").gemm(5).build()
+    assert model.graph.outputs[0].shape is None
+    encodings, batch = quantized(model)
+    export(model, encodings, tmp_path, "m")
+    assert read(tmp_path / "m.onnx").graph.outputs[0].shape == ("N", 5)
+    assert run(session(tmp_path / "m.onnx"), batch)
+    sixteen, batch = quantized(model, activations="uint16")
+    onnx_io.write(insert_qdq(model, sixteen), tmp_path / "own.onnx")  # through operators that ONNX does not know
+    assert read(tmp_path / "own.onnx").graph.outputs[0].shape == ("N", 5)
+
+
+def test_block_encodings_state_their_size():
+    model = network()
+    found = encodings_json(model, quantized(model, granularity="block:2")[0])
+    blocks = [entry for entry in found["param_encodings"] if entry["enc_type"] == "PER_BLOCK"]
+    assert blocks
+    assert all(entry["block_size"] == 2 and len(entry["scale"]) == len(entry["offset"]) for entry in blocks)
 
 
 def test_bounds_per_channel_are_exact_and_let_the_convolution_fuse(tmp_path):

@@ -28,14 +28,14 @@ def write(model: Model, path: str | os.PathLike[str]) -> None:
     """Writes the model as an ONNX file; `read` is the inverse. Statistics are not stored.
 
     Nothing half-written is ever left under `path`: the file is written beside it and then renamed. Tensors of a model
-    past 2 GB go into NAME.data beside it.
+    past 2 GB go into NAME.data beside it. Shapes that graph outputs lack are inferred and written.
 
     Raises:
         OutputError: The folder is missing or cannot be written.
         ModelError: The model does not pass ONNX's checker.
     """
     path = Path(path)
-    proto = to_proto(model)
+    proto = _with_output_shapes(to_proto(model))
     external = proto.ByteSize() > _LARGEST_PROTOBUF
     if not external:
         check(proto)
@@ -60,9 +60,50 @@ def check(proto: onnx.ModelProto) -> None:
         ModelError: The model is not valid ONNX.
     """
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(_with_declared_shapes(proto), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise ModelError(f"the model is not valid ONNX: {error}") from error
+
+
+def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns the model with the shapes of its tensors, as far as they can be inferred; types are not to be trusted.
+
+    ONNX knows nothing of the runtime's own operators: those that quantize keep shapes, so Identity stands for them.
+    """
+    plain = onnx.ModelProto()
+    plain.CopyFrom(proto)
+    for node in plain.graph.node:
+        if node.domain and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            plain_node = onnx.helper.make_node("Identity", node.input[:1], node.output)
+            node.CopyFrom(plain_node)
+    return onnx.shape_inference.infer_shapes(plain)
+
+
+def _with_output_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns the model with shapes for the outputs that declare none, where they can be inferred."""
+    missing = [info for info in proto.graph.output if not info.type.tensor_type.HasField("shape")]
+    if not missing or proto.ByteSize() > _LARGEST_PROTOBUF:
+        return proto
+    found = {info.name: info.type.tensor_type for info in inferred(proto).graph.output}
+    for info in missing:
+        if found[info.name].HasField("shape"):
+            info.type.tensor_type.shape.CopyFrom(found[info.name].shape)
+    return proto
+
+
+def _with_declared_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns the model as the checker wants it: it asks for output shapes, which files need not state.
+
+    A shape that could not be inferred stands in no contradiction to anything: one without axes passes.
+    """
+    missing = [i for i, info in enumerate(proto.graph.output) if not info.type.tensor_type.HasField("shape")]
+    if not missing:
+        return proto
+    stated = onnx.ModelProto()
+    stated.CopyFrom(proto)
+    for index in missing:
+        stated.graph.output[index].type.tensor_type.shape.SetInParent()
+    return stated
 
 
 def to_proto(model: Model) -> onnx.ModelProto:
