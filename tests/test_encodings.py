@@ -317,7 +317,7 @@ def errors_of_streamed_and_best(x: np.ndarray) -> tuple[float, float]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_streamed_sqnr_is_the_best_where_all_values_are_counted(seed: int) -> None:
-    x = np.maximum(np.random.default_rng(seed).laplace(size=(8, 5000)) + 0.3, 0).astype(np.float32)
+    x = np.maximum(np.random.default_rng(seed).laplace(size=(8, 4000)) + 0.3, 0).astype(np.float32)
     assert x[0].size <= SAMPLES
     found, best = errors_of_streamed_and_best(x)
     # All that differs are bins, of a sixteenth of a step here: what is rounded seems off by a thirty-second of a step

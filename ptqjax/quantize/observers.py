@@ -30,7 +30,7 @@ from ptqjax.kernels.histogram import (
 from ptqjax.kernels.ranges import GridKind
 from ptqjax.kernels.search import Rows, rows_of, search_fractions_jitted
 
-SAMPLES = 8192
+SAMPLES = 4096
 """Values of a tensor that the histogram of `SQNR` counts for each sample of a batch; extremes are of all values.
 
 Where fewer are counted than there are, the tail beyond the largest one counted may be clipped unseen."""
