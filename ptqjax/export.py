@@ -21,6 +21,7 @@ from ptqjax.ir import Model, Node, only_reader, place_of
 from ptqjax.onnx_io.opset import blocking_node, with_opset
 from ptqjax.quantize.encodings import Encoding, Encodings, concrete
 from ptqjax.quantize.qdq import MICROSOFT, insert_qdq, lowest_opset, lowest_opset_of
+from ptqjax.transforms.integer_bounds import bound_integers
 
 __all__ = ["encodings_json", "export", "insert_qdq", "quantized_model"]
 
@@ -73,6 +74,7 @@ def quantized_model(model: Model, encodings: Encodings) -> Model:
 
     Attributes that became inputs are converted on the way. Where raising the opset would change an operator, the opset
     stays, and QuantizeLinear and DequantizeLinear are those of ONNX Runtime's own operator set, which have all types.
+    Bounds per channel are applied to integers (`bound_integers`).
 
     Raises:
         ModelError: The model is of an opset below 10, which ONNX Runtime cannot fuse into integers, and an operator
@@ -88,7 +90,8 @@ def quantized_model(model: Model, encodings: Encodings) -> Model:
         return quantized
     _check_blocks(quantized)
     lowest = max(lowest_opset(encoding.dtype, encoding) for encoding in enabled)
-    return _raised(quantized, lowest, has_blocks=any(encoding.block_size is not None for encoding in enabled))
+    raised = _raised(quantized, lowest, has_blocks=any(encoding.block_size is not None for encoding in enabled))
+    return bound_integers(raised)[0]
 
 
 def encodings_json(model: Model, encodings: Encodings) -> dict[str, Any]:
