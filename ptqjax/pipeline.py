@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptqjax.config import QuantizationConfig
-from ptqjax.fit.bias_correction import correct_biases
+from ptqjax.fit import correct_biases, observe_magnitudes
 from ptqjax.ir import Model, Report
 from ptqjax.quantize import Encodings, calibrate_and_report, check_not_quantized, guard_biases
 from ptqjax.transforms import equalize, fold_batch_norms
+
+# How far a channel may reach above the median one, where reaches are observed: chosen on calibration pictures alone,
+# half to calibrate and half to judge (MobileNetV1-0.25: 15.7 dB from statistics, 17.8 so; MobileNetV2: 17.4 both).
+_LIMIT = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,11 @@ def quantize(
     check_not_quantized(model)
     folded, fold_report = fold_batch_norms(model)
     per_tensor = config.granularity == "tensor"  # else each channel has a quantizer of its own, and nothing to share
+    magnitudes = observe_magnitudes(folded, batches) if config.equalize and per_tensor else None
     equalized, equalize_report = (
-        equalize(folded, absorb=config.absorb, scale=per_tensor) if config.equalize else (folded, ())
+        equalize(folded, absorb=config.absorb, scale=per_tensor, limit=_LIMIT, magnitudes=magnitudes)
+        if config.equalize
+        else (folded, ())
     )
     encodings, calibrate_report = calibrate_and_report(equalized, batches, config)
     corrects = config.correct != "none"

@@ -51,7 +51,7 @@ def equalize(
         raise ConfigError(f"absorb={absorb!r} is unknown; expected one of {', '.join(map(repr, _ABSORPTIONS))}")
     model, folded = fold_batch_norms(model)
     if scale:
-        _warn_without_statistics(model)
+        _warn_without_statistics(model, magnitudes or {})
     model, removed = remove_constant_channels(model)
     model, absorbed = absorb_biases(model) if absorb == "exact" else (model, ())
     model, scaled = scale_channels(model, limit=limit, magnitudes=magnitudes) if scale else (model, _unscaled(model))
@@ -72,10 +72,14 @@ def _unscaled(model: Model) -> Report:
     )
 
 
-def _warn_without_statistics(model: Model) -> None:
+def _warn_without_statistics(model: Model, magnitudes: Mapping[str, Any]) -> None:
     """Warns where batch norms were folded before, so that nobody knows how large the activations become."""
     interfaces, _ = find_interfaces(model, linear_layers(model))
-    unknown = [found.producer.output for found in interfaces if found.producer.output not in model.statistics]
+    unknown = [
+        found.producer.output
+        for found in interfaces
+        if found.producer.output not in model.statistics and found.tensors[-1] not in magnitudes
+    ]
     if not unknown:
         return
     warnings.warn(
