@@ -22,7 +22,7 @@ class Stage:
     """The model as one transform left it."""
 
     name: str
-    """The transform, in the words of the table that is printed: "fold", "equalize", "correct biases"."""
+    """The transform, in the words of the table that is printed: "fold", "equalize", "correct"."""
     model: Model
     """The float model after it."""
 
