@@ -18,6 +18,10 @@ class UnsupportedOperatorError(PtqjaxError):
     """An operator, or a use of one, that has no lowering."""
 
 
+class DataDependentError(UnsupportedOperatorError):
+    """A value that decides a shape, or a path through the graph, and is not known while tracing."""
+
+
 class DataError(PtqjaxError):
     """Data (calibration, evaluation, call arguments) that does not fit the model."""
 

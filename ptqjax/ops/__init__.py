@@ -11,6 +11,6 @@ from ptqjax.ops import (  # noqa: F401 (importing a family registers its operato
     reduction,
     shape,
 )
-from ptqjax.ops.registry import Lowering, find_lowering, is_static, lowers, lowers_channels_last, registered
+from ptqjax.ops.registry import Lowering, find_lowering, is_static, known, lowers, lowers_channels_last, registered
 
-__all__ = ["Lowering", "find_lowering", "is_static", "lowers", "lowers_channels_last", "registered"]
+__all__ = ["Lowering", "find_lowering", "is_static", "known", "lowers", "lowers_channels_last", "registered"]

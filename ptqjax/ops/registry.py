@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from ptqjax.errors import UnsupportedOperatorError
+from ptqjax.errors import DataDependentError, UnsupportedOperatorError
 
 Function: TypeAlias = Callable[..., Any]
 _F = TypeVar("_F", bound=Function)
@@ -127,17 +127,27 @@ def is_static(*values: Any) -> bool:
     return all(value is None or isinstance(value, np.ndarray) for value in values)
 
 
+def known(value: Any, what: str) -> np.ndarray:
+    """Returns a value that decides a shape: it has to be known while tracing.
+
+    Raises:
+        DataDependentError: `value` is computed from data under a transformation; `what` names it in the message.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    raise DataDependentError(
+        f"{what} depends on data, but must be known while tracing; make it a constant of the graph, or call "
+        "ptqjax.apply on concrete arrays, outside jit, vmap and grad"
+    )
+
+
 def static_integers(value: Any, what: str) -> tuple[int, ...]:
     """Returns the elements of a static tensor as Python integers, so that none is truncated.
 
     Raises:
-        UnsupportedOperatorError: `value` is computed from data, so it is not known while tracing.
+        DataDependentError: See `known`.
     """
-    if not is_static(value):
-        raise UnsupportedOperatorError(
-            f"{what} depends on data, but must be known while tracing; make it a constant of the graph"
-        )
-    return tuple(int(element) for element in np.atleast_1d(value).ravel())
+    return tuple(int(element) for element in np.atleast_1d(known(value, what)).ravel())
 
 
 def _keywords(function: Function) -> frozenset[str]:
