@@ -1,6 +1,18 @@
 """The intermediate representation: an immutable graph beside a tree of parameters."""
 
-from ptqjax.ir.graph import Attribute, Constant, Graph, Model, Node, Statistics, TensorSpec, captured, place_of
+from ptqjax.ir.graph import (
+    Attribute,
+    Constant,
+    Dimension,
+    Graph,
+    Model,
+    Node,
+    SparseConstant,
+    Statistics,
+    TensorSpec,
+    captured,
+    place_of,
+)
 from ptqjax.ir.query import (
     bias_behind,
     first_quantized_node,
@@ -19,11 +31,13 @@ from ptqjax.ir.verify import verify
 __all__ = [
     "Attribute",
     "Constant",
+    "Dimension",
     "Graph",
     "Model",
     "Node",
     "Record",
     "Report",
+    "SparseConstant",
     "Statistics",
     "TensorSpec",
     "bias_behind",

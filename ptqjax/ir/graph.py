@@ -29,6 +29,9 @@ class TensorSpec:
     """The element type."""
     shape: tuple[Dimension, ...] | None
     """The shape; None where not even the rank is declared."""
+    kind: str = "tensor"
+    """What holds tensors of this type and shape, from the outside in: "tensor", "sequence", "optional", "optional
+    sequence"; "sparse" is a sparse tensor, "map:int64" a map with keys of that type; "unknown": no type is declared."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -40,15 +43,26 @@ class Constant:
 
     value: np.ndarray
     """The elements; read-only."""
-    _digest: bytes = field(init=False, repr=False)
+    _digests: list[bytes] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        value = np.array(self.value)  # a copy: the caller's array stays the caller's
-        value.flags.writeable = False
-        content = repr(value.tolist()).encode() if value.dtype == object else value.tobytes()
-        header = f"{value.dtype.name}{value.shape}".encode()
+        value = self.value
+        if not isinstance(value, np.ndarray) or value.flags.writeable:
+            value = np.array(value)  # a copy: the caller's array stays the caller's
+            value.flags.writeable = False
         object.__setattr__(self, "value", value)
-        object.__setattr__(self, "_digest", hashlib.blake2b(header + content, digest_size=16).digest())
+
+    @property
+    def _digest(self) -> bytes:
+        if not self._digests:
+            value = self.value
+            digest = hashlib.blake2b(f"{value.dtype.name}{value.shape}".encode(), digest_size=16)
+            if value.dtype == object:
+                digest.update(repr(value.tolist()).encode())
+            else:
+                digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+            self._digests.append(digest.digest())
+        return self._digests[0]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Constant) and self._digest == other._digest
@@ -57,8 +71,23 @@ class Constant:
         return hash(self._digest)
 
 
-Attribute: TypeAlias = "int | float | str | Constant | Graph | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]"
-"""The value of a node's attribute. ONNX's byte strings are text here."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseConstant:
+    """A tensor of which only the elements that are not zero are stored: an attribute."""
+
+    values: Constant
+    """The elements that are stored."""
+    indices: Constant
+    """Where they are: positions in the flattened tensor, or a row of coordinates for each."""
+    shape: tuple[int, ...]
+    """The shape of the whole tensor."""
+
+
+Attribute: TypeAlias = (
+    "int | float | str | Constant | SparseConstant | Graph | TensorSpec | tuple[int, ...] | tuple[float, ...] "
+    "| tuple[str, ...] | tuple[Constant, ...] | tuple[SparseConstant, ...] | tuple[Graph, ...] | tuple[TensorSpec, ...]"
+)
+"""The value of a node's attribute. ONNX's byte strings are text here, its types are unnamed `TensorSpec`s."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +114,18 @@ class Node:
     @property
     def output(self) -> str:
         """The first tensor that the node writes: by this the node is known."""
-        return self.outputs[0]
+        return next((name for name in self.outputs if name), "")
+
+    @property
+    def subgraphs(self) -> tuple[Graph, ...]:
+        """The graphs among the attributes, in order."""
+        found: list[Graph] = []
+        for _, value in self.attributes:
+            if isinstance(value, Graph):
+                found.append(value)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Graph):
+                found += [each for each in value if isinstance(each, Graph)]
+        return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +198,11 @@ class Graph:
 def captured(node: Node) -> tuple[str, ...]:
     """Returns the names of the outer tensors that the node's subgraphs read."""
     names: list[str] = []
-    for _, value in node.attributes:
-        if isinstance(value, Graph):
-            own = {spec.name for spec in value.inputs} | set(value.producers) | set(value.constant_values)
-            wanted = [name for inner in value.nodes for name in (*inner.inputs, *captured(inner)) if name]
-            wanted += [spec.name for spec in value.outputs]
-            names += [name for name in dict.fromkeys(wanted) if name not in own]
+    for graph in node.subgraphs:
+        own = {spec.name for spec in graph.inputs} | set(graph.producers) | set(graph.constant_values)
+        wanted = [name for inner in graph.nodes for name in (*inner.inputs, *captured(inner)) if name]
+        wanted += [spec.name for spec in graph.outputs]
+        names += [name for name in dict.fromkeys(wanted) if name not in own]
     return tuple(names)
 
 

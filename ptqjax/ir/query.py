@@ -47,9 +47,8 @@ def _all_nodes(graph: Graph) -> Iterator[Node]:
     """Yields the nodes in order, each before those of its subgraphs."""
     for node in graph.nodes:
         yield node
-        for _, value in node.attributes:
-            if isinstance(value, Graph):
-                yield from _all_nodes(value)
+        for inner in node.subgraphs:
+            yield from _all_nodes(inner)
 
 
 def _is_quantized(node: Node) -> bool:

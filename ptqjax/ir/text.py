@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ptqjax.ir.graph import Attribute, Constant, Graph, Model, Node, TensorSpec
+from ptqjax.ir.graph import Attribute, Constant, Graph, Model, Node, SparseConstant, TensorSpec
 
 _SHOWN = 8  # elements of a constant that a line shows
 
@@ -30,7 +30,8 @@ def _node(node: Node) -> str:
 
 def _spec(spec: TensorSpec) -> str:
     shape = "?" if spec.shape is None else ",".join("?" if size is None else str(size) for size in spec.shape)
-    return f"{spec.name}: {spec.dtype.name}[{shape}]"
+    kind = "" if spec.kind == "tensor" else f"{spec.kind} of "
+    return f"{spec.name}: {kind}{spec.dtype.name}[{shape}]"
 
 
 def _array(value: object) -> str:
@@ -40,9 +41,13 @@ def _array(value: object) -> str:
 def _attribute(value: Attribute) -> str:
     if isinstance(value, Constant):
         return _short(value)
+    if isinstance(value, SparseConstant):
+        return f"{_short(value.values)} at {_short(value.indices)} of {list(value.shape)}"
     if isinstance(value, Graph):
         return f"graph {value.name} of {len(value.nodes)} nodes"
-    return repr(list(value)) if isinstance(value, tuple) else repr(value)
+    if isinstance(value, TensorSpec):
+        return _spec(value)
+    return f"[{', '.join(map(_attribute, value))}]" if isinstance(value, tuple) else repr(value)
 
 
 def _short(constant: Constant) -> str:
