@@ -60,7 +60,7 @@ class Constant:
             if value.dtype == object:
                 digest.update(repr(value.tolist()).encode())
             else:
-                digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+                digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
             self._digests.append(digest.digest())
         return self._digests[0]
 
@@ -83,10 +83,10 @@ class SparseConstant:
     """The shape of the whole tensor."""
 
 
-Attribute: TypeAlias = (
-    "int | float | str | Constant | SparseConstant | Graph | TensorSpec | tuple[int, ...] | tuple[float, ...] "
-    "| tuple[str, ...] | tuple[Constant, ...] | tuple[SparseConstant, ...] | tuple[Graph, ...] | tuple[TensorSpec, ...]"
-)
+_One: TypeAlias = "int | float | str | Constant | SparseConstant | Graph | TensorSpec"
+_Plain: TypeAlias = "tuple[int, ...] | tuple[float, ...] | tuple[str, ...]"
+_Several: TypeAlias = "tuple[Constant, ...] | tuple[SparseConstant, ...] | tuple[Graph, ...] | tuple[TensorSpec, ...]"
+Attribute: TypeAlias = "_One | _Plain | _Several"
 """The value of a node's attribute. ONNX's byte strings are text here, its types are unnamed `TensorSpec`s."""
 
 
