@@ -14,7 +14,7 @@ import jax
 
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model
-from ptqjax.lowering import Intercept, apply, checked_inputs, interpret
+from ptqjax.lowering import Intercept, apply, checked_inputs, compiled, interpret, precision
 from ptqjax.quantize.bias import bias_encoding, bias_sites
 from ptqjax.quantize.encodings import Encoding, Encodings, fake_quantize
 from ptqjax.quantize.qdq import check_tensors, grid_dtypes, insert_qdq, with_own_biases
@@ -86,12 +86,14 @@ def _with_checks(graph: Graph, program: Simulation) -> Simulation:
     """
 
     def run(params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
-        return program(params, encodings, checked_inputs(graph, inputs))
+        inputs = checked_inputs(graph, inputs)
+        with precision(graph, params, inputs):
+            return program(params, encodings, inputs)
 
     return run
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled
 def _float_program(
     graph: Graph, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
@@ -110,7 +112,7 @@ class _IntegerGraphs(NamedTuple):
     """The integer type of each quantized tensor, by name."""
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled
 def _integer_program(
     graphs: _IntegerGraphs, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
 ) -> dict[str, jax.Array]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from ptqjax.errors import DataError, UnsupportedOperatorError
+from ptqjax.errors import DataDependentError, DataError, ModelError, UnsupportedOperatorError
 from ptqjax.ir import Constant, Graph, Model, Node, TensorSpec
 from ptqjax.lowering import apply, interpret
 from ptqjax.onnx_io import read
@@ -296,7 +296,6 @@ def test_a_missing_parameter_is_named():
         (_node("Nothing", "x", "y"), r"Nothing \(producing 'y'\).*ai.onnx.Nothing of opset 17.*register one"),
         (_node("Relu", "x", "y", domain="custom"), r"custom.Relu of opset 1 .*domain=\"custom\""),
         (_node("Relu", "x", "y", slope=2), r"Relu \(producing 'y'\): attribute 'slope' = 2 .* opset 17"),
-        (_node("Reshape", "x,x", "y"), "the shape of Reshape depends on data"),
         (_node("MaxPool", "x", "y,indices", kernel_shape=(1,)), "its output 'indices' has no lowering"),
     ],
 )
@@ -304,3 +303,22 @@ def test_what_has_no_lowering_is_named(node, message):
     graph = _graph([node], [_spec("x", 2, 1, 3)], [_spec("y", 2, 1, 3)])
     with pytest.raises(UnsupportedOperatorError, match=message):
         apply(graph, {}, {"x": _random(2, 1, 3)})
+
+
+@pytest.mark.filterwarnings("ignore:tensor 's' is of a 64-bit type")
+def test_a_shape_that_depends_on_data_is_computed_on_concrete_arrays():
+    graph = _graph([_node("Reshape", "x,s", "y")], [_spec("x", 2, 3), _spec("s", 2, dtype="int64")], [_spec("y", None)])
+    x, shape = _random(2, 3), np.array([3, -1])
+    outputs = apply(graph, {}, {"x": x, "s": shape})
+    np.testing.assert_array_equal(outputs["y"], x.reshape(3, 2))
+    known_while_tracing = jax.jit(lambda x: apply(graph, {}, {"x": x, "s": shape}))
+    with pytest.raises(DataDependentError, match=r"Reshape \(producing 'y'\): the shape of Reshape depends on data"):
+        jax.vmap(lambda s: apply(graph, {}, {"x": x, "s": s}))(np.stack([shape, shape]))
+    with pytest.raises(DataDependentError, match="outside jit, vmap and grad"):
+        known_while_tracing(x)
+
+
+def test_a_node_that_cannot_be_computed_is_named_with_what_it_was_given():
+    graph = _graph([_node("Add", "x,b", "y")], [_spec("x", 2, 3)], [_spec("y", 2, 3)], parameters=["b"])
+    with pytest.raises(ModelError, match=r"Add \(producing 'y'\) cannot be computed on float32\[2, 3\], float32\[4\]"):
+        apply(graph, {"b": _random(4)}, {"x": _random(2, 3)})

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
+import jax
 import numpy as np
 
 from ptqjax.errors import DataDependentError, UnsupportedOperatorError
@@ -124,17 +125,23 @@ def registered() -> dict[tuple[str, str], tuple[int, ...]]:
 
 def is_static(*values: Any) -> bool:
     """Tells whether all values are known while tracing (absent ones count as known)."""
-    return all(value is None or isinstance(value, np.ndarray) for value in values)
+    return all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(values))
+
+
+def is_concrete(*values: Any) -> bool:
+    """Tells whether no array in the values (pytrees) is being traced."""
+    tracer = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue]
+    return not any(isinstance(leaf, tracer) for leaf in jax.tree.leaves(values))
 
 
 def known(value: Any, what: str) -> np.ndarray:
-    """Returns a value that decides a shape: it has to be known while tracing.
+    """Returns a value that decides a shape: static, or concrete outside of all transformations.
 
     Raises:
         DataDependentError: `value` is computed from data under a transformation; `what` names it in the message.
     """
-    if isinstance(value, np.ndarray):
-        return value
+    if is_concrete(value):
+        return np.asarray(value)
     raise DataDependentError(
         f"{what} depends on data, but must be known while tracing; make it a constant of the graph, or call "
         "ptqjax.apply on concrete arrays, outside jit, vmap and grad"

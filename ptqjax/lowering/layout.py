@@ -1,0 +1,75 @@
+"""How a tensor lies in memory while a graph runs on a CPU: in ONNX's layout, or with its channels last.
+
+Values flow with their channels last from the first operator that is fast so to the first one that needs ONNX's
+layout; each value says which layout it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ptqjax.ops import Lowering
+from ptqjax.ops.layout import to_channels_last, to_onnx, with_rank
+
+_FIRST_WITH_LAYOUT = 3  # a tensor of rank 2 is the same in both layouts
+
+
+class Value(NamedTuple):
+    """A tensor as the interpreter holds it; a NumPy array is static."""
+
+    array: Any
+    channels_last: bool = False
+
+
+def stays_channels_last(lowering: Lowering, inputs: Sequence[Value | None], attributes: Mapping[str, Any]) -> bool:
+    """Tells whether the operator is to be computed on channels-last values."""
+    variant = lowering.channels_last
+    if variant is None or not variant.applies(attributes):
+        return False
+    values = [value for value in inputs[: variant.num_values] if value is not None]
+    if not all(hasattr(value.array, "ndim") for value in values):
+        return False  # sequences and optionals
+    rank = max(value.array.ndim for value in values)
+    if any(value.channels_last and value.array.ndim < rank for value in values):
+        return False  # broadcasting puts axes in front of the batch
+    return any(value.channels_last for value in values) or (variant.starts and rank >= _FIRST_WITH_LAYOUT)
+
+
+def channels_last_inputs(lowering: Lowering, inputs: Sequence[Value | None]) -> list[Any]:
+    """Returns the arrays that the channels-last function of the operator takes."""
+    variant = lowering.channels_last
+    assert variant is not None  # noqa: S101 (the caller asked `stays_channels_last`)
+    num_values = len(inputs) if variant.num_values is None else variant.num_values
+    rank = max(value.array.ndim for value in inputs[:num_values] if value is not None)
+    return [
+        None
+        if value is None
+        else _in_channels_last_layout(value, rank)
+        if position < num_values
+        else in_onnx_layout(value)
+        for position, value in enumerate(inputs)
+    ]
+
+
+def channels_last_value(array: Any) -> Value:
+    """Returns what a channels-last function gave, with its layout."""
+    return Value(array, channels_last=array.ndim >= _FIRST_WITH_LAYOUT)
+
+
+def in_onnx_layout(value: Value) -> Any:
+    """Returns the array of a value in ONNX's layout."""
+    return to_onnx(value.array) if value.channels_last else value.array
+
+
+def channel_axis(value: Value) -> int | None:
+    """Returns where ONNX's axis 1 lies in the array of a value; None where the rank is below 2."""
+    if value.array.ndim < 2:  # noqa: PLR2004 (no axis 1)
+        return None
+    return value.array.ndim - 1 if value.channels_last else 1
+
+
+def _in_channels_last_layout(value: Value, rank: int) -> Any:
+    if value.channels_last or value.array.ndim == 0:
+        return value.array
+    return to_channels_last(with_rank(value.array, rank))

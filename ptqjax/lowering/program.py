@@ -1,0 +1,107 @@
+"""The function that a graph denotes, compiled where its shapes are known, else run operator by operator."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptqjax.errors import DataDependentError
+from ptqjax.ir import Graph
+from ptqjax.lowering.inputs import check_params, checked_inputs
+from ptqjax.lowering.interpreter import interpret
+from ptqjax.ops import is_concrete
+from ptqjax.ops.values import Empty, TensorSequence
+
+_WIDE_CASTS = {7, 11, 13}  # ONNX's numbers of int64, float64 and uint64
+_T = TypeVar("_T")
+
+
+def apply(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the graph's outputs by name: a pure function of parameters and inputs, compiled once for each shape.
+
+    `jit`, `vmap` and `grad` work through it. On concrete arrays 64-bit types are computed in 64 bits, whatever the
+    caller's setting; on tracers the caller's setting holds, with a warning where it narrows. Where a shape depends on
+    data (NonZero, a Reshape to a computed shape), concrete arrays are computed operator by operator, uncompiled.
+
+    Args:
+        graph: The function.
+        params: The arrays that `graph.parameters` names.
+        inputs: An array for each of the graph's inputs, by name; for a sequence a list of arrays, for an optional None
+            or its value.
+
+    Raises:
+        DataError: An input is missing, unknown, or of another type or shape than the graph declares.
+        UnsupportedOperatorError: A node has no lowering.
+        DataDependentError: A shape depends on data, and the data are traced.
+    """
+    inputs = checked_inputs(graph, inputs)
+    check_params(graph, params)
+    params = {name: params[name] for name in graph.parameters}
+    with precision(graph, params, inputs):
+        outputs = _program(graph, params, inputs)
+    return {spec.name: _as_given(outputs[spec.name]) for spec in graph.outputs}  # `jit` had sorted the names
+
+
+def _as_given(output: Any) -> Any:
+    """Returns an output as a caller would give it: a sequence as a list, an empty optional as None."""
+    if isinstance(output, TensorSequence):
+        return list(output.elements)
+    return None if isinstance(output, Empty) else output
+
+
+def compiled(program: Callable[..., _T]) -> Callable[..., _T]:
+    """Returns `program(static, *arrays)` compiled, or, where a shape depends on concrete data, uncompiled.
+
+    Raises (when called):
+        DataDependentError: A shape depends on data, and some of the arrays are traced.
+    """
+    jitted = jax.jit(program, static_argnums=0)
+
+    @wraps(program)
+    def run(static: Any, *arrays: Any) -> _T:
+        try:
+            return jitted(static, *arrays)
+        except DataDependentError:
+            if not is_concrete(*arrays):
+                raise
+        return program(static, *jax.tree.map(jnp.asarray, arrays))
+
+    return run
+
+
+@compiled
+def _program(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    return interpret(graph, params, inputs)[0]
+
+
+@contextmanager
+def precision(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Returns a context in which 64-bit tensors keep their width, if no value is traced; else a warning says so."""
+    wide = _wide_tensor(graph, params)
+    traced = not is_concrete(params, inputs)
+    if wide and traced and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        warnings.warn(
+            f"tensor '{wide}' is of a 64-bit type and is computed in 32 bits under the caller's transformation; "
+            "set jax_enable_x64 to keep its width",
+            stacklevel=4,
+        )
+    with jax.enable_x64(True) if (wide or _casts_widely(graph)) and not traced else nullcontext():
+        yield
+
+
+def _wide_tensor(graph: Graph, params: Mapping[str, Any]) -> str:
+    """Returns the name of a tensor that takes part in arithmetic with 64 bits; "" where there is none."""
+    types = {spec.name: np.dtype(spec.dtype) for spec in (*graph.inputs, *graph.outputs)}
+    types |= {name: np.dtype(value.dtype) for name, value in params.items()}
+    return next((name for name, dtype in types.items() if dtype.kind in "iuf" and dtype.itemsize == 8), "")  # noqa: PLR2004
+
+
+def _casts_widely(graph: Graph) -> bool:
+    return any(node.op_type == "Cast" and node.attribute("to") in _WIDE_CASTS for node in graph.nodes)

@@ -1,0 +1,114 @@
+"""ONNX's own test cases, their kinds, and how one is run here: what the tests and `scripts/coverage.py` share."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from ptqjax.lowering import apply
+from ptqjax.onnx_io import read
+
+_STRING = onnx.TensorProto.STRING
+_FIRST_NARROW = onnx.TensorProto.FLOAT8E4M3FN  # all element types from here on have 8 bits or fewer
+
+
+def load(kind: str) -> list[Any]:
+    """Returns ONNX's cases of one kind: "node", "simple", "pytorch-operator" or "pytorch-converted"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ONNX's generators divide by zero on purpose
+        from onnx.backend.test.loader import load_model_tests  # noqa: PLC0415
+
+        return sorted(load_model_tests(kind=kind), key=lambda case: case.name)
+
+
+def model_of(case: Any) -> onnx.ModelProto:
+    """Returns the model of a case, which lies in a file where it was not generated."""
+    return case.model if case.model is not None else onnx.load(f"{case.model_dir}/model.onnx")
+
+
+def group_of(case: Any) -> str:
+    """Returns the group that a node case counts in: plain, narrow, sequence, string or training."""
+    model = model_of(case)
+    if any("training" in node.domain or "preview" in node.domain for node in model.graph.node):
+        return "training"
+    values = [value.type for value in (*model.graph.input, *model.graph.output)]
+    types = {value.tensor_type.elem_type for value in values}
+    if _STRING in types:
+        return "string"
+    if any(value.WhichOneof("value") != "tensor_type" for value in values):
+        return "sequence"
+    return "narrow" if any(kind >= _FIRST_NARROW for kind in types) else "plain"
+
+
+def run(case: Any) -> None:
+    """Runs a case with its own tolerance.
+
+    Raises:
+        AssertionError: A result has another type or shape, or is too far away.
+        PtqjaxError: The model cannot be read or run.
+    """
+    model = model_of(case)
+    graph = read(model)
+    for inputs, outputs in _data_sets(case, model):
+        results = apply(graph.graph, graph.params, inputs)
+        for name, expected in outputs.items():
+            assert_same(results[name], expected, rtol=case.rtol, atol=case.atol)
+
+
+def assert_same(result: Any, expected: Any, *, rtol: float, atol: float) -> None:
+    """Checks that a tensor, sequence or empty optional is what is expected."""
+    if expected is None:
+        assert result is None
+        return
+    if isinstance(expected, list):
+        assert isinstance(result, list)
+        assert len(result) == len(expected)
+        for one, wanted in zip(result, expected, strict=True):
+            assert_same(one, wanted, rtol=rtol, atol=atol)
+        return
+    result, expected = np.asarray(result), np.asarray(expected)
+    assert result.dtype == expected.dtype
+    assert result.shape == expected.shape
+    if result.dtype.kind == "V" or expected.dtype.kind not in "biufc":  # types that NumPy borrows and cannot subtract
+        result, expected = result.astype(np.float32), expected.astype(np.float32)
+    np.testing.assert_allclose(result, expected, rtol=rtol, atol=atol)
+
+
+def _data_sets(case: Any, model: onnx.ModelProto) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    weights = {tensor.name for tensor in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in weights]
+    outputs = [value.name for value in model.graph.output]
+    for given, expected in case.data_sets or _stored_data_sets(case, model):
+        yield (
+            dict(zip(names, map(_value, given), strict=False)),
+            dict(zip(outputs, map(_value, expected), strict=True)),
+        )
+
+
+def _stored_data_sets(case: Any, model: onnx.ModelProto) -> Iterator[tuple[list[Any], list[Any]]]:
+    from pathlib import Path  # noqa: PLC0415
+
+    for folder in sorted(Path(case.model_dir).glob("test_data_set_*")):
+        given = [_load(folder / f"input_{i}.pb", value) for i, value in enumerate(model.graph.input)]
+        expected = [_load(folder / f"output_{i}.pb", value) for i, value in enumerate(model.graph.output)]
+        yield [value for value in given if value is not None], expected
+
+
+def _load(path: Any, value: onnx.ValueInfoProto) -> Any:
+    protos = {"tensor_type": onnx.TensorProto, "sequence_type": onnx.SequenceProto, "optional_type": onnx.OptionalProto}
+    if not path.exists():
+        return None
+    return protos[value.type.WhichOneof("value")].FromString(path.read_bytes())
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, onnx.TensorProto):
+        return numpy_helper.to_array(value)
+    if isinstance(value, onnx.SequenceProto):
+        return numpy_helper.to_list(value)
+    if isinstance(value, onnx.OptionalProto):
+        return numpy_helper.to_optional(value)
+    return value
