@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from ptqjax.errors import UnsupportedOperatorError
+from ptqjax.kernels.conversion import convert
 from ptqjax.kernels.quotient import quotient
 from ptqjax.ops.element_types import element_type, integer_range
 from ptqjax.ops.layout import along_axis, channels_last_axis
 from ptqjax.ops.registry import lowers, lowers_channels_last
+
+_UINT8 = 2  # the element type of what is quantized, where nothing names one
 
 
 def _has_no_blocks(attributes: Any) -> bool:
@@ -33,18 +36,18 @@ def quantize_linear(
 ) -> Any:
     """Returns round(x / scale) + zero_point, half to even, brought into the range of the integer type.
 
-    Raises:
-        UnsupportedOperatorError: The result is of a floating type.
+    The result of a floating type is x / scale + zero_point, rounded once; `saturate` is as in Cast.
     """
-    del saturate  # it speaks of 8-bit floats alone
-    dtype = np.dtype(zero_point.dtype) if zero_point is not None else element_type(output_dtype or 2)
-    low, high = _grid(dtype, "QuantizeLinear")
-    compute = element_type(precision) if precision else scale.dtype
-    step = _spread(scale, x, axis, block_size).astype(compute)
-    steps = jnp.round(quotient(x.astype(compute), step))
-    if zero_point is not None:
-        steps = steps + _spread(zero_point, x, axis, block_size).astype(compute)
-    return jnp.clip(steps, low, high).astype(dtype)
+    dtype = np.dtype(zero_point.dtype) if zero_point is not None else element_type(output_dtype or _UINT8)
+    compute = element_type(precision) if precision else _computed_in(scale)
+    steps = quotient(x.astype(compute), _spread(scale.astype(compute), x, axis, block_size))
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    steps = steps if is_float else jnp.round(steps)
+    if zero_point is not None:  # in float32 the sum is exact wherever it is on the grid
+        steps = steps.astype(np.float32) + _spread(zero_point.astype(np.float32), x, axis, block_size)
+    if is_float:
+        return convert(steps, dtype, saturate=bool(saturate))
+    return convert(jnp.clip(steps, *integer_range(dtype)), dtype)
 
 
 @lowers_channels_last("QuantizeLinear", since=10, applies=_has_no_blocks)
@@ -66,19 +69,16 @@ def dequantize_linear(
     block_size: int = 0,
     output_dtype: int = 0,
 ) -> Any:
-    """Returns (x - zero_point) scale.
-
-    Raises:
-        UnsupportedOperatorError: `x` is of a floating type.
-    """
-    _grid(np.dtype(x.dtype), "DequantizeLinear")
-    dtype = element_type(output_dtype) if output_dtype else scale.dtype
-    step = _spread(scale, x, axis, block_size)
-    if zero_point is None:
-        return (x.astype(step.dtype) * step).astype(dtype)
-    # the difference is exact in int32: no type is wider, and 32-bit ones have no zero point but 0
-    steps = x.astype(jnp.int32) - _spread(zero_point, x, axis, block_size).astype(jnp.int32)
-    return (steps.astype(step.dtype) * step).astype(dtype)
+    """Returns (x - zero_point) scale, computed in float32 at least and rounded once."""
+    dtype = element_type(output_dtype) if output_dtype else _computed_in(scale)
+    compute = jnp.promote_types(_computed_in(scale), np.float32)
+    step = _spread(scale.astype(compute), x, axis, block_size)
+    if zero_point is not None:
+        # the difference is exact in int32: no type is wider, and 32-bit ones have no zero point but 0; so it is in
+        # float32 for floats, whose zero points are 0
+        exact = np.float32 if jnp.issubdtype(x.dtype, jnp.floating) else np.int32
+        x = convert(x, exact) - _spread(convert(zero_point, exact), x, axis, block_size)
+    return convert(convert(x, compute) * step, dtype)
 
 
 @lowers_channels_last("DequantizeLinear", since=10, applies=_has_no_blocks)
@@ -89,10 +89,11 @@ def dequantize_linear_channels_last(
     return dequantize_linear(x, scale, zero_point, axis=_moved(axis, x, scale), **settings)
 
 
-def _grid(dtype: np.dtype, op_type: str) -> tuple[int, int]:
-    if jnp.issubdtype(dtype, jnp.floating):
-        raise UnsupportedOperatorError(f"{op_type} with {dtype.name} has no lowering; integer types have")
-    return integer_range(dtype)
+def _computed_in(scale: Any) -> np.dtype:
+    """Returns the type to compute in: that of the scale, or float32 where it is integer or holds powers of two alone."""
+    dtype = np.dtype(scale.dtype)
+    can_compute = jnp.issubdtype(dtype, jnp.floating) and dtype != ml_dtypes.float8_e8m0fnu
+    return dtype if can_compute else np.dtype(np.float32)
 
 
 def _moved(axis: int, x: Any, scale: Any) -> int:
@@ -106,3 +107,17 @@ def _spread(scale: Any, x: Any, axis: int, block_size: int) -> Any:
     if scale.size == 1:
         return scale.reshape(())
     return along_axis(scale, axis, x.ndim)
+
+
+@lowers("DynamicQuantizeLinear", since=11)
+def dynamic_quantize_linear(x: Any, /) -> tuple[Any, Any, Any]:
+    """Returns `x` as uint8 on the grid from its least to its greatest value (and 0), with scale and zero point.
+
+    The scale of zeros alone is 1, as ONNX Runtime has it; ONNX's definition divides by 0 there.
+    """
+    x = jnp.asarray(x)
+    low, high = (jnp.minimum(x, 0), jnp.maximum(x, 0)) if x.size else (jnp.zeros(1, x.dtype),) * 2
+    low, high = jnp.min(low), jnp.max(high)
+    scale = jnp.where(high == low, jnp.ones((), x.dtype), (high - low) / 255)
+    zero_point = jnp.round(jnp.clip(-low / scale, 0, 255)).astype(np.uint8)
+    return quantize_linear(x, scale, zero_point), scale, zero_point
