@@ -25,7 +25,7 @@ from ptqjax.ir import (
     is_private,
     rebuild,
 )
-from ptqjax.lowering import interpret
+from ptqjax.lowering import compiled, interpret
 from ptqjax.quantize import check_not_quantized
 from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.quantize.encodings import Encodings
@@ -180,13 +180,12 @@ def _mean_errors(
     model: Model, encodings: Encodings, layers: tuple[_Layer, ...], batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, np.ndarray]:
     """Returns E[y_q - y] per channel and layer, each layer seeing corrected predecessors; float64 across batches."""
-    program = jax.jit(partial(_batch_errors, model.graph, layers))
     totals = {layer.output: np.zeros((), np.float64) for layer in layers}
     total_size = 0
     params = jax.device_put(model.params)
     for index, batch in enumerate(batches):
         size = num_samples(batch)
-        errors = jax.device_get(program(params, encodings, dict(batch)))
+        errors = jax.device_get(_batch_errors(model.graph, layers, params, encodings, dict(batch)))
         _check_finite({name: errors[name] for name in totals}, index)
         totals = {name: total + size * np.asarray(errors[name], np.float64) for name, total in totals.items()}
         total_size += size
@@ -202,6 +201,7 @@ def _check_finite(errors: Mapping[str, np.ndarray], index: int) -> None:
         )
 
 
+@partial(compiled, num_static=2)
 def _batch_errors(
     graph: Graph,
     layers: tuple[_Layer, ...],

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.ir import Graph, Model
-from ptqjax.lowering import interpret
+from ptqjax.lowering import compiled, interpret
 from ptqjax.quantize.batches import checked_batches
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm")
@@ -26,15 +26,15 @@ def observe_magnitudes(model: Model, batches: Iterable[Mapping[str, Any]] | None
         DataError: The batches do not fit the model, or there are none.
     """
     tensors = frozenset(node.inputs[0] for node in model.graph.nodes if node.op_type in _LAYERS)
-    program = jax.jit(partial(_largest, model.graph, tensors))
     params = jax.device_put(dict(model.params))
     found: dict[str, np.ndarray] = {}
     for batch in checked_batches(model.graph, batches):
-        observed = jax.device_get(program(params, batch))
+        observed = jax.device_get(_largest(model.graph, tensors, params, batch))
         found = {name: np.maximum(value, found.get(name, 0)) for name, value in observed.items()}
     return found
 
 
+@partial(compiled, num_static=2)
 def _largest(
     graph: Graph, tensors: frozenset[str], params: Mapping[str, Any], batch: Mapping[str, Any]
 ) -> dict[str, jax.Array]:

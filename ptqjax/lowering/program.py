@@ -56,22 +56,30 @@ def _as_given(output: Any) -> Any:
     return None if isinstance(output, Empty) else output
 
 
-def compiled(program: Callable[..., _T]) -> Callable[..., _T]:
-    """Returns `program(static, *arrays)` compiled, or, where a shape depends on concrete data, uncompiled.
+def compiled(
+    program: Callable[..., _T], *, num_static: int = 1, donated: int | tuple[int, ...] = ()
+) -> Callable[..., _T]:
+    """Returns `program(*static, *arrays)` compiled, or, where a shape depends on concrete data, uncompiled.
+
+    Args:
+        program: A pure function of positional arguments, the static (hashable) ones first.
+        num_static: How many of them are static.
+        donated: Positions of the arguments whose memory the results may take.
 
     Raises (when called):
         DataDependentError: A shape depends on data, and some of the arrays are traced.
     """
-    jitted = jax.jit(program, static_argnums=0)
+    jitted = jax.jit(program, static_argnums=tuple(range(num_static)), donate_argnums=donated)
 
     @wraps(program)
-    def run(static: Any, *arrays: Any) -> _T:
+    def run(*arguments: Any) -> _T:
+        static, arrays = arguments[:num_static], arguments[num_static:]
         try:
-            return jitted(static, *arrays)
+            return jitted(*arguments)
         except DataDependentError:
             if not is_concrete(*arrays):
                 raise
-        return program(static, *jax.tree.map(jnp.asarray, arrays))
+        return program(*static, *jax.tree.map(jnp.asarray, arrays))
 
     return run
 

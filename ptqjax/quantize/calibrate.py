@@ -16,7 +16,7 @@ from ptqjax.errors import DataError, ModelError
 from ptqjax.ir import Graph, Model, Report
 from ptqjax.kernels.grid import integer_range
 from ptqjax.kernels.ranges import GridKind, grid_of_range
-from ptqjax.lowering import interpret
+from ptqjax.lowering import compiled, interpret
 from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.quantize.bias import guard_biases
 from ptqjax.quantize.encodings import Encoding, Encodings, make_encoding
@@ -99,7 +99,7 @@ def _encode_nothing(data: Iterable[Mapping[str, Any]]) -> dict[str, Encoding]:
     return {}
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@partial(compiled, donated=2)
 def _step(plan: _Plan, params: dict[str, Any], state: Any, inputs: dict[str, Any]) -> tuple[Any, jax.Array]:
     """Returns the state after one batch, and which tensors were finite; forward pass and observers in one program."""
     tensors, wanted = plan.tensors, frozenset(plan.tensors)
