@@ -11,6 +11,9 @@ from onnx import numpy_helper
 from ptqjax.lowering import apply
 from ptqjax.onnx_io import read
 
+KINDS = ("node", "simple", "pytorch-operator", "pytorch-converted")
+"""The kinds of cases that ONNX has here."""
+
 _STRING = onnx.TensorProto.STRING
 _FIRST_NARROW = onnx.TensorProto.FLOAT8E4M3FN  # all element types from here on have 8 bits or fewer
 

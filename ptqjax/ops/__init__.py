@@ -2,23 +2,53 @@
 
 from ptqjax.ops import (  # noqa: F401 (importing a family registers its operators)
     activation,
+    batch_normalization,
     bitwise,
+    blocks,
     cast,
     control,
     convolution,
+    cumulative,
     elementwise,
+    generators,
+    indexing,
+    legacy,
     linear,
     logical,
+    losses,
     normalization,
+    ordering,
+    padding,
+    parts,
     pooling,
     qlinear,
     quantization,
     recurrent,
     reduction,
     resize,
+    scattering,
     sequence,
     shape,
+    softmax,
 )
-from ptqjax.ops.registry import Lowering, find_lowering, is_concrete, is_static, known, lowers, lowers_channels_last, registered
+from ptqjax.ops.registry import (
+    Lowering,
+    find_lowering,
+    is_concrete,
+    is_static,
+    known,
+    lowers,
+    lowers_channels_last,
+    registered,
+)
 
-__all__ = ["Lowering", "find_lowering", "is_concrete", "is_static", "known", "lowers", "lowers_channels_last", "registered"]
+__all__ = [
+    "Lowering",
+    "find_lowering",
+    "is_concrete",
+    "is_static",
+    "known",
+    "lowers",
+    "lowers_channels_last",
+    "registered",
+]
