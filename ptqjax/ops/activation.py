@@ -58,7 +58,7 @@ def selu(x: Any, /, *, alpha: float = 1.67326319217681884765625, gamma: float = 
 
 @lowers("Shrink", since=9, elementwise=True)
 def shrink(x: Any, /, *, bias: float = 0.0, lambd: float = 0.5) -> Any:
-    """Returns `x` moved towards 0 by `bias` where it is beyond lambd, else 0; in integers, with the fraction dropped."""
+    """Returns `x` moved towards 0 by `bias` where it is beyond lambd, else 0; integers without fraction."""
     x = jnp.asarray(x)
     return jnp.where(x < -lambd, x + bias, jnp.where(x > lambd, x - bias, 0)).astype(x.dtype)
 

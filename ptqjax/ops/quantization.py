@@ -90,7 +90,7 @@ def dequantize_linear_channels_last(
 
 
 def _computed_in(scale: Any) -> np.dtype:
-    """Returns the type to compute in: that of the scale, or float32 where it is integer or holds powers of two alone."""
+    """Returns the type to compute in: that of the scale, or float32 for integers and powers of two."""
     dtype = np.dtype(scale.dtype)
     can_compute = jnp.issubdtype(dtype, jnp.floating) and dtype != ml_dtypes.float8_e8m0fnu
     return dtype if can_compute else np.dtype(np.float32)
