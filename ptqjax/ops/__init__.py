@@ -30,7 +30,6 @@ from ptqjax.ops import (  # noqa: F401 (importing a family registers its operato
     sequence,
     shape,
     softmax,
-    softmax,
 )
 from ptqjax.ops.registry import (
     Lowering,

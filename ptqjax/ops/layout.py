@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +14,11 @@ def channels_last_axis(axis: int, rank: int) -> int:
     """Returns where ONNX's `axis` (negative counts from the end) of a tensor of `rank` >= 2 lies, channels last."""
     axis %= rank
     return axis if axis == 0 else rank - 1 if axis == 1 else axis - 1
+
+
+def channels_last_axes(axes: Iterable[int], rank: int) -> tuple[int, ...]:
+    """Returns `channels_last_axis` of each of the axes."""
+    return tuple(channels_last_axis(axis, rank) for axis in axes)
 
 
 def to_channels_last(x: Any) -> Any:

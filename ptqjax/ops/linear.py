@@ -1,10 +1,11 @@
-"""Matrix products."""
+"""Matrix products, sums of products, determinants."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ptqjax.ops.layout import with_rank
@@ -36,10 +37,28 @@ def gemm(
     transA: int = 0,  # noqa: N803
     transB: int = 0,  # noqa: N803
 ) -> Any:
-    """Returns alpha a b + beta c, with `a` and `b` transposed where asked."""
+    """Returns alpha a b + beta c, with `a` and `b` transposed where asked.
+
+    Raises:
+        ValueError: The elements are integers, and alpha or beta is not.
+    """
+    if not jnp.issubdtype(a.dtype, jnp.floating) and not (alpha.is_integer() and beta.is_integer()):
+        raise ValueError(f"alpha = {alpha} and beta = {beta} scale integers; expected whole numbers")
     contract = (((0 if transA else 1,), (1 if transB else 0,)), ((), ()))
     y = lax.dot_general(a, b, contract, precision=_EXACT)
     y = y if alpha == 1 else y * y.dtype.type(alpha)
     if c is None or beta == 0:
         return y
     return y + with_rank(c if beta == 1 else c * y.dtype.type(beta), 2)
+
+
+@lowers("Einsum", since=12)
+def einsum(*operands: Any, equation: str) -> Any:
+    """Returns the sums of products that the equation says, in NumPy's notation."""
+    return jnp.einsum(equation, *operands, precision=_EXACT)
+
+
+@lowers("Det", since=11)
+def det(x: Any, /) -> Any:
+    """Returns the determinants of the matrices in the last two axes."""
+    return jnp.linalg.det(x.astype(jnp.promote_types(x.dtype, np.float32))).astype(x.dtype)
