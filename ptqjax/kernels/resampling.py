@@ -45,7 +45,7 @@ class Taps(NamedTuple):
 
 
 def _half_pixel(y: Any, axis: Axis) -> Any:
-    return (y + _of(y, 0.5)) / _of(y, axis.scale) - _of(y, 0.5)
+    return (y + 0.5) / axis.scale - 0.5
 
 
 def _pytorch_half_pixel(y: Any, axis: Axis) -> Any:
@@ -54,13 +54,13 @@ def _pytorch_half_pixel(y: Any, axis: Axis) -> Any:
 
 def _half_pixel_symmetric(y: Any, axis: Axis) -> Any:
     """The centre of the old axis is the centre of the new one, also where its length was not an integer."""
-    return _half_pixel(y, axis) + _of(y, axis.size / 2 * (1 - axis.num / axis.length))
+    return _half_pixel(y, axis) + axis.size / 2 * (1 - axis.num / axis.length)
 
 
 def _align_corners(y: Any, axis: Axis) -> Any:
     if axis.length == 1:
         return np.zeros_like(y)
-    return y * _of(y, axis.size - 1) / _of(y, axis.length - 1)
+    return y * (axis.size - 1) / (axis.length - 1)
 
 
 def _crop(y: Any, axis: Axis) -> Any:
@@ -68,7 +68,7 @@ def _crop(y: Any, axis: Axis) -> Any:
     if axis.length <= 1:
         return np.full_like(y, (axis.start + axis.end) / 2 * last)
     step = (axis.end - axis.start) * last
-    return _of(y, axis.start * last) + y * _of(y, step) / _of(y, axis.length - 1)
+    return axis.start * last + y * step / (axis.length - 1)
 
 
 _TRANSFORMATIONS: dict[str, Callable[[Any, Axis], Any]] = {
@@ -76,14 +76,14 @@ _TRANSFORMATIONS: dict[str, Callable[[Any, Axis], Any]] = {
     "half_pixel_symmetric": _half_pixel_symmetric,
     "pytorch_half_pixel": _pytorch_half_pixel,
     "align_corners": _align_corners,
-    "asymmetric": lambda y, axis: y / _of(y, axis.scale),
-    "tf_half_pixel_for_nn": lambda y, axis: (y + _of(y, 0.5)) / _of(y, axis.scale),
+    "asymmetric": lambda y, axis: y / axis.scale,
+    "tf_half_pixel_for_nn": lambda y, axis: (y + 0.5) / axis.scale,
     "tf_crop_and_resize": _crop,
 }
 
 _ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "round_prefer_floor": lambda x: np.ceil(x - _of(x, 0.5)),
-    "round_prefer_ceil": lambda x: np.floor(x + _of(x, 0.5)),
+    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
+    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
     "floor": np.floor,
     "ceil": np.ceil,
 }
@@ -186,8 +186,3 @@ def _matrix(taps: Taps, size: int, dtype: Any) -> np.ndarray:
     matrix = np.zeros((len(taps.indices), size))
     np.add.at(matrix, (np.arange(len(taps.indices))[:, None], taps.indices), taps.weights)
     return matrix.astype(dtype)
-
-
-def _of(y: np.ndarray, number: float) -> np.ndarray:
-    """Returns the number in the type of `y`, so that all is computed in it."""
-    return y.dtype.type(number)
