@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import onnx.defs
@@ -36,3 +36,18 @@ def attribute_type(op_type: str, opset: int, domain: str, name: str) -> int | No
         return None
     kind: Any = found.attributes[name].type
     return int(kind.value)
+
+
+class Arity(NamedTuple):
+    """How many inputs and outputs an operator takes and gives."""
+
+    min_inputs: int
+    max_inputs: int
+    max_outputs: int
+
+
+@cache
+def arity(op_type: str, opset: int, domain: str) -> Arity | None:
+    """Returns the numbers of inputs and outputs that the schema allows; None where there is no schema."""
+    found = schema(op_type, opset, domain)
+    return None if found is None else Arity(found.min_input, found.max_input, found.max_output)

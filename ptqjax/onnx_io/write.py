@@ -16,8 +16,9 @@ import onnx.numpy_helper
 import onnx.shape_inference
 
 from ptqjax.errors import ModelError, OutputError
-from ptqjax.ir import Attribute, Constant, Graph, Model, Node, TensorSpec
+from ptqjax.ir import Attribute, Constant, Graph, Model, Node
 from ptqjax.onnx_io.schema import attribute_type
+from ptqjax.onnx_io.specs import value_info
 
 _LARGEST_PROTOBUF = 2**31 - 2**20  # bytes; beyond, tensors go to a file beside the model
 
@@ -127,8 +128,8 @@ def _graph(graph: Graph, tensors: Mapping[str, np.ndarray]) -> onnx.GraphProto:
     return onnx.helper.make_graph(
         [_node(node, graph) for node in graph.nodes],
         graph.name or "graph",
-        [_value_info(spec) for spec in graph.inputs],
-        [_value_info(spec) for spec in graph.outputs],
+        [value_info(spec) for spec in graph.inputs],
+        [value_info(spec) for spec in graph.outputs],
         initializer=[onnx.numpy_helper.from_array(value, name) for name, value in sorted(tensors.items())],
     )
 
@@ -151,8 +152,3 @@ def _attribute(value: Attribute, kind: int | None) -> Any:
     if kind == onnx.AttributeProto.FLOAT and isinstance(value, int):
         return float(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
-    kind = onnx.helper.np_dtype_to_tensor_dtype(spec.dtype)
-    return onnx.helper.make_tensor_value_info(spec.name, kind, spec.shape)

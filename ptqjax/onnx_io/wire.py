@@ -1,0 +1,164 @@
+"""An ONNX file without its large tensors: what protobuf has to parse of it, and where in the file the tensors lie.
+
+A protobuf parser copies every tensor into objects of its own, from which NumPy copies it again. So before anything is
+parsed, the bytes are walked once: the contents of each large tensor are left out, and a note takes their place that
+says where they are. Then each tensor is copied once, straight out of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx
+
+_LARGE = 1024  # bytes; smaller tensors stay where they are, because the parser reads shapes and axes from them
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types; its groups occur in no ONNX file
+_FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
+_MAX_VARINT = 10  # bytes
+_MAX_DEPTH = 100  # messages within messages; protobuf's own limit
+
+# Which messages hold tensors, and in which of their fields: (message, field number) -> message in that field.
+_FIELDS = {
+    ("model", 7): "graph",
+    ("model", 25): "function",
+    ("function", 7): "node",
+    ("graph", 1): "node",
+    ("graph", 5): "tensor",
+    ("graph", 15): "sparse",
+    ("node", 5): "attribute",
+    ("attribute", 5): "tensor",
+    ("attribute", 6): "graph",
+    ("attribute", 10): "tensor",
+    ("attribute", 11): "graph",
+    ("attribute", 22): "sparse",
+    ("attribute", 23): "sparse",
+    ("sparse", 1): "tensor",
+    ("sparse", 2): "tensor",
+}
+_RAW_DATA = 9  # of a TensorProto
+_EXTERNAL_FIELDS = {13, 14}  # external_data and data_location of a TensorProto
+
+_MAX_DIGITS = 19  # of a file's size
+
+_HERE = "\0here"  # marks a note; no path can hold this character
+
+
+class Malformed(Exception):  # noqa: N818 (it leaves this package as a ModelError)
+    """The bytes are no protobuf message that a walk can follow."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """A part of a file."""
+
+    start: int
+    """Its first byte."""
+    length: int
+    """The number of its bytes."""
+
+
+def without_large_tensors(data: memoryview) -> bytes:
+    """Returns the model in `data`, serialized, with a note (`span_of`) in place of the contents of each large tensor.
+
+    Raises:
+        Malformed: A field reaches past the end of its message, or messages are nested too deeply.
+    """
+    return b"".join(_skeleton(data, "model", Span(start=0, length=len(data)), 0))
+
+
+def span_of(tensor: onnx.TensorProto) -> Span | None:
+    """Returns where the contents of a tensor lie that was left out; None for a tensor that was not.
+
+    A file can contain such a note of its own: check the span against the size of the file.
+    """
+    if tensor.data_location != onnx.TensorProto.EXTERNAL or len(tensor.external_data) != 1:
+        return None
+    note = tensor.external_data[0]
+    if note.key != _HERE:
+        return None
+    start, _, length = note.value.partition(":")
+    return Span(start=int(start), length=int(length)) if _is_number(start) and _is_number(length) else None
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= _MAX_DIGITS
+
+
+def _skeleton(data: memoryview, message: str, span: Span, depth: int) -> Iterator[bytes | memoryview]:
+    """Yields the parts of a message that stay."""
+    if depth > _MAX_DEPTH:
+        raise Malformed
+    for number, start, content in _fields(data, span):
+        inner = _FIELDS.get((message, number))
+        if inner is None or content is None or content.length < _LARGE:
+            end = content.start + content.length if content is not None else _end_of_scalar(data, start)
+            yield data[start:end]
+            continue
+        parts = _tensor(data, content) if inner == "tensor" else _skeleton(data, inner, content, depth + 1)
+        body = b"".join(parts)
+        yield _varint(number << 3 | _BYTES) + _varint(len(body))
+        yield body
+
+
+def _tensor(data: memoryview, span: Span) -> Iterator[bytes | memoryview]:
+    """Yields the parts of a tensor that stay, and the note."""
+    fields = list(_fields(data, span))
+    raw = [content for number, _, content in fields if number == _RAW_DATA and content is not None]
+    numbers = {number for number, _, _ in fields}
+    if len(raw) != 1 or raw[0].length < _LARGE or numbers & _EXTERNAL_FIELDS:
+        yield data[span.start : span.start + span.length]
+        return
+    for number, start, content in fields:
+        if number != _RAW_DATA:
+            end = content.start + content.length if content is not None else _end_of_scalar(data, start)
+            yield data[start:end]
+    note = onnx.TensorProto(data_location=onnx.TensorProto.EXTERNAL)
+    note.external_data.add(key=_HERE, value=f"{raw[0].start}:{raw[0].length}")
+    yield note.SerializeToString()
+
+
+def _fields(data: memoryview, span: Span) -> Iterator[tuple[int, int, Span | None]]:
+    """Yields number, first byte (of the tag) and content of each field; numbers stored inline have no content."""
+    position, end = span.start, span.start + span.length
+    while position < end:
+        start = position
+        tag, position = _read_varint(data, position)
+        content = None
+        if tag & 7 == _BYTES:
+            length, position = _read_varint(data, position)
+            content = Span(start=position, length=length)
+            position += length
+        else:
+            position = _end_of_scalar(data, start)
+        if position > end:
+            raise Malformed
+        yield tag >> 3, start, content
+
+
+def _end_of_scalar(data: memoryview, start: int) -> int:
+    """Returns where a field ends that is a number, from where its tag starts."""
+    tag, position = _read_varint(data, start)
+    if tag & 7 == _VARINT:
+        return _read_varint(data, position)[1]
+    if tag & 7 in _FIXED_SIZES:
+        return position + _FIXED_SIZES[tag & 7]
+    raise Malformed
+
+
+def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
+    value = 0
+    for index, byte in enumerate(data[position : position + _MAX_VARINT]):
+        value |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:  # noqa: PLR2004 (the last byte of a varint has no continuation bit)
+            return value, position + index + 1
+    raise Malformed
+
+
+def _varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 0x7F:  # noqa: PLR2004 (seven bits a byte)
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*parts, value))
