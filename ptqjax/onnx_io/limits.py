@@ -14,7 +14,7 @@ MAX_NODES = 500_000
 MAX_NESTING = 24
 """Subgraphs within subgraphs. Protobuf itself refuses to parse more than 33."""
 
-OLDEST_OPSET, NEWEST_OPSET = 7, 28
+OLDEST_OPSET, NEWEST_OPSET = 6, 28  # 6: the oldest that ONNX's own converted models are in
 
 
 def subgraphs_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
