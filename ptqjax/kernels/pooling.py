@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from ptqjax.kernels.windows import Padding, output_sizes, pad_spatial, seen_by_tap
 
@@ -56,6 +56,106 @@ def average_pool(
     counted = padding if count_include_pad else ((0, 0),) * len(sizes)
     window = {"kernel": kernel, "strides": strides, "dilations": dilations}
     return total / jnp.asarray(_num_counted(sizes, padding=padding, counted=counted, full=full, **window), x.dtype)
+
+
+def max_pool_with_indices(
+    x: Shaped[Array, "n *spatial c"],
+    *,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: Padding,
+    dilations: Sequence[int],
+    ceil_mode: bool,
+    column_major: bool,
+) -> tuple[Shaped[Array, "n *out c"], Int[Array, "n *out c"]]:
+    """Returns `max_pool`, and where the first largest element of each window lies in the flattened [n, c, *spatial].
+
+    With `column_major` the first spatial axis runs fastest, as if each plane lay in memory the other way round.
+    """
+    sizes = x.shape[1:-1]
+    padding = _ending_with_the_last_window(sizes, kernel, strides, padding, dilations, ceil_mode=ceil_mode)
+    counts = output_sizes(sizes, kernel=kernel, strides=strides, dilations=dilations, padding=padding)
+    padded = pad_spatial(x, padding)
+    largest = place = None
+    for tap in product(*map(range, kernel)):
+        value = seen_by_tap(padded, tap, counts=counts, strides=strides, dilations=dilations)
+        positions = [
+            np.arange(count) * stride + position * dilation - low
+            for count, stride, position, dilation, (low, _) in zip(
+                counts, strides, tap, dilations, padding, strict=True
+            )
+        ]
+        inside = np.ones((1,) * x.ndim, bool)
+        for axis, (along, size) in enumerate(zip(positions, sizes, strict=True)):
+            inside = inside & _along((along >= 0) & (along < size), axis + 1, x.ndim)
+        here = jnp.where(inside, _flat(positions, sizes, x.shape, column_major=column_major), -1)
+        if largest is None or place is None:
+            largest, place = value, here
+        else:
+            better = (here >= 0) & ((place < 0) | (value > largest))
+            largest, place = jnp.where(better, value, largest), jnp.where(better, here, place)
+    assert largest is not None  # noqa: S101 (a kernel has taps)
+    assert place is not None  # noqa: S101
+    return largest, place
+
+
+def lp_pool(
+    x: Float[Array, "n *spatial c"],
+    *,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: Padding,
+    dilations: Sequence[int],
+    ceil_mode: bool,
+    p: int,
+) -> Float[Array, "n *out c"]:
+    """Returns the p-norm of each window, (sum |x|**p)**(1/p); padding counts as 0."""
+    padding = _ending_with_the_last_window(x.shape[1:-1], kernel, strides, padding, dilations, ceil_mode=ceil_mode)
+    powers = lax.integer_pow(jnp.abs(x), p)
+    window = {"kernel": kernel, "strides": strides, "padding": padding, "dilations": dilations}
+    return root(_folded(lax.add, np.zeros((), x.dtype), powers, **window), p)
+
+
+def root(x: Float[Array, "*shape"], p: int) -> Float[Array, "*shape"]:
+    """Returns x**(1/p)."""
+    return x if p == 1 else jnp.sqrt(x) if p == 2 else x ** (1 / p)  # noqa: PLR2004 (the square root is exact)
+
+
+def local_response_norm(
+    x: Float[Array, "*shape"], *, axis: int, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0
+) -> Float[Array, "*shape"]:
+    """Returns x / (bias + alpha / size * sum x**2)**beta, the sum over `size` neighbours along `axis`.
+
+    Of an even number of neighbours, one more comes behind than before.
+    """
+    axis %= x.ndim
+    config = [((size - 1) // 2, size // 2, 0) if place == axis else (0, 0, 0) for place in range(x.ndim)]
+    squares = lax.pad(jnp.square(x), np.zeros((), x.dtype), config)
+    window = [size if place == axis else 1 for place in range(x.ndim)]
+    if size > _MOST_TAPS:
+        total = lax.reduce_window(squares, np.zeros((), x.dtype), lax.add, window, (1,) * x.ndim, "VALID")
+    else:
+        parts = (lax.slice_in_dim(squares, start, start + x.shape[axis], axis=axis) for start in range(size))
+        total = reduce(lax.add, parts)
+    return x / (bias + alpha / size * total) ** beta
+
+
+def _flat(
+    positions: Sequence[np.ndarray], sizes: Sequence[int], shape: Sequence[int], *, column_major: bool
+) -> jax.Array:
+    """Returns the place in the flattened [n, c, *spatial] of each position, [n, *out, c]."""
+    rank, plane = len(shape), math.prod(sizes)
+    planes = np.arange(shape[0] * shape[-1]).reshape(shape[0], *(1,) * len(sizes), shape[-1])
+    dtype = jax.dtypes.canonicalize_dtype(np.int64)
+    flat = jnp.asarray(planes * plane, dtype)
+    for axis, along in enumerate(positions):
+        step = math.prod(sizes[:axis] if column_major else sizes[axis + 1 :])
+        flat = flat + jnp.asarray(_along(along * step, axis + 1, rank), dtype)
+    return flat
+
+
+def _along(vector: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    return np.expand_dims(vector, [place for place in range(rank) if place != axis])
 
 
 def _folded(
@@ -121,9 +221,7 @@ def _num_counted(
         starts = np.arange(-padding[axis][0], size + full[axis][1] - taps[-1], strides[axis])
         positions = starts[:, None] + taps
         inside = (positions >= -counted[axis][0]) & (positions < size + counted[axis][1])
-        product_of_axes = product_of_axes * np.expand_dims(
-            inside.sum(1), [other for other in range(product_of_axes.ndim) if other != axis + 1]
-        )
+        product_of_axes = product_of_axes * _along(inside.sum(1), axis + 1, product_of_axes.ndim)
     return product_of_axes
 
 
