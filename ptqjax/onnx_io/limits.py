@@ -14,6 +14,7 @@ MAX_NODES = 500_000
 MAX_NESTING = 24
 """Subgraphs within subgraphs. Protobuf itself refuses to parse more than 33."""
 
+_NO_VERSION = 2**31
 OLDEST_OPSET, NEWEST_OPSET = 6, 28  # 6: the oldest that ONNX's own converted models are in
 
 
@@ -51,11 +52,16 @@ def check_size(num_nodes: int) -> None:
 
 
 def check_opset(opsets: dict[str, int]) -> None:
-    """Checks the version of ONNX's own operator set.
+    """Checks the versions of the operator sets.
 
     Raises:
-        ModelError: It is older or newer than those that are known here.
+        ModelError: That of ONNX's own is older or newer than those that are known here, or another is no version.
     """
+    damaged = next((domain for domain, version in opsets.items() if not 0 <= version < _NO_VERSION), None)
+    if damaged is not None:
+        raise ModelError(
+            f"it is of operator set {opsets[damaged]} of '{damaged}', which is no version; export it again"
+        )
     version = opsets.get("")
     if version is not None and not OLDEST_OPSET <= version <= NEWEST_OPSET:
         raise ModelError(

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ptqjax.ir import Constant, Graph, Model, Node, fresh_name
+from ptqjax.ir import Constant, Model, Node, fresh_name
+from ptqjax.onnx_io.protos import to_proto
 from ptqjax.onnx_io.schema import schema
-from ptqjax.onnx_io.write import inferred, to_proto
+from ptqjax.onnx_io.write import inferred
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def _can_be_raised(node: Node, old: int, new: int, ranks: Mapping[str, int], *, 
     before, after = schema(node.op_type, old, ""), schema(node.op_type, new, "")
     if before is None or after is None or after.deprecated:
         return False
-    inner = [each for _, value in node.attributes if isinstance(value, Graph) for each in value.nodes]
+    inner = [each for graph in node.subgraphs for each in graph.nodes]
     if not all(_is_the_same(each, old, new) for each in inner):
         return False
     if before.since_version == after.since_version:
@@ -94,7 +95,7 @@ def _can_be_raised(node: Node, old: int, new: int, ranks: Mapping[str, int], *, 
 def _is_the_same(node: Node, old: int, new: int) -> bool:
     """Tells whether a node in a subgraph, which stays as it is, is of the same operator version."""
     before, after = schema(node.op_type, old, node.domain), schema(node.op_type, new, node.domain)
-    nested = [each for _, value in node.attributes if isinstance(value, Graph) for each in value.nodes]
+    nested = [each for graph in node.subgraphs for each in graph.nodes]
     same = bool(node.domain) or (before and after and before.since_version == after.since_version)
     return bool(same) and all(_is_the_same(each, old, new) for each in nested)
 

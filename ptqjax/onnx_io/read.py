@@ -50,6 +50,8 @@ def read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Model:
         return _model(proto, storage)
     except ModelError as error:
         raise ModelError(f"{label}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{label} holds a name that is no text ({error}); it is damaged: export it again") from error
 
 
 def _model(proto: onnx.ModelProto, storage: Storage) -> Model:

@@ -1,52 +1,49 @@
-"""From the intermediate representation to an ONNX model, and safely into a file."""
+"""A model safely into an ONNX file, checked; past 2 GB its tensors go into a file beside it."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import onnx
 import onnx.checker
 import onnx.helper
-import onnx.numpy_helper
 import onnx.shape_inference
 
 from ptqjax.errors import ModelError, OutputError
-from ptqjax.ir import Attribute, Constant, Graph, Model, Node
-from ptqjax.onnx_io.schema import attribute_type
-from ptqjax.onnx_io.specs import value_info
+from ptqjax.ir import Model
+from ptqjax.onnx_io.protos import tensor_proto, to_proto
 
-_LARGEST_PROTOBUF = 2**31 - 2**20  # bytes; beyond, tensors go to a file beside the model
-
-_INITIALIZERS_ARE_NOT_INPUTS = 4  # the IR version since which an initializer need not be a graph input as well
+_LARGEST_PROTOBUF = 2**31 - 2**24  # bytes; beyond, tensors go to a file beside the model
+_LARGE = 1024  # bytes of a tensor that goes there; shapes are read from the smaller ones
+_ALIGNMENT = 4096  # bytes; so that tensors can be mapped
 
 
 def write(model: Model, path: str | os.PathLike[str]) -> None:
     """Writes the model as an ONNX file; `read` is the inverse. Statistics are not stored.
 
     Nothing half-written is ever left under `path`: the file is written beside it and then renamed. Tensors of a model
-    past 2 GB go into NAME.data beside it. Shapes that graph outputs lack are inferred and written.
+    past 2 GB go into NAME.data beside it. Types and shapes that graph outputs lack are inferred and written.
 
     Raises:
         OutputError: The folder is missing or cannot be written.
         ModelError: The model does not pass ONNX's checker.
     """
     path = Path(path)
-    proto = _with_output_shapes(to_proto(model))
-    external = proto.ByteSize() > _LARGEST_PROTOBUF
-    if not external:
-        check(proto)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".ptqjax-") as folder:
-            half = Path(folder) / path.name
-            data = f"{path.name}.data"
-            onnx.save_model(proto, half, save_as_external_data=external, location=data if external else None)
-            if external:
-                (Path(folder) / data).replace(path.parent / data)
+            half, data = Path(folder) / path.name, Path(folder) / f"{path.name}.data"
+            if _num_bytes(model) > _LARGEST_PROTOBUF:
+                _write_in_two(model, half, data)
+                data.replace(path.parent / data.name)
+            else:
+                proto = _with_output_types(to_proto(model))
+                check(proto)
+                half.write_bytes(proto.SerializeToString())
             half.replace(path)
     except OSError as error:
         raise OutputError(
@@ -60,10 +57,7 @@ def check(proto: onnx.ModelProto) -> None:
     Raises:
         ModelError: The model is not valid ONNX.
     """
-    try:
-        onnx.checker.check_model(_with_declared_shapes(proto), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        raise ModelError(f"the model is not valid ONNX: {error}") from error
+    _check(_with_declared_shapes(proto))
 
 
 def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -80,16 +74,79 @@ def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(plain)
 
 
-def _with_output_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns the model with shapes for the outputs that declare none, where they can be inferred."""
-    missing = [info for info in proto.graph.output if not info.type.tensor_type.HasField("shape")]
-    if not missing or proto.ByteSize() > _LARGEST_PROTOBUF:
+def _check(model: onnx.ModelProto | str) -> None:
+    """Checks a model, or the file of one that has external data."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        raise ModelError(f"the model is not valid ONNX: {error}") from error
+
+
+def _num_bytes(model: Model) -> int:
+    constants = sum(value.nbytes for value in model.graph.constant_values.values())
+    return constants + sum(value.nbytes for value in model.params.values())
+
+
+def _write_in_two(model: Model, path: Path, data: Path) -> None:
+    """Writes the model's structure and its large tensors, one after another, as they lie in memory."""
+    with data.open("wb") as file:
+        proto = _with_output_types(to_proto(model, _Appended(file, data.name)))
+    path.write_bytes(_with_declared_shapes(proto).SerializeToString())
+    _check(str(path))
+    path.write_bytes(proto.SerializeToString())
+
+
+@dataclass(frozen=True, slots=True)
+class _Appended:
+    """Stores tensors at the end of a file."""
+
+    file: BinaryIO
+    """The file."""
+    location: str
+    """Its name, relative to the model's folder."""
+
+    def __call__(self, value: np.ndarray, name: str) -> onnx.TensorProto:
+        """Returns a tensor that says where its contents are; small ones and strings hold them."""
+        if value.dtype == object or value.nbytes < _LARGE:
+            return tensor_proto(value, name)
+        kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+        content = _packed(value)
+        self.file.write(bytes(-self.file.tell() % _ALIGNMENT))
+        offset = self.file.tell()
+        self.file.write(content.data)
+        tensor = onnx.TensorProto(name=name, data_type=kind, dims=value.shape, data_location=onnx.TensorProto.EXTERNAL)
+        for key, text in (("location", self.location), ("offset", offset), ("length", content.nbytes)):
+            tensor.external_data.add(key=key, value=str(text))
+        return tensor
+
+
+def _packed(value: np.ndarray) -> np.ndarray:
+    """Returns the bytes of a tensor as a file holds them; elements of less than a byte share one."""
+    if not value.dtype.isbuiltin and value.itemsize == 1:  # the narrow types are not NumPy's own
+        return np.frombuffer(tensor_proto(value).raw_data, np.uint8)
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+
+
+def _with_output_types(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns the model with types and shapes for the outputs that lack them, where they can be inferred."""
+    missing = [info for info in proto.graph.output if _lacks_shape(info)]
+    if not missing:
         return proto
-    found = {info.name: info.type.tensor_type for info in inferred(proto).graph.output}
+    found = {info.name: info.type for info in inferred(proto).graph.output}
     for info in missing:
-        if found[info.name].HasField("shape"):
-            info.type.tensor_type.shape.CopyFrom(found[info.name].shape)
+        kind = found[info.name].WhichOneof("value")
+        if not info.type.HasField("tensor_type"):
+            info.type.CopyFrom(found[info.name])
+        elif kind == "tensor_type" and found[info.name].tensor_type.HasField("shape"):
+            info.type.tensor_type.shape.CopyFrom(found[info.name].tensor_type.shape)
+        if info.type.WhichOneof("value") is None:
+            info.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     return proto
+
+
+def _lacks_shape(info: onnx.ValueInfoProto) -> bool:
+    kind = info.type.WhichOneof("value")
+    return kind is None or (kind == "tensor_type" and not info.type.tensor_type.HasField("shape"))
 
 
 def _with_declared_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -97,7 +154,7 @@ def _with_declared_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     A shape that could not be inferred stands in no contradiction to anything: one without axes passes.
     """
-    missing = [i for i, info in enumerate(proto.graph.output) if not info.type.tensor_type.HasField("shape")]
+    missing = [i for i, info in enumerate(proto.graph.output) if _lacks_shape(info)]
     if not missing:
         return proto
     stated = onnx.ModelProto()
@@ -105,50 +162,3 @@ def _with_declared_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
     for index in missing:
         stated.graph.output[index].type.tensor_type.shape.SetInParent()
     return stated
-
-
-def to_proto(model: Model) -> onnx.ModelProto:
-    """Returns the model as a ModelProto, with the lowest IR version that carries its operator sets."""
-    graph = model.graph
-    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opsets]
-    tensors = {name: np.asarray(value) for name, value in model.params.items()} | dict(graph.constant_values)
-    proto = onnx.helper.make_model(
-        _graph(graph, tensors), opset_imports=opsets, ir_version=max(graph.ir_version, _lowest_ir_version(graph))
-    )
-    onnx.helper.set_model_props(proto, dict(graph.metadata))
-    return proto
-
-
-def _lowest_ir_version(graph: Graph) -> int:
-    standard = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opsets if domain == ""]
-    return max(onnx.helper.find_min_ir_version_for(standard, ignore_unknown=True), _INITIALIZERS_ARE_NOT_INPUTS)
-
-
-def _graph(graph: Graph, tensors: Mapping[str, np.ndarray]) -> onnx.GraphProto:
-    return onnx.helper.make_graph(
-        [_node(node, graph) for node in graph.nodes],
-        graph.name or "graph",
-        [value_info(spec) for spec in graph.inputs],
-        [value_info(spec) for spec in graph.outputs],
-        initializer=[onnx.numpy_helper.from_array(value, name) for name, value in sorted(tensors.items())],
-    )
-
-
-def _node(node: Node, graph: Graph) -> onnx.NodeProto:
-    proto = onnx.helper.make_node(
-        node.op_type, list(node.inputs), list(node.outputs), name=node.name or None, domain=node.domain or None
-    )
-    for name, value in node.attributes:
-        kind = attribute_type(node.op_type, graph.opset(node.domain), node.domain, name)
-        proto.attribute.append(onnx.helper.make_attribute(name, _attribute(value, kind), attr_type=kind))
-    return proto
-
-
-def _attribute(value: Attribute, kind: int | None) -> Any:
-    if isinstance(value, Constant):
-        return onnx.numpy_helper.from_array(np.asarray(value.value))
-    if isinstance(value, Graph):
-        return _graph(value, dict(value.constant_values))
-    if kind == onnx.AttributeProto.FLOAT and isinstance(value, int):
-        return float(value)
-    return list(value) if isinstance(value, tuple) else value
