@@ -49,8 +49,8 @@ def bit_cast(x: Any, /, *, to: int) -> Any:
         UnsupportedOperatorError: The widths differ, or JAX narrows 64-bit types under the caller's transformation.
     """
     dtype = element_type(to)
-    if num_bits(np.dtype(x.dtype)) != num_bits(dtype):
-        raise UnsupportedOperatorError(f"BitCast from {x.dtype} to {dtype} has no meaning: the widths differ")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UnsupportedOperatorError(f"BitCast to {dtype} needs 64 bits, which JAX narrows here; set jax_enable_x64")
+    if num_bits(np.dtype(x.dtype)) != num_bits(dtype):
+        raise UnsupportedOperatorError(f"BitCast from {x.dtype} to {dtype} has no meaning: the widths differ")
     return x.view(dtype)
