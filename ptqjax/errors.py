@@ -21,6 +21,9 @@ class UnsupportedOperatorError(PtqjaxError):
 class DataDependentError(UnsupportedOperatorError):
     """A value that decides a shape, or a path through the graph, and is not known while tracing."""
 
+    tensor: str = ""
+    """What the node writes that cannot be computed."""
+
 
 class DataError(PtqjaxError):
     """Data (calibration, evaluation, call arguments) that does not fit the model."""

@@ -11,6 +11,7 @@ import pytest
 from ptqjax.errors import DataDependentError, DataError, ModelError, UnsupportedOperatorError
 from ptqjax.ir import Constant, Graph, Model, Node, TensorSpec
 from ptqjax.lowering import apply, interpret
+from ptqjax.lowering.partition import cut_before
 from ptqjax.onnx_io import read
 from ptqjax.ops import lowers
 
@@ -296,7 +297,7 @@ def test_a_missing_parameter_is_named():
         (_node("Nothing", "x", "y"), r"Nothing \(producing 'y'\).*ai.onnx.Nothing of opset 17.*register one"),
         (_node("Relu", "x", "y", domain="custom"), r"custom.Relu of opset 1 .*domain=\"custom\""),
         (_node("Relu", "x", "y", slope=2), r"Relu \(producing 'y'\): attribute 'slope' = 2 .* opset 17"),
-        (_node("MaxPool", "x", "y,indices", kernel_shape=(1,)), "its output 'indices' has no lowering"),
+        (_node("Relu", "x", "y,mask"), "its output 'mask' has no lowering"),
     ],
 )
 def test_what_has_no_lowering_is_named(node, message):
@@ -322,3 +323,27 @@ def test_a_node_that_cannot_be_computed_is_named_with_what_it_was_given():
     graph = _graph([_node("Add", "x,b", "y")], [_spec("x", 2, 3)], [_spec("y", 2, 3)], parameters=["b"])
     with pytest.raises(ModelError, match=r"Add \(producing 'y'\) cannot be computed on float32\[2, 3\], float32\[4\]"):
         apply(graph, {"b": _random(4)}, {"x": _random(2, 3)})
+
+
+def test_what_does_not_depend_on_data_is_compiled_still():
+    """A network, then a selection of its rows: the network's sums are those of one program, to the bit."""
+    nodes = [
+        _node("MatMul", "x,w", "a"),
+        _node("Shape", "a", "sizes"),
+        _node("Greater", "a,zero", "b"),
+        _node("NonZero", "b", "i"),
+        _node("Reshape", "a,sizes", "r"),
+        _node("Cast", "i", "c", to=1),
+        _node("ReduceSum", "c", "n", keepdims=0),
+        _node("Mul", "r,n", "y"),
+    ]
+    graph = _graph(nodes, [_spec("x", 2, 3)], [_spec("y", 2, 4), _spec("a", 2, 4)], parameters=["w", "zero"], opset=17)
+    params, x = {"w": _random(3, 4), "zero": np.float32(0)}, _random(2, 3, seed=1)
+    outputs = apply(graph, params, {"x": x})
+    rows, columns = np.nonzero(outputs["a"] > 0)
+    np.testing.assert_array_equal(outputs["y"], outputs["a"] * np.float32(rows.sum() + columns.sum()))
+    np.testing.assert_allclose(outputs["a"], x @ params["w"], rtol=1e-6)
+    first, second = cut_before(graph, "i")
+    assert [node.op_type for node in first.nodes] == ["MatMul", "Shape", "Greater", "Reshape"]
+    assert [node.op_type for node in second.nodes] == ["NonZero", "Cast", "ReduceSum", "Mul"]
+    assert [spec.name for spec in second.inputs] == ["b", "r", "a"]

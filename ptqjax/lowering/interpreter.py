@@ -194,21 +194,32 @@ def _errors_that_name(node: Node, inputs: list[Value | None]) -> Iterator[None]:
     """Makes each error inside one of ours that names the node and what it was given."""
     try:
         yield
-    except PtqjaxError as error:
-        if isinstance(error, UnsupportedOperatorError) and place_of(node) not in str(error):
-            raise type(error)(f"{place_of(node)}: {error}") from error
+    except DataDependentError as error:
+        raise _data_dependent(node, f"{place_of(node)}: {error}") from error
+    except UnsupportedOperatorError as error:
+        if place_of(node) in str(error):
+            raise
+        raise UnsupportedOperatorError(f"{place_of(node)}: {error}") from error
+    except PtqjaxError:
         raise
     except _NEEDS_VALUES as error:
-        raise DataDependentError(
+        message = (
             f"{place_of(node)} depends on values that are being traced; call ptqjax.apply on concrete arrays, outside "
             f"jit, vmap and grad ({error})"
-        ) from error
+        )
+        raise _data_dependent(node, message) from error
     except (ArithmeticError, LookupError, TypeError, ValueError, NotImplementedError) as error:
         given = ", ".join("nothing" if value is None else _described(value.array) for value in inputs)
         raise ModelError(
             f"{place_of(node)} cannot be computed on {given or 'no inputs'}: {error}; check the node's attributes and "
             "the shapes and types that reach it"
         ) from error
+
+
+def _data_dependent(node: Node, message: str) -> DataDependentError:
+    error = DataDependentError(message)
+    error.tensor = node.output
+    return error
 
 
 def _described(array: Any) -> str:

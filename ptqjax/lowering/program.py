@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +16,7 @@ from ptqjax.errors import DataDependentError
 from ptqjax.ir import Graph
 from ptqjax.lowering.inputs import check_params, checked_inputs
 from ptqjax.lowering.interpreter import interpret
+from ptqjax.lowering.partition import cut_before
 from ptqjax.ops import is_concrete
 from ptqjax.ops.values import Empty, TensorSequence
 
@@ -28,7 +29,7 @@ def apply(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) ->
 
     `jit`, `vmap` and `grad` work through it. On concrete arrays 64-bit types are computed in 64 bits, whatever the
     caller's setting; on tracers the caller's setting holds, with a warning where it narrows. Where a shape depends on
-    data (NonZero, a Reshape to a computed shape), concrete arrays are computed operator by operator, uncompiled.
+    data (NonZero, a Reshape to a computed shape), concrete arrays are computed operator by operator from there on.
 
     Args:
         graph: The function.
@@ -45,7 +46,7 @@ def apply(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) ->
     check_params(graph, params)
     params = {name: params[name] for name in graph.parameters}
     with precision(graph, params, inputs):
-        outputs = _program(graph, params, inputs)
+        outputs = _outputs(graph, params, inputs)
     return {spec.name: _as_given(outputs[spec.name]) for spec in graph.outputs}  # `jit` had sorted the names
 
 
@@ -84,8 +85,21 @@ def compiled(
     return run
 
 
-@compiled
-def _program(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+def _outputs(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the outputs; where a shape depends on concrete data, all that does not depend on it is compiled."""
+    try:
+        return _compiled(graph, params, inputs)
+    except DataDependentError as error:
+        if not is_concrete(params, inputs):
+            raise
+        first, second = cut_before(graph, error.tensor)
+    with jax.enable_x64(True):  # what crosses may be a shape
+        reached = _compiled(first, {name: params[name] for name in first.parameters}, inputs)
+        return interpret(second, params, reached)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     return interpret(graph, params, inputs)[0]
 
 
