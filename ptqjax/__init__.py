@@ -17,13 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptqjax.config import QuantizationConfig
-    from ptqjax.errors import ConfigError, DataError, ModelError, OutputError, PtqjaxError, UnsupportedOperatorError
+    from ptqjax.errors import (
+        ConfigError,
+        DataDependentError,
+        DataError,
+        ModelError,
+        OutputError,
+        PtqjaxError,
+        UnsupportedOperatorError,
+    )
     from ptqjax.evaluate import evaluate
     from ptqjax.export import export
     from ptqjax.fit import correct_biases
     from ptqjax.ir import Model, Record
     from ptqjax.lowering import apply
     from ptqjax.onnx_io import read, write
+    from ptqjax.ops import lowers
     from ptqjax.pipeline import quantize
     from ptqjax.quantize import Encoding, calibrate, choose_encoding
     from ptqjax.simulate import simulate
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConfigError",
+    "DataDependentError",
     "DataError",
     "Encoding",
     "Model",
@@ -49,6 +59,7 @@ __all__ = [
     "evaluate",
     "export",
     "fold_batch_norms",
+    "lowers",
     "quantize",
     "read",
     "simulate",
@@ -58,6 +69,7 @@ __all__ = [
 
 _ROOM = {
     "ConfigError": "errors",
+    "DataDependentError": "errors",
     "DataError": "errors",
     "Encoding": "quantize",
     "Model": "ir",
@@ -75,6 +87,7 @@ _ROOM = {
     "evaluate": "evaluate",
     "export": "export",
     "fold_batch_norms": "transforms",
+    "lowers": "ops",
     "quantize": "pipeline",
     "read": "onnx_io",
     "simulate": "simulate",

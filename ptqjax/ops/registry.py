@@ -114,7 +114,7 @@ def find_lowering(op_type: str, *, opset: int, domain: str = "", place: str = ""
     name = f'"{op_type}", since={opset}' + (f', domain="{domain}"' if domain else "")
     raise UnsupportedOperatorError(
         f"{place or op_type}: operator {domain or 'ai.onnx'}.{op_type} of opset {opset} has no lowering{known}; "
-        f"register one: @ptqjax.ops.lowers({name}) on a function of its inputs (positional) and attributes (keyword)"
+        f"register one: @ptqjax.lowers({name}) on a function of its inputs (positional) and attributes (keyword)"
     )
 
 
