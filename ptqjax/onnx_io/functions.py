@@ -15,7 +15,7 @@ import onnx.inliner
 
 from ptqjax.errors import ModelError
 from ptqjax.onnx_io.graphs import domain_of, opsets_of
-from ptqjax.onnx_io.limits import check_size, nodes_within
+from ptqjax.onnx_io.limits import as_text, check_size, nodes_within
 from ptqjax.onnx_io.schema import schema
 
 HasLowering: TypeAlias = Callable[[str, str, int], bool]
@@ -78,7 +78,7 @@ def without_schema_functions(proto: onnx.ModelProto, has_lowering: HasLowering) 
     """
     opsets = opsets_of(proto.opset_import)
     for _ in range(_MAX_ROUNDS):
-        used = {(domain_of(node.domain), node.op_type) for node in nodes_within(proto.graph.node)}
+        used = {(domain_of(node.domain), as_text(node.op_type)) for node in nodes_within(proto.graph.node)}
         wanted = [key for key in sorted(used) if _is_to_inline(*key, opsets, has_lowering)]
         if not wanted:
             return proto
@@ -123,7 +123,7 @@ def _cost(
     """Returns the size of all nodes with functions inlined; adds those of the functions that are called to `costs`."""
     num_nodes = size = 0
     for node in nodes_within(nodes):
-        key = (domain_of(node.domain), node.op_type, node.overload)
+        key = (domain_of(node.domain), as_text(node.op_type), node.overload)
         num_nodes += 1
         size += node.ByteSize()
         if key not in functions:

@@ -16,12 +16,14 @@ import onnx
 
 from ptqjax.errors import ModelError
 from ptqjax.ir import Attribute, Constant, Graph, Node, SparseConstant, TensorSpec
+from ptqjax.onnx_io.limits import as_text
 from ptqjax.onnx_io.schema import arity, default_attributes
 from ptqjax.onnx_io.specs import spec_of, spec_of_type
 from ptqjax.onnx_io.tensors import Storage, array_of, dense
 
 _STANDARD_DOMAIN = "ai.onnx"  # another spelling of "", ONNX's own domain
 
+_NO_VERSION = 2**31
 _CONSTANT_TYPES = {
     "value_float": np.float32,
     "value_floats": np.float32,
@@ -78,19 +80,21 @@ def opsets_of(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
     """Returns the version of each operator set by domain, "" for ONNX's own.
 
     Raises:
-        ModelError: A domain is named with two versions.
+        ModelError: A domain is named with two versions, or with what is none.
     """
     opsets: dict[str, int] = {}
     for entry in imports:
         domain = domain_of(entry.domain)
+        if not 0 <= entry.version < _NO_VERSION:
+            raise ModelError(f"it names version {entry.version} of operator set '{domain}'; the file is damaged")
         if opsets.setdefault(domain, entry.version) != entry.version:
             raise ModelError(f"it names operator set '{domain or _STANDARD_DOMAIN}' with two versions; export it again")
     return opsets
 
 
-def domain_of(domain: str) -> str:
+def domain_of(domain: Any) -> str:
     """Returns the domain, "" for ONNX's own however it is spelled."""
-    return "" if domain == _STANDARD_DOMAIN else domain
+    return "" if domain == _STANDARD_DOMAIN else as_text(domain)
 
 
 def graph_of(proto: onnx.GraphProto, source: Source) -> Graph:
@@ -105,13 +109,13 @@ def graph_of(proto: onnx.GraphProto, source: Source) -> Graph:
 
 
 def _graph(proto: onnx.GraphProto, source: Source, outer: _Scope) -> Graph:
-    names = outer.entered(_defined(proto))
+    names = outer.entered(map(as_text, _defined(proto)))
     tensors = dict(_tensors(proto, source, names))
     inputs = [info for info in proto.input if outer.depth or names.read(info.name) not in tensors]
     fed = {names.read(info.name) for info in inputs}
     nodes = [node for node in proto.node if not _is_constant(node) and any(node.output)]
     return Graph(
-        name=proto.name,
+        name=as_text(proto.name),
         inputs=tuple(_renamed(spec_of(info), names) for info in inputs),
         outputs=tuple(_renamed(spec_of(info), names) for info in proto.output),
         nodes=tuple(_node(node, source, names) for node in nodes),
@@ -190,15 +194,15 @@ def _renamed(spec: TensorSpec, names: _Scope) -> TensorSpec:
 
 
 def _node(proto: onnx.NodeProto, source: Source, names: _Scope) -> Node:
-    domain = domain_of(proto.domain)
-    given = {attribute.name: attribute for attribute in proto.attribute}
-    place = f"{proto.op_type} (producing '{next(filter(None, proto.output))}')"
+    op_type, domain = as_text(proto.op_type), domain_of(proto.domain)
+    given = {as_text(attribute.name): attribute for attribute in proto.attribute}
+    place = f"{op_type} (producing '{next(filter(None, proto.output))}')"
     if len(given) != len(proto.attribute):
         raise ModelError(f"{place} has an attribute twice; the file is damaged")
     if not domain and "" not in source.opsets:
         raise ModelError(f"{place} is of ONNX's own operator set, whose version the file does not name")
     _check_arity(proto, source.opsets.get(domain, 1), domain, place)
-    defaults = {value.name: value for value in default_attributes(proto.op_type, source.opsets.get(domain, 1), domain)}
+    defaults = {value.name: value for value in default_attributes(op_type, source.opsets.get(domain, 1), domain)}
     try:
         attributes = tuple(
             (name, _attribute(value, source, names)) for name, value in sorted((defaults | given).items())
@@ -206,12 +210,12 @@ def _node(proto: onnx.NodeProto, source: Source, names: _Scope) -> Node:
     except ModelError as error:
         raise ModelError(f"{place}: {error}") from error
     return Node(
-        op_type=proto.op_type,
-        inputs=tuple(map(names.read, proto.input)),
+        op_type=op_type,
+        inputs=tuple(names.read(as_text(name)) for name in proto.input),
         outputs=tuple(map(names.read, proto.output)),
         attributes=attributes,
         domain=domain,
-        name=proto.name,
+        name=as_text(proto.name),
     )
 
 

@@ -17,7 +17,7 @@ from ptqjax.ir import Model, rebuild
 from ptqjax.onnx_io.functions import without_own_functions, without_schema_functions
 from ptqjax.onnx_io.graphs import Source, graph_of, opsets_of
 from ptqjax.onnx_io.identities import sorted_throughout, without_identities
-from ptqjax.onnx_io.limits import check_opset, check_size, nodes_within
+from ptqjax.onnx_io.limits import as_text, check_opset, check_size, nodes_within
 from ptqjax.onnx_io.parameters import with_parameters
 from ptqjax.onnx_io.source import load
 from ptqjax.onnx_io.tensors import Storage
@@ -50,8 +50,6 @@ def read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Model:
         return _model(proto, storage)
     except ModelError as error:
         raise ModelError(f"{label}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{label} holds a name that is no text ({error}); it is damaged: export it again") from error
 
 
 def _model(proto: onnx.ModelProto, storage: Storage) -> Model:
@@ -62,7 +60,7 @@ def _model(proto: onnx.ModelProto, storage: Storage) -> Model:
     graph = graph_of(proto.graph, Source(opsets=opsets, storage=storage))
     graph = sorted_throughout(without_identities(graph))
     graph, params = with_parameters(graph)
-    metadata = tuple(sorted((entry.key, entry.value) for entry in proto.metadata_props))
+    metadata = tuple(sorted((as_text(entry.key), as_text(entry.value)) for entry in proto.metadata_props))
     return rebuild(Model(graph=replace(graph, ir_version=proto.ir_version, metadata=metadata), params=params))
 
 

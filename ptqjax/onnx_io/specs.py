@@ -8,6 +8,7 @@ import onnx.helper
 
 from ptqjax.errors import ModelError
 from ptqjax.ir import Dimension, TensorSpec
+from ptqjax.onnx_io.limits import as_text
 
 _UNKNOWN = np.dtype(np.float32)  # stands for an element type that is not declared
 _CONTAINERS = {"sequence_type": "sequence", "optional_type": "optional"}
@@ -19,7 +20,7 @@ def spec_of(info: onnx.ValueInfoProto) -> TensorSpec:
     Raises:
         ModelError: It is of no type that ONNX has.
     """
-    return spec_of_type(info.type, info.name)
+    return spec_of_type(info.type, as_text(info.name))
 
 
 def spec_of_type(kind: onnx.TypeProto, name: str = "") -> TensorSpec:
@@ -88,4 +89,4 @@ def _dtype(element: int, name: str) -> np.dtype:
 
 def _size(dim: onnx.TensorShapeProto.Dimension) -> Dimension:
     """Returns the size or its symbol; None where unknown, which some exporters write as 0 or -1."""
-    return dim.dim_value if dim.dim_value > 0 else (dim.dim_param or None)
+    return dim.dim_value if dim.dim_value > 0 else (as_text(dim.dim_param) or None)

@@ -14,6 +14,7 @@ import onnx.helper
 import onnx.numpy_helper
 
 from ptqjax.errors import ModelError
+from ptqjax.onnx_io.limits import as_text
 from ptqjax.onnx_io.wire import Span, span_of
 
 _KINDS = onnx.TensorProto
@@ -174,7 +175,7 @@ def _external(tensor: onnx.TensorProto, num_bytes: int, storage: Storage, where:
     """Returns the bytes of a tensor in another file, mapped."""
     if storage.path is None:
         raise ModelError(f"{where} lies in another file; pass the model's path, not its bytes")
-    entries = {entry.key: entry.value for entry in tensor.external_data}
+    entries = {as_text(entry.key): as_text(entry.value) for entry in tensor.external_data}
     where = f"{where} in the external file '{entries.get('location', '')}'"
     path = _beside(storage.path, entries.get("location", ""), where)
     offset, length = _number(entries, "offset", 0, where), _number(entries, "length", num_bytes, where)
