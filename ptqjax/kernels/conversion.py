@@ -67,13 +67,13 @@ def convert(x: Any, dtype: Any, *, saturate: bool = True, round_mode: str = "up"
 
 
 def to_powers_of_two(x: Any, *, saturate: bool, round_mode: str) -> Any:
-    """Returns |x| rounded to 2^-127, ..., 2^127, as float8_e8m0fnu; NaN is NaN.
+    """Returns |x| rounded to float32 and then to 2^-127, ..., 2^127, as float8_e8m0fnu; NaN is NaN.
 
     What is smaller than 2^-127, 0 too, becomes that, and what is larger than 2^127 becomes that, if `saturate`; else
     both become NaN. `round_mode` is "up", "down" or "nearest" (in the value, not in the exponent; ties go up).
     """
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(np.float32)), np.uint32)
-    exponent, fraction = bits >> 23, bits & 0x7FFFFF
+    bits = jax.lax.bitcast_convert_type(x.astype(np.float32), np.uint32)  # no arithmetic: XLA would flush subnormals
+    exponent, fraction = bits >> 23 & 0xFF, bits & 0x7FFFFF
     # below 2^-126 the exponent is 0 and float32 has the fraction / 2^149: 2^-127 is 0x400000 there
     start = jnp.where(exponent == 0, np.uint32(0x400000), np.uint32(0))
     above = jnp.where(fraction > start, fraction - start, 0)
