@@ -118,6 +118,6 @@ def dynamic_quantize_linear(x: Any, /) -> tuple[Any, Any, Any]:
     x = jnp.asarray(x)
     low, high = (jnp.minimum(x, 0), jnp.maximum(x, 0)) if x.size else (jnp.zeros(1, x.dtype),) * 2
     low, high = jnp.min(low), jnp.max(high)
-    scale = jnp.where(high == low, jnp.ones((), x.dtype), (high - low) / 255)
+    scale = jnp.where(high == low, jnp.ones((), x.dtype), quotient(high - low, 255))
     zero_point = jnp.round(jnp.clip(-low / scale, 0, 255)).astype(np.uint8)
     return quantize_linear(x, scale, zero_point), scale, zero_point
