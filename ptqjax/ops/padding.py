@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.ops.layout import channels_last_axes
 from ptqjax.ops.registry import lowers, lowers_channels_last, static_integers
@@ -59,6 +61,8 @@ def _padded(x: Any, pads: Sequence[int], axes: Sequence[int], mode: str, value: 
     xp = array_namespace(x, value)
     if mode == "constant":
         filling = xp.asarray(_nothing(x) if value is None else value, x.dtype).reshape(())
+        if array_namespace(value) is jnp:
+            x = jnp.where(False, filling, x)  # JAX 0.10 has gradients to the filling only beside some to `x`; free
         return xp.pad(x[cut], added, constant_values=filling)
     return xp.pad(x[cut], added, mode=mode)
 
