@@ -12,6 +12,7 @@ import numpy as np
 from ptqjax.errors import UnsupportedOperatorError
 from ptqjax.kernels import resampling
 from ptqjax.kernels.resampling import Axis, Taps
+from ptqjax.ops.interpolation import check_choice, in_real_arithmetic
 from ptqjax.ops.layout import channels_last_axis
 from ptqjax.ops.registry import known, lowers, lowers_channels_last, static_integers
 
@@ -45,9 +46,9 @@ def resize(
     Raises:
         UnsupportedOperatorError: A mode is unknown, or neither or both of `scales` and `sizes` are given.
     """
-    _check(mode, {"nearest", "linear", "cubic"}, "mode")
-    _check(coordinate_transformation_mode, resampling.TRANSFORMATIONS, "coordinate_transformation_mode")
-    _check(nearest_mode, resampling.ROUNDINGS, "nearest_mode")
+    check_choice(mode, {"nearest", "linear", "cubic"}, "mode")
+    check_choice(coordinate_transformation_mode, resampling.TRANSFORMATIONS, "coordinate_transformation_mode")
+    check_choice(nearest_mode, resampling.ROUNDINGS, "nearest_mode")
     region = roi if coordinate_transformation_mode == "tf_crop_and_resize" else None
     plans = _axes(x.shape, region, scales, sizes, axes=axes, policy=keep_aspect_ratio_policy)
     positions = {
@@ -134,7 +135,7 @@ def _axes(
     shape: Sequence[int], roi: Any, scales: Any, sizes: Any, *, axes: Sequence[int] | None, policy: str
 ) -> dict[int, Axis]:
     """Returns what becomes of each axis that does not stay as it is, those that shrink first."""
-    _check(policy, {"stretch", "not_larger", "not_smaller"}, "keep_aspect_ratio_policy")
+    check_choice(policy, {"stretch", "not_larger", "not_smaller"}, "keep_aspect_ratio_policy")
     places = [axis % len(shape) for axis in (range(len(shape)) if axes is None else axes)]
     old = [shape[place] for place in places]
     has_scales, has_sizes = (value is not None and value.size > 0 for value in (scales, sizes))
@@ -169,14 +170,10 @@ def _kernel(mode: str, cubic_coeff_a: float) -> tuple[Any, int]:
 
 def _resampled(x: Any, taps: Mapping[int, Taps]) -> Any:
     moved = all(each.weights is None for each in taps.values())
-    y = jnp.asarray(x) if moved else _in_real_arithmetic(x)
+    y = jnp.asarray(x) if moved else in_real_arithmetic(x)
     for place, each in taps.items():
         y = resampling.resample(y, each, place)
     return y if moved else _rounded_to(y, x.dtype)
-
-
-def _in_real_arithmetic(x: Any) -> Any:
-    return jnp.asarray(x, x.dtype if x.dtype in (np.float32, np.float64) else np.float32)
 
 
 def _rounded_to(y: Any, dtype: Any) -> Any:
@@ -196,8 +193,3 @@ def _extrapolated(y: Any, positions: Mapping[int, np.ndarray], plans: Mapping[in
 
 def _with_channels_last(scales: np.ndarray) -> np.ndarray:
     return np.concatenate([scales[:1], scales[2:], scales[1:2]])
-
-
-def _check(value: str, allowed: Any, name: str) -> None:
-    if value not in allowed:
-        raise UnsupportedOperatorError(f"attribute '{name}' is '{value}'; expected one of {sorted(allowed)}")
