@@ -11,9 +11,11 @@ from ptqjax.ops import (  # noqa: F401 (importing a family registers its operato
     convolution,
     cumulative,
     detection,
+    dropout,
     elementwise,
     generators,
     indexing,
+    integer,
     legacy,
     linear,
     linear_attention,
@@ -34,6 +36,7 @@ from ptqjax.ops import (  # noqa: F401 (importing a family registers its operato
     scattering,
     sequence,
     shape,
+    signal,
     softmax,
 )
 from ptqjax.ops.registry import (
