@@ -50,21 +50,22 @@ def _lowest_ir_version(graph: Graph) -> int:
 def _graph(graph: Graph, tensors: Mapping[str, np.ndarray], store: Store) -> onnx.GraphProto:
     return onnx.GraphProto(
         name=graph.name or "graph",
-        node=[_node(node, graph, store) for node in graph.nodes],
+        node=[node_proto(node, graph.opset(node.domain), store) for node in graph.nodes],
         input=map(value_info, graph.inputs),
         output=map(value_info, graph.outputs),
         initializer=[store(value, name) for name, value in sorted(tensors.items())],
     )
 
 
-def _node(node: Node, graph: Graph, store: Store) -> onnx.NodeProto:
+def node_proto(node: Node, opset: int, store: Store = tensor_proto) -> onnx.NodeProto:
+    """Returns a node, written for a version of its operator set."""
     proto = onnx.NodeProto(op_type=node.op_type, input=node.inputs, output=node.outputs)
     if node.name:
         proto.name = node.name
     if node.domain:
         proto.domain = node.domain
     for name, value in node.attributes:
-        kind = attribute_type(node.op_type, graph.opset(node.domain), node.domain, name)
+        kind = attribute_type(node.op_type, opset, node.domain, name)
         _set(proto.attribute.add(name=name), value, kind, store)
     return proto
 

@@ -1,8 +1,8 @@
 """From an ONNX model to the intermediate representation.
 
 After reading, the many spellings of one thing are one: Constant nodes, initializers and initializers that are also
-graph inputs are constants or parameters, Identity chains are gone, functions are inlined, every attribute that has a
-default is present.
+graph inputs are constants or parameters, what is computed from constants alone is a constant, Identity chains are gone,
+functions are inlined, every attribute that has a default is present.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import onnx
 
 from ptqjax.errors import ModelError, UnsupportedOperatorError
 from ptqjax.ir import Model, rebuild
+from ptqjax.onnx_io.constants import folded
 from ptqjax.onnx_io.functions import without_own_functions, without_schema_functions
 from ptqjax.onnx_io.graphs import Source, graph_of, opsets_of
 from ptqjax.onnx_io.identities import sorted_throughout, without_identities
@@ -58,7 +59,7 @@ def _model(proto: onnx.ModelProto, storage: Storage) -> Model:
     proto = without_schema_functions(without_own_functions(proto, _has_lowering), _has_lowering)
     opsets = opsets_of(proto.opset_import)
     graph = graph_of(proto.graph, Source(opsets=opsets, storage=storage))
-    graph = sorted_throughout(without_identities(graph))
+    graph = folded(sorted_throughout(without_identities(graph)))
     graph, params = with_parameters(graph)
     metadata = tuple(sorted((as_text(entry.key), as_text(entry.value)) for entry in proto.metadata_props))
     return rebuild(Model(graph=replace(graph, ir_version=proto.ir_version, metadata=metadata), params=params))
