@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ptqjax.errors import DataDependentError, ModelError
+from ptqjax.errors import DataDependentError, ModelError, UnsupportedOperatorError
 from ptqjax.ops import find_lowering
 from ptqjax.ops.layout import to_channels_last, to_onnx
-from tests.both_modes import assert_both_as_in_onnxruntime, in_jit, in_numpy
+from tests.both_modes import assert_both_as_in_onnxruntime, assert_same, in_jit, in_numpy
 from tests.single_node import by_us, single_node
 
 
@@ -260,3 +260,27 @@ def test_a_traced_value_fills_a_pad():
 def test_a_constant_of_any_size_takes_no_memory_before_it_is_used():
     (found,) = in_numpy("ConstantOfShape", [_integers(2**20, 2**20)], opset=9)
     assert found.strides == (0, 0)
+
+
+@pytest.mark.parametrize(("opset", "mask"), [(7, np.float32), (10, np.bool_), (12, np.bool_), (22, np.bool_)])
+def test_nothing_is_dropped_at_inference(opset, mask):
+    for way in (in_numpy, in_jit):
+        found = way("Dropout", [_random(2, 3)], opset=opset)
+        assert_same(found, [_random(2, 3), np.ones((2, 3), mask)])
+
+
+@pytest.mark.parametrize(
+    ("opset", "others", "attributes"),
+    [(6, [], {}), (12, [None, np.array(True)], {}), (12, [np.array(0.25, np.float32), np.array(True)], {})],
+)
+def test_dropping_at_random_is_refused(opset, others, attributes):
+    with pytest.raises(UnsupportedOperatorError, match=r"Dropout of 0\.\d+ in training mode has no lowering"):
+        in_numpy("Dropout", [_random(2), *others], opset=opset, **attributes)
+
+
+def test_dropping_none_in_training_is_no_change():
+    x = _random(2, 3)
+    inputs = [x, np.array(0, np.float32), np.array(True)]
+    for way in (in_numpy, in_jit):
+        np.testing.assert_array_equal(way("Dropout", inputs, opset=12)[0], x)
+    np.testing.assert_array_equal(in_numpy("Dropout", [x], opset=6, is_test=1)[0], x)
