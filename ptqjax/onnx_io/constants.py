@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ptqjax.ir import Constant, Graph, Node, captured
+from ptqjax.ir import Constant, Graph, Node, TensorSpec, captured
 from ptqjax.onnx_io.identities import with_subgraphs
 from ptqjax.onnx_io.protos import node_proto
 from ptqjax.onnx_io.result_size import is_bounded, largest_result
@@ -71,7 +71,15 @@ def _folded(
     old = dict(graph.constants)
     read = {name for node in kept for name in (*node.inputs, *captured(node))} | graph.output_names
     constants = {name: old.get(name) or Constant(value) for name, value in own.items() if name in read}
-    return replace(graph, nodes=tuple(kept), constants=tuple(sorted(constants.items())))
+    outputs = tuple(_typed(spec, own.get(spec.name)) for spec in graph.outputs)
+    return replace(graph, nodes=tuple(kept), constants=tuple(sorted(constants.items())), outputs=outputs)
+
+
+def _typed(spec: TensorSpec, value: np.ndarray | None) -> TensorSpec:
+    """Returns an output that declares no type with that of its constant: no node is left to infer it from."""
+    if value is None or spec.kind != "unknown":
+        return spec
+    return TensorSpec(name=spec.name, dtype=value.dtype, shape=value.shape)
 
 
 def _with_known_shape(graph: Graph) -> dict[str, np.ndarray]:

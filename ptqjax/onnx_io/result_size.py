@@ -50,8 +50,10 @@ def largest_result(node: Node, inputs: _Inputs) -> int | None:
     if not found or _is_undefined(node, found):
         return None
     try:
-        return _num_elements(node, inputs) * _item_size(node, found) * (_SLOW if node.op_type in _LOOPS else 1)
-    except (ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError, KeyError, AttributeError):
+        with np.errstate(all="raise"):
+            elements = _num_elements(node, inputs)
+        return elements * _item_size(node, found) * (_SLOW if node.op_type in _LOOPS else 1)
+    except (ValueError, IndexError, TypeError, ArithmeticError, KeyError, AttributeError):
         return None  # inputs that do not fit the operator
 
 
