@@ -82,6 +82,7 @@ def lowers_channels_last(
     op_type: str,
     *,
     since: int,
+    domain: str = "",
     num_values: int | None = 1,
     starts: bool = False,
     applies: Callable[[Mapping[str, Any]], bool] = lambda _: True,
@@ -93,7 +94,7 @@ def lowers_channels_last(
 
     def register(function: _F) -> _F:
         variant = ChannelsLast(function=function, num_values=num_values, starts=starts, applies=applies)
-        versions = _lowerings["", op_type]
+        versions = _lowerings[domain, op_type]
         versions[since] = replace(versions[since], channels_last=variant)
         return function
 
