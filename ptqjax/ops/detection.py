@@ -46,7 +46,9 @@ def roi_align(
     bins = (output_height, output_width)
     if sampling_ratio == 0:
         rois = known(rois, "the rois of RoiAlign with sampling_ratio 0")
-    corners = rois.astype(np.float32) * spatial_scale - (0.5 if half_pixel else 0.0)
+    corners = rois.astype(np.float64 if rois.dtype == np.float64 else np.float32) * spatial_scale - (
+        0.5 if half_pixel else 0.0
+    )
     starts, lengths = corners[:, :2], corners[:, 2:] - corners[:, :2]
     if not half_pixel:
         lengths = array_namespace(lengths).maximum(lengths, 1)
