@@ -1,6 +1,7 @@
 """What a report says: complete, in a stable order, the same for the same run, and readable without a network."""
 
 import dataclasses
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -201,11 +202,51 @@ def test_an_operator_has_one_name_whichever_domain_it_is_from(capsys):
     )
     found = inspect(Model(graph=graph, params={}))
     assert found.contents["operators"] == {"Relu": 1, "elsewhere.Relu": 1}
-    assert found.without_lowering == {"elsewhere.Relu": 1}
+    assert [entry.operator for entry in found.without_lowering] == ["elsewhere.Relu"]
     tables.print_inspection(Path("net.onnx"), found)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["elsewhere.Relu", "1", "no", "lowering"] in lines
     assert ["Relu", "1"] in lines
+
+
+def test_an_operator_without_lowering_is_listed_with_its_domain_opset_number_and_nodes(capsys):
+    float32, flag = np.dtype("float32"), np.dtype("bool")
+    inner = Graph(
+        name="branch",
+        inputs=(),
+        outputs=(TensorSpec(name="z", dtype=float32, shape=None),),
+        nodes=(Node(op_type="Mystery", inputs=("h6",), outputs=("z",), domain="my.company", name="inside"),),
+    )
+    names = ["x", *(f"h{i}" for i in range(7))]
+    chain = [
+        Node(op_type="Mystery", inputs=(a,), outputs=(b,), domain="my.company", name="" if a == "x" else f"from {a}")
+        for a, b in itertools.pairwise(names)
+    ]
+    choice = Node(
+        op_type="If", inputs=("c",), outputs=("y",), attributes=(("else_branch", inner), ("then_branch", inner))
+    )
+    graph = Graph(
+        name="unknown",
+        inputs=(TensorSpec(name="x", dtype=float32, shape=(3,)), TensorSpec(name="c", dtype=flag, shape=())),
+        outputs=(TensorSpec(name="y", dtype=float32, shape=None),),
+        nodes=(*chain, choice),
+        opsets=(("", 17), ("my.company", 3)),
+    )
+    found = inspect(Model(graph=graph, params={}))
+    (entry,) = found.without_lowering
+    assert (entry.operator, entry.domain, entry.opset) == ("my.company.Mystery", "my.company", 3)
+    assert [node.output for node in entry.nodes] == [*names[1:], "z", "z"]
+    assert found.contents["operators"] == {"my.company.Mystery": 9, "If": 1}
+    tables.print_inspection(Path("net.onnx"), found)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "my.company Mystery 3 9 producing 'h0', from h0, from h1, from h2, from h3 and 4 more" in printed
+    assert "@ptqjax.ops.lowers" in printed
+
+
+def test_a_model_that_can_be_run_lists_no_operator_without_lowering(capsys):
+    assert inspect(model()).without_lowering == ()
+    tables.print_inspection(Path("net.onnx"), inspect(model()))
+    assert "lowering" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("granularity", "per"), [("tensor", ["tensor"]), ("channel", ["axis", "-1"])])

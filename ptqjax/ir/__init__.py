@@ -14,6 +14,7 @@ from ptqjax.ir.graph import (
     place_of,
 )
 from ptqjax.ir.query import (
+    all_nodes,
     bias_behind,
     first_quantized_node,
     fresh_name,
@@ -40,6 +41,7 @@ __all__ = [
     "SparseConstant",
     "Statistics",
     "TensorSpec",
+    "all_nodes",
     "bias_behind",
     "captured",
     "first_quantized_node",

@@ -40,15 +40,15 @@ _QUANTIZED_BY_MICROSOFT = {  # of the domain com.microsoft, besides the above an
 
 def first_quantized_node(graph: Graph) -> Node | None:
     """Returns the first node, subgraphs included, that only a quantized model has; None for a float model."""
-    return next((node for node in _all_nodes(graph) if _is_quantized(node)), None)
+    return next((node for node in all_nodes(graph) if _is_quantized(node)), None)
 
 
-def _all_nodes(graph: Graph) -> Iterator[Node]:
+def all_nodes(graph: Graph) -> Iterator[Node]:
     """Yields the nodes in order, each before those of its subgraphs."""
     for node in graph.nodes:
         yield node
         for inner in node.subgraphs:
-            yield from _all_nodes(inner)
+            yield from all_nodes(inner)
 
 
 def _is_quantized(node: Node) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqjax.ir import Model, Node, Record, TensorSpec
+from ptqjax.ir import Model, Node, Record, TensorSpec, all_nodes
 from ptqjax.quantize import Encoding
 
 _PACKAGES = ("ptqjax", "jax", "jaxlib", "numpy", "onnx", "flax", "onnxruntime", "onnxruntime-gpu")
@@ -83,9 +83,9 @@ def versions() -> dict[str, str]:
 
 
 def contents(model: Model) -> dict[str, Any]:
-    """Returns what is in a model: inputs, outputs, opset, how many of each operator, how many parameters."""
+    """Returns what is in a model: inputs, outputs, opset, how many of each operator (subgraphs count), parameters."""
     graph = model.graph
-    operators = Counter(map(operator_name, graph.nodes))
+    operators = Counter(map(operator_name, all_nodes(graph)))
     return {
         "inputs": [_spec(spec) for spec in graph.inputs],
         "outputs": [_spec(spec) for spec in graph.outputs],

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ModelError, UnsupportedOperatorError
-from ptqjax.ir import Model, Record, first_quantized_node, place_of
+from ptqjax.ir import Model, Node, Record, all_nodes, first_quantized_node, place_of
 from ptqjax.ops import find_lowering
 from ptqjax.quantize import Placement, place
 from ptqjax.report.facts import contents, operator_name
 from ptqjax.transforms import equalize, fold_batch_norms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unknown:
+    """An operator of a model that has no lowering."""
+
+    operator: str
+    """What `contents["operators"]` calls it."""
+    domain: str
+    """Its domain; "" is ONNX's own."""
+    opset: int
+    """The version of that domain's operators that the model uses."""
+    nodes: tuple[Node, ...]
+    """Where it stands, subgraphs included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,8 +34,8 @@ class Inspection:
 
     contents: dict[str, Any]
     """Inputs, outputs, opset, operators, number of parameters: see `contents`."""
-    without_lowering: dict[str, int]
-    """Operators that cannot be computed here, with their number; called as in `contents["operators"]`."""
+    without_lowering: tuple[Unknown, ...]
+    """Operators that cannot be computed here, in the order in which the graph first uses them."""
     records: tuple[Record, ...]
     """What folding and equalization would do and leave alone."""
     placement: Placement | None
@@ -55,13 +68,20 @@ def _obstacle(model: Model) -> str:
     return f"the model is quantized already: it holds {place_of(node)}" if node is not None else ""
 
 
-def _without_lowering(model: Model) -> dict[str, int]:
-    def is_missing(op_type: str, domain: str) -> bool:
-        try:
-            find_lowering(op_type, opset=model.graph.opset(domain), domain=domain)
-        except UnsupportedOperatorError:
-            return True
-        return False
+def _without_lowering(model: Model) -> tuple[Unknown, ...]:
+    found: dict[tuple[str, str], list[Node]] = {}
+    for node in all_nodes(model.graph):
+        if not _has_lowering(node, model):
+            found.setdefault((node.domain, node.op_type), []).append(node)
+    return tuple(
+        Unknown(operator=operator_name(nodes[0]), domain=domain, opset=model.graph.opset(domain), nodes=tuple(nodes))
+        for (domain, _), nodes in found.items()
+    )
 
-    missing = [node for node in model.graph.nodes if is_missing(node.op_type, node.domain)]
-    return dict(Counter(map(operator_name, missing)))
+
+def _has_lowering(node: Node, model: Model) -> bool:
+    try:
+        find_lowering(node.op_type, opset=model.graph.opset(node.domain), domain=node.domain)
+    except UnsupportedOperatorError:
+        return False
+    return True

@@ -16,10 +16,11 @@ from rich.table import Table
 from ptqjax.evaluate import Evaluation
 from ptqjax.ir import Record
 from ptqjax.quantize import BiasSite, Placement, Site
-from ptqjax.report.inspection import Inspection
+from ptqjax.report.inspection import Inspection, Unknown
 from ptqjax.report.page import metric_headings, metric_text
 from ptqjax.validate import Validation
 
+_NODES = 5  # named of each operator without a lowering
 _WIDTH = 120  # characters of a line where no terminal says otherwise
 
 
@@ -86,11 +87,30 @@ def _print_contents(path: Path, found: Inspection) -> None:
     tensors = [(kind, spec) for kind in ("input", "output") for spec in contents[f"{kind}s"]]
     rows = [[kind, spec["name"], spec["dtype"], _shape(spec["shape"])] for kind, spec in tensors]
     _table(f"{path.name}: opset {contents['opset']}, {contents['num_parameters']:,} parameters", ["", "", "", ""], rows)
+    unknown = {entry.operator for entry in found.without_lowering}
     rows = [
-        [name, str(count), "no lowering" if name in found.without_lowering else ""]
-        for name, count in contents["operators"].items()
+        [name, str(count), "no lowering" if name in unknown else ""] for name, count in contents["operators"].items()
     ]
     _table("Operators", ["operator", "number", ""], rows)
+    _print_unknown(found.without_lowering)
+
+
+def _print_unknown(unknown: Sequence[Unknown]) -> None:
+    if not unknown:
+        return
+    rows = [
+        [entry.domain or "ai.onnx", entry.nodes[0].op_type, str(entry.opset), str(len(entry.nodes)), _nodes(entry)]
+        for entry in unknown
+    ]
+    _table("Operators without a lowering", ["domain", "operator", "opset", "number", "nodes"], rows)
+    click.echo("The model can be read and written, but not run; @ptqjax.ops.lowers gives an operator a meaning.\n")
+
+
+def _nodes(entry: Unknown) -> str:
+    """Returns the first few places by the nodes' own names, or by the tensors that they produce."""
+    names = [node.name or f"producing '{node.output}'" for node in entry.nodes[:_NODES]]
+    rest = len(entry.nodes) - len(names)
+    return ", ".join(names) + (f" and {rest} more" if rest else "")
 
 
 def _print_transforms(records: Sequence[Record]) -> None:
