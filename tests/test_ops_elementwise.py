@@ -187,7 +187,7 @@ def test_many_operands_of_one_shape_and_one_alone(op_type, opset):
 
 @pytest.mark.parametrize(
     ("base", "exponent"),
-    [(np.int32, np.float32), (np.int64, np.float64), (np.float32, np.int64), (np.float32, np.int32)],
+    [(np.int32, np.float32), (np.int64, np.float64), (np.float32, np.int64), (np.int64, np.int32)],
 )
 def test_powers_have_the_type_of_their_base(base, exponent):
     x, y = np.arange(-4, 5).astype(base), np.array([0, 1, 2, 3, 5, 3, 2, 1, 4]).astype(exponent)
@@ -200,6 +200,25 @@ def test_powers_of_integers_are_exact_under_jit():
     np.testing.assert_array_equal(found, base**5)
     roots = jax.jit(_function("Pow"))(base, np.full(base.shape, 0.5, np.float32))
     np.testing.assert_array_equal(roots, np.floor(np.sqrt(base.astype(np.float64))).astype(np.int32))
+
+
+@pytest.mark.parametrize("exponent", [np.uint64, np.int8, np.float32])
+def test_integers_to_any_kind_of_power_stay_integers(exponent):
+    base, power = np.array([-3, 2, 10], np.int64), np.array([3, 31, 9]).astype(exponent)
+    found = _static("Pow", base, power)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, [-27, 2**31, 10**9])
+
+
+@pytest.mark.parametrize("op_type", ["Equal", "Div", "Mod", "Max", "Where", "BitwiseAnd", "BitShift", "Pow"])
+def test_a_known_64_bit_operand_meets_a_traced_one(op_type):
+    """Under 32-bit JAX, constants of the graph stay wide until they meet what is traced."""
+    known, traced = np.array([1, 2, 3], np.uint64 if op_type == "BitShift" else np.int64), np.array([3, 2, 1], np.int32)
+    first = [known > 1] if op_type == "Where" else []
+    more = {"direction": "LEFT"} if op_type == "BitShift" else {}
+    traced = traced.astype(np.uint32) if op_type == "BitShift" else traced
+    found = jax.jit(lambda x: _function(op_type)(*first, known, x, **more))(traced)
+    np.testing.assert_array_equal(found, _static(op_type, *first, known, traced.astype(known.dtype), **more))
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32])

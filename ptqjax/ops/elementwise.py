@@ -22,16 +22,16 @@ def _divide(xp: Any, a: Any, b: Any) -> Any:
     return xp.divide(a, b)
 
 
-def _power(xp: Any, base: Any, exponent: Any) -> Any:
+def _power(_: Any, base: Any, exponent: Any) -> Any:
+    base, exponent = jnp.asarray(base), jnp.asarray(exponent)
     if not jnp.issubdtype(base.dtype, np.integer):
-        return xp.power(base, exponent).astype(base.dtype)
-    if jnp.issubdtype(exponent.dtype, np.integer):
         return jnp.power(base, exponent).astype(base.dtype)
+    if jnp.issubdtype(exponent.dtype, np.integer):
+        return jnp.power(base, exponent.astype(base.dtype))
     # an integral exponent is not sent through floats, where 9^2 may be 80.99999, and its integer part 80
-    rounded = jnp.round(exponent)
     inexact = jnp.trunc(jnp.power(base.astype(exponent.dtype), exponent)).astype(base.dtype)
-    exact = jnp.power(base, jnp.maximum(rounded, 0).astype(base.dtype))
-    return jnp.where((rounded == exponent) & (exponent >= 0), exact, inexact)
+    exact = jnp.power(base, jnp.maximum(exponent, 0).astype(base.dtype))
+    return jnp.where((jnp.round(exponent) == exponent) & (exponent >= 0), exact, inexact)
 
 
 for _op_type, _name in {
