@@ -27,6 +27,7 @@ _WITHIN |= {"ScatterElements", "ScatterND", "Slice", "Split", "Squeeze", "Transp
 _WITHIN |= _REDUCTIONS
 
 _SHAPES = {"Shape", "Size"}
+_TYPE_OF = {"CastLike": 1, "OneHot": 2, "Where": 1}  # which input's type the result has, where it is not the first's
 _INDICES = {"ArgMax", "ArgMin", "NonZero", *_SHAPES}  # their results are int64
 
 
@@ -83,13 +84,9 @@ def _item_size(node: Node, inputs: list[np.ndarray]) -> int:
     if node.op_type in {"Cast", "EyeLike"} and kind is not None:
         return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize
     value = node.attribute("value")
-    if isinstance(value, Constant):
-        return value.value.itemsize
-    return max(4, *(value.itemsize for value in inputs)) if node.op_type == "ConstantOfShape" else _widest(inputs)
-
-
-def _widest(inputs: list[np.ndarray]) -> int:
-    return max(value.itemsize for value in inputs)
+    if node.op_type == "ConstantOfShape":
+        return value.value.itemsize if isinstance(value, Constant) else 4
+    return inputs[_TYPE_OF.get(node.op_type, 0)].itemsize
 
 
 def _broadcast(shapes: Sequence[Sequence[int]]) -> int:
