@@ -34,7 +34,9 @@ def _lowering(op_type, opset):
 
 
 def _onnx_operators():
-    return [operator for operator in registered() if not operator[0]]
+    """Those of ONNX's own domain that ONNX has (ONNX Runtime adds some to it)."""
+    known = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain}
+    return [operator for operator in registered() if not operator[0] and operator[1] in known]
 
 
 @pytest.mark.parametrize("operator", _onnx_operators(), ids=lambda operator: operator[1])
@@ -54,6 +56,7 @@ def test_every_lowering_knows_the_attributes_of_the_schemas_it_serves(operator):
             if default.type != onnx.AttributeProto.UNDEFINED:
                 value = helper.get_attribute_value(default)
                 value = value.decode() if isinstance(value, bytes) else value
+                value = tuple(part.decode() for part in value) if op_type == "RNN" and name == "activations" else value
                 assert parameters[name].default == pytest.approx(value), f"{op_type} {opset}: {name}"
 
 

@@ -32,9 +32,11 @@ def batch_normalization_7(
         return batch_normalization_9(
             x, gamma, beta, mean, variance, epsilon=epsilon, momentum=momentum, num_node_outputs=num_node_outputs
         )
-    statistics = (jnp.mean(x, axis=0), jnp.var(x, axis=0)) if num_node_outputs > _INFERENCE else (mean, variance)
+    is_training = num_node_outputs > _INFERENCE
+    statistics = (jnp.mean(x, axis=0), jnp.var(x, axis=0)) if is_training else (mean, variance)
     scale, shift = (with_rank(value, x.ndim) for value in _affine(gamma, beta, *statistics, epsilon))
-    return (x * scale + shift).astype(x.dtype), *_running(mean, variance, statistics, momentum), *statistics
+    y = (x * scale + shift).astype(x.dtype)
+    return (y, *_running(mean, variance, statistics, momentum), *statistics) if is_training else (y,)
 
 
 @lowers("BatchNormalization", since=9)
@@ -86,7 +88,7 @@ def batch_normalization(
         epsilon=epsilon,
         momentum=momentum,
         is_training=bool(training_mode),
-    )[: 3 if training_mode else 1]
+    )[:3]
 
 
 @lowers_channels_last("BatchNormalization", since=7, applies=lambda attributes: attributes.get("spatial", 1) != 0)
@@ -137,18 +139,18 @@ def batch_normalization_channels_last(
         epsilon=epsilon,
         momentum=momentum,
         is_training=bool(training_mode),
-    )[: 3 if training_mode else 1]
+    )[:3]
 
 
 def _normalized(
     x: Any, operands: tuple[Any, Any, Any, Any], *, axis: int, epsilon: float, momentum: float, is_training: bool
 ) -> tuple[Any, ...]:
-    """Returns the result, the running statistics and those that were used; the channels are along `axis`."""
+    """Returns the result, and in training the running statistics and those of the batch; channels are along `axis`."""
     gamma, beta, mean, variance = operands
     statistics = _statistics(x, mean, variance, axis=axis) if is_training else (mean, variance)
     scale, shift = (along_axis(value, axis, x.ndim) for value in _affine(gamma, beta, *statistics, epsilon))
     y = (x * scale + shift).astype(x.dtype)
-    return y, *_running(mean, variance, statistics, momentum), *statistics
+    return (y, *_running(mean, variance, statistics, momentum), *statistics) if is_training else (y,)
 
 
 def _statistics(x: Any, mean: Any, variance: Any, *, axis: int) -> tuple[Any, Any]:
