@@ -63,7 +63,8 @@ def neighbours(
     positions: Float[Array, "..."], size: int, *, mode: str, padding_mode: str, border: tuple[float, float]
 ) -> list[Neighbour]:
     """Returns the elements of one axis that make the values at the positions; see `sample`."""
-    positions = _inside(positions, size, padding_mode, border)
+    if mode != "cubic":  # where each element is looked up inside, as in torch and ONNX Runtime
+        positions = _inside(positions, size, padding_mode, border)
     base = jnp.round(positions) if mode == "nearest" else jnp.floor(positions)
     found = []
     for offset, weight in zip(MODES[mode], _weights(positions - base, mode), strict=True):

@@ -107,7 +107,7 @@ def non_max_suppression(
         DataDependentError: An input depends on data under a transformation: the number of rows does.
     """
     boxes, scores = (known(value, "an input of NonMaxSuppression") for value in (boxes, scores))
-    most = _limit(max_output_boxes_per_class, 0)
+    most = _limit(max_output_boxes_per_class, 0.0)
     overlap, least = _limit(iou_threshold, 0.0), _limit(score_threshold, -np.inf)
     extents = _extents(boxes, center_point_box=bool(center_point_box))
     rows = [
@@ -120,7 +120,9 @@ def non_max_suppression(
 
 
 def _limit(value: Any, default: float) -> float:
-    return default if value is None or value.size == 0 else known(value, "a limit of NonMaxSuppression").item()
+    if value is None or value.size == 0:
+        return default
+    return float(known(value, "a limit of NonMaxSuppression").item())
 
 
 def _extents(boxes: np.ndarray, *, center_point_box: bool) -> np.ndarray:

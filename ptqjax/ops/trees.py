@@ -106,7 +106,7 @@ def _depth(true: np.ndarray, false: np.ndarray, roots: Sequence[int], num_nodes:
 
 
 def _aggregated(weights: jax.Array, hits: jax.Array, function: int) -> jax.Array:
-    """Returns each target's sum, mean, smallest or largest of the leaves [n, trees, 1] that `hits` [n, trees, targets]."""
+    """Returns each target's sum, mean, least or largest of its leaves: [n, trees, 1], `hits` [n, trees, targets]."""
     if function == _MIN:
         return jnp.min(jnp.where(hits, weights, jnp.finfo(weights.dtype).max), axis=1)
     if function == _MAX:
