@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ptqjax.ops import find_lowering, registered
 from tests.single_node import assert_as_in_onnxruntime
 
 _ROUNDING = 4e-6  # of float32 sums of values around 1, and of the runtime's polynomials for exp and erf
@@ -157,3 +158,90 @@ def test_quantized_where_is_the_runtimes():
 def test_max_pool_with_channels_last_is_the_runtimes(dtype):
     settings = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
     _compare("NhwcMaxPool", [_integers(dtype, 2, 7, 7, 3)], atol=0, outputs=(dtype,), **settings)
+
+
+def _projected(seed):
+    return _normal(2, 5, 4 * 3, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("mask", "attributes"),
+    [
+        (None, {}),
+        (None, {"unidirectional": 1, "scale": 0.3}),
+        (np.array([5, 3], np.int32), {}),
+        (np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]], np.int32), {"mask_filter_value": -100.0}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_multi_head_attention_is_the_runtimes(mask, attributes, has_bias):
+    operands = [_projected(0), _projected(1), _projected(2), _normal(36) if has_bias else None, mask]
+    operands += [_normal(1, 4, 5, 5) if has_bias else None]
+    _compare("MultiHeadAttention", operands, num_heads=4, atol=1e-5, **attributes)
+
+
+def test_multi_head_attention_puts_the_past_in_front():
+    past = [_normal(2, 4, 2, 3, seed=seed) for seed in (3, 4)]
+    operands = [_projected(0), _projected(1), _projected(2), None, None, None, *past]
+    _compare("MultiHeadAttention", operands, num_heads=4, outputs=(np.float32,) * 3, atol=1e-5)
+
+
+def test_multi_head_attention_takes_heads_that_are_split():
+    heads = [_projected(seed).reshape(2, 5, 4, 3).swapaxes(1, 2) for seed in (1, 2)]
+    _compare("MultiHeadAttention", [_projected(0), *heads], num_heads=4, atol=1e-5)
+
+
+def test_packed_queries_keys_and_values_are_the_same_unpacked():
+    """The runtime's CPU kernel does not take them."""
+    lowering = find_lowering("MultiHeadAttention", opset=1, domain="com.microsoft").function
+    q, k, v = (_projected(seed).reshape(2, 5, 4, 3) for seed in range(3))
+    expected = lowering(*map(_projected, range(3)), num_heads=4)[0]
+    np.testing.assert_allclose(lowering(np.stack([q, k, v], axis=3), num_heads=4)[0], expected, atol=_ROUNDING)
+    packed = lowering(_projected(0), np.stack([k, v], axis=3), num_heads=4)[0]
+    np.testing.assert_allclose(packed, expected, atol=_ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("mask", "attributes"),
+    [
+        (None, {}),
+        (None, {"unidirectional": 1, "scale": 0.3}),
+        (np.array([5, 3], np.int32), {}),
+        (np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]], np.int32), {}),
+    ],
+    ids=str,
+)
+def test_attention_with_its_projection_is_the_runtimes(mask, attributes):
+    operands = [_normal(2, 5, 6), _normal(6, 36), _normal(36), mask]
+    outputs = (np.float32,) * 2
+    _compare("Attention", operands, num_heads=4, atol=1e-5, outputs=outputs, **attributes)
+
+
+@pytest.mark.parametrize("channels_last", [0, 1])
+@pytest.mark.parametrize(
+    ("op_type", "window"),
+    [("QLinearAveragePool", {"kernel_shape": [3, 3], "strides": [2, 2]}), ("QLinearGlobalAveragePool", {})],
+)
+def test_quantized_pools_are_the_runtimes_in_both_layouts(op_type, window, channels_last):
+    x = _integers(np.uint8, 2, 7, 7, 3)
+    operands = [
+        x if channels_last else x.transpose(0, 3, 1, 2),
+        *_grid(0.05, 100, np.uint8),
+        *_grid(0.03, 90, np.uint8),
+    ]
+    _compare(op_type, operands, atol=0, outputs=(np.uint8,), channels_last=channels_last, **window)
+
+
+def _schemas():
+    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema  # noqa: PLC0415 (slow)
+
+    return {schema.name: schema for schema in get_all_operator_schema() if schema.domain == "com.microsoft"}
+
+
+def test_every_lowering_knows_the_attributes_of_the_runtimes_schema():
+    schemas = _schemas()
+    for domain, op_type in registered():
+        if domain == "com.microsoft" and op_type in schemas:
+            known = find_lowering(op_type, opset=1, domain=domain).parameters
+            assert set(schemas[op_type].attributes) <= known, op_type

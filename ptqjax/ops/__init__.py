@@ -8,6 +8,7 @@ from ptqjax.ops import (  # noqa: F401 (importing a family registers its operato
     blocks,
     cast,
     contrib_activation,
+    contrib_attention,
     contrib_linear,
     contrib_normalization,
     control,

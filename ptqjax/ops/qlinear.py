@@ -201,14 +201,16 @@ def qlinear_average_pool(
     kernel_shape: Any,
     auto_pad: str = "NOTSET",
     ceil_mode: int = 0,
+    channels_last: int = 0,
     count_include_pad: int = 0,
     dilations: Any = (),
     pads: Any = (),
     strides: Any = (),
 ) -> Any:
     """Returns the mean of each window of the dequantized `x`, quantized; the zero point is added before rounding."""
+    real = dequantize_linear(x, x_scale, x_zero_point)
     mean = average_pool(
-        dequantize_linear(x, x_scale, x_zero_point),
+        jnp.moveaxis(real, -1, 1) if channels_last else real,
         kernel_shape=kernel_shape,
         auto_pad=auto_pad,
         ceil_mode=ceil_mode,
@@ -217,7 +219,8 @@ def qlinear_average_pool(
         pads=pads,
         strides=strides,
     )
-    return integer.quantize_shifted(mean, _grid(y_scale, y_zero_point, x.ndim))
+    y = integer.quantize_shifted(mean, _grid(y_scale, y_zero_point, x.ndim))
+    return jnp.moveaxis(y, 1, -1) if channels_last else y
 
 
 @lowers("QLinearSoftmax", since=1, domain=_MICROSOFT)
