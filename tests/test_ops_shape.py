@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import onnx.parser
+import onnxruntime
 import pytest
 
 from ptqjax.errors import DataDependentError, ModelError, UnsupportedOperatorError
+from ptqjax.lowering import apply
+from ptqjax.onnx_io import read
 from ptqjax.ops import find_lowering
 from ptqjax.ops.layout import to_channels_last, to_onnx
 from tests.both_modes import assert_both_as_in_onnxruntime, assert_same, in_jit, in_numpy
@@ -284,3 +288,41 @@ def test_dropping_none_in_training_is_no_change():
     for way in (in_numpy, in_jit):
         np.testing.assert_array_equal(way("Dropout", inputs, opset=12)[0], x)
     np.testing.assert_array_equal(in_numpy("Dropout", [x], opset=6, is_test=1)[0], x)
+
+
+_SHAPE_ARITHMETIC = """
+<ir_version: 10, opset_import: ["": 18]>
+agraph (float[N, 3] x) => (float[N, A] y, int64[N] steps)
+<int64 zero = {0}, int64 one = {1}, int64[1] minus = {-1}, int64[1] origin = {0}, int64[1] next = {1}, int64[1, 1] second = {1}> {
+    sizes = Shape (x)
+    n = Gather <axis = 0> (sizes, zero)
+    column = Unsqueeze (n, origin)
+    asked = Concat <axis = 0> (column, minus)
+    unknown = Equal (asked, minus)
+    rank = Shape (asked)
+    ones = ConstantOfShape <value = int64[1] {1}> (rank)
+    given = Where (unknown, ones, asked)
+    first = Slice (x, origin, next)
+    row = Squeeze (first, origin)
+    spread = Expand (row, given)
+    count = ReduceProd <keepdims = 0> (given)
+    steps = Range (zero, count, one)
+    picked = Gather <axis = 0> (x, steps)
+    sum = Add (spread, picked)
+    target = ScatterND (given, second, minus)
+    y = Reshape (sum, target)
+}
+"""
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_shape_arithmetic_of_exporters_is_done_while_tracing(batch):
+    proto = onnx.parser.parse_model(_SHAPE_ARITHMETIC)
+    model = read(proto)
+    x = _random(batch, 3)
+    expected = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {"x": x}
+    )
+    with jax.enable_x64(True):
+        found = jax.jit(lambda x: apply(model.graph, model.params, {"x": x}))(x)
+    assert_same([np.asarray(found["y"]), np.asarray(found["steps"])], expected)
