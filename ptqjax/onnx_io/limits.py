@@ -8,7 +8,7 @@ import onnx
 
 from ptqjax.errors import ModelError
 
-MAX_NODES = 500_000
+MAX_NODES = 200_000
 """Nodes of a model, those of subgraphs and of functions wherever they are called included."""
 
 MAX_NESTING = 24

@@ -55,6 +55,7 @@ def read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Model:
 
 def _model(proto: onnx.ModelProto, storage: Storage) -> Model:
     check_opset(opsets_of(proto.opset_import))
+    check_size(len(proto.graph.node))
     check_size(sum(1 for _ in nodes_within(proto.graph.node)))
     proto = without_schema_functions(without_own_functions(proto, _has_lowering), _has_lowering)
     opsets = opsets_of(proto.opset_import)

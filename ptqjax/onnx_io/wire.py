@@ -17,6 +17,7 @@ _LARGE = 1024  # bytes; smaller tensors stay where they are, because the parser 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types; its groups occur in no ONNX file
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _MAX_VARINT = 10  # bytes
+_LAST_BYTE = 0x7F  # the largest byte that ends a varint: all before it have the highest bit set
 _MAX_DEPTH = 100  # messages within messages; protobuf's own limit
 
 # Which messages hold tensors, and in which of their fields: (message, field number) -> message in that field.
@@ -38,7 +39,7 @@ _FIELDS = {
     ("sparse", 2): "tensor",
 }
 _RAW_DATA = 9  # of a TensorProto
-_EXTERNAL_FIELDS = {13, 14}  # external_data and data_location of a TensorProto
+_DATA_LOCATION = 14
 
 _MAX_DIGITS = 19  # of a file's size
 
@@ -65,7 +66,10 @@ def without_large_tensors(data: memoryview) -> bytes:
     Raises:
         Malformed: A field reaches past the end of its message, or messages are nested too deeply.
     """
-    return b"".join(_skeleton(data, "model", Span(start=0, length=len(data)), 0))
+    try:
+        return b"".join(_skeleton(data, "model", Span(start=0, length=len(data)), 0))
+    except IndexError as error:
+        raise Malformed from error
 
 
 def span_of(tensor: onnx.TensorProto) -> Span | None:
@@ -73,9 +77,9 @@ def span_of(tensor: onnx.TensorProto) -> Span | None:
 
     A file can contain such a note of its own: check the span against the size of the file.
     """
-    if tensor.data_location != onnx.TensorProto.EXTERNAL or len(tensor.external_data) != 1:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL or not tensor.external_data:
         return None
-    note = tensor.external_data[0]
+    note = tensor.external_data[-1]
     if note.key != _HERE:
         return None
     start, _, length = note.value.partition(":")
@@ -90,51 +94,59 @@ def _skeleton(data: memoryview, message: str, span: Span, depth: int) -> Iterato
     """Yields the parts of a message that stay."""
     if depth > _MAX_DEPTH:
         raise Malformed
+    kept_from = span.start
     for number, start, content in _fields(data, span):
         inner = _FIELDS.get((message, number))
-        if inner is None or content is None or content.length < _LARGE:
-            end = content.start + content.length if content is not None else _end_of_scalar(data, start)
-            yield data[start:end]
+        if inner is None or content is None:
             continue
+        yield data[kept_from:start]
         parts = _tensor(data, content) if inner == "tensor" else _skeleton(data, inner, content, depth + 1)
         body = b"".join(parts)
         yield _varint(number << 3 | _BYTES) + _varint(len(body))
         yield body
+        kept_from = content.start + content.length
+    yield data[kept_from : span.start + span.length]
 
 
 def _tensor(data: memoryview, span: Span) -> Iterator[bytes | memoryview]:
     """Yields the parts of a tensor that stay, and the note."""
     fields = list(_fields(data, span))
-    raw = [content for number, _, content in fields if number == _RAW_DATA and content is not None]
-    numbers = {number for number, _, _ in fields}
-    if len(raw) != 1 or raw[0].length < _LARGE or numbers & _EXTERNAL_FIELDS:
+    raw = [(start, content) for number, start, content in fields if number == _RAW_DATA and content is not None]
+    is_external = any(number == _DATA_LOCATION for number, _, _ in fields)
+    if len(raw) != 1 or raw[0][1].length < _LARGE or is_external:
         yield data[span.start : span.start + span.length]
         return
-    for number, start, content in fields:
-        if number != _RAW_DATA:
-            end = content.start + content.length if content is not None else _end_of_scalar(data, start)
-            yield data[start:end]
+    start, content = raw[0]
+    yield data[span.start : start]
+    yield data[content.start + content.length : span.start + span.length]
     note = onnx.TensorProto(data_location=onnx.TensorProto.EXTERNAL)
-    note.external_data.add(key=_HERE, value=f"{raw[0].start}:{raw[0].length}")
+    note.external_data.add(key=_HERE, value=f"{content.start}:{content.length}")
     yield note.SerializeToString()
 
 
 def _fields(data: memoryview, span: Span) -> Iterator[tuple[int, int, Span | None]]:
-    """Yields number, first byte (of the tag) and content of each field; numbers stored inline have no content."""
+    """Yields number, first byte (of the tag) and content of the fields that are large, or numbers, which have none."""
     position, end = span.start, span.start + span.length
     while position < end:
-        start = position
-        tag, position = _read_varint(data, position)
-        content = None
-        if tag & 7 == _BYTES:
-            length, position = _read_varint(data, position)
-            content = Span(start=position, length=length)
-            position += length
-        else:
+        start, tag = position, data[position]
+        position += 1
+        if tag > _LAST_BYTE:
+            tag, position = _read_varint(data, start)
+        if tag & 7 != _BYTES:
             position = _end_of_scalar(data, start)
+            yield tag >> 3, start, None
+            continue
+        length = data[position]
+        position += 1
+        if length > _LAST_BYTE:
+            length, position = _read_varint(data, position - 1)
+        position += length
         if position > end:
             raise Malformed
-        yield tag >> 3, start, content
+        if length >= _LARGE:
+            yield tag >> 3, start, Span(start=position - length, length=length)
+    if position > end:
+        raise Malformed
 
 
 def _end_of_scalar(data: memoryview, start: int) -> int:
@@ -151,14 +163,14 @@ def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
     value = 0
     for index, byte in enumerate(data[position : position + _MAX_VARINT]):
         value |= (byte & 0x7F) << (7 * index)
-        if byte < 0x80:  # noqa: PLR2004 (the last byte of a varint has no continuation bit)
+        if byte <= _LAST_BYTE:
             return value, position + index + 1
     raise Malformed
 
 
 def _varint(value: int) -> bytes:
     parts = bytearray()
-    while value > 0x7F:  # noqa: PLR2004 (seven bits a byte)
+    while value > _LAST_BYTE:
         parts.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes((*parts, value))

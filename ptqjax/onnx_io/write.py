@@ -122,7 +122,7 @@ class _Appended:
 
 def _packed(value: np.ndarray) -> np.ndarray:
     """Returns the bytes of a tensor as a file holds them; elements of less than a byte share one."""
-    if not value.dtype.isbuiltin and value.itemsize == 1:  # the narrow types are not NumPy's own
+    if value.dtype.isbuiltin != 1 and value.itemsize == 1:  # the narrow types are not NumPy's own
         return np.frombuffer(tensor_proto(value).raw_data, np.uint8)
     return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
 
