@@ -29,7 +29,7 @@ def _axes(*axes):
 
 
 @pytest.mark.parametrize("name", _REDUCTIONS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.int64])
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.int64])
 def test_reductions_are_those_of_onnx_runtime(name, dtype):
     """With positive numbers: the logarithm of what is negative is no integer."""
     x, op_type = _drawn(2, 3, 2, dtype=dtype), f"Reduce{name}"
@@ -91,7 +91,7 @@ def test_sums_of_16_bit_floats_are_rounded_once(dtype, name):
 
 
 @pytest.mark.parametrize("name", _REDUCTIONS)
-@pytest.mark.parametrize("axes", [(1,), (-1, 2), (0, 1), ()], ids=str)
+@pytest.mark.parametrize("axes", [(1,), (0, -1), ()], ids=str)
 def test_the_layout_does_not_change_a_reduction(name, axes):
     x = np.abs(_random(2, 3, 4, 5))
     for opset, others, attributes in ((11, [], {"axes": axes or None}), (18, [_axes(*axes)], {})):
