@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+import ptqjax
 from ptqjax.ops import find_lowering
 from ptqjax.ops.element_types import element_type
 from tests.single_node import assert_as_in_onnxruntime, by_us, feeds_of, single_node
@@ -145,3 +148,20 @@ def test_the_runtimes_own_spelling_is_the_same(dtype, axis):
     assert_as_in_onnxruntime("QuantizeLinear", [x, scale, zero_point], outputs=(dtype,), **settings)
     codes = (100 * np.abs(x)).astype(dtype)
     assert_as_in_onnxruntime("DequantizeLinear", [codes, scale, zero_point], **settings)
+
+
+@pytest.mark.parametrize("name", _NARROW)
+def test_narrow_weights_of_a_file_take_part(name):
+    """y = x dequantize(w): the weight is an initializer, as exporters write it."""
+    w = _random(5, 3).astype(_kind(name)) if "float" in name else np.arange(15).reshape(5, 3).astype(_kind(name))
+    x, scale = _random(2, 5), np.array([0.5, 0.25, 2], np.float32)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "scale"], ["real"], axis=1),
+        helper.make_node("MatMul", ["x", "real"], ["y"]),
+    ]
+    infos = [helper.make_tensor_value_info(each, onnx.TensorProto.FLOAT, None) for each in ("x", "y")]
+    constants = [numpy_helper.from_array(w, "w"), numpy_helper.from_array(scale, "scale")]
+    graph = helper.make_graph(nodes, "narrow", infos[:1], infos[1:], constants)
+    model = ptqjax.read(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 28)]))
+    found = ptqjax.apply(model.graph, model.params, {"x": x})["y"]
+    np.testing.assert_allclose(found, x @ (w.astype(np.float32) * scale), rtol=1e-5, atol=1e-5)
