@@ -293,7 +293,8 @@ def test_dropping_none_in_training_is_no_change():
 _SHAPE_ARITHMETIC = """
 <ir_version: 10, opset_import: ["": 18]>
 agraph (float[N, 3] x) => (float[N, A] y, int64[N] steps)
-<int64 zero = {0}, int64 one = {1}, int64[1] minus = {-1}, int64[1] origin = {0}, int64[1] next = {1}, int64[1, 1] second = {1}> {
+<int64 zero = {0}, int64 one = {1}, int64[1] minus = {-1}, int64[1] origin = {0}, int64[1] next = {1},
+ int64[1, 1] second = {1}> {
     sizes = Shape (x)
     n = Gather <axis = 0> (sizes, zero)
     column = Unsqueeze (n, origin)
