@@ -90,8 +90,7 @@ def to_powers_of_two(x: Any, *, saturate: bool, round_mode: str) -> Any:
 
 def _convert_six_bits(x: Any, dtype: np.dtype) -> np.ndarray:
     if not isinstance(x, np.ndarray):
-        raise UnsupportedOperatorError(
-            f"JAX has no arrays of {dtype.name if dtype in _SIX_BITS else x.dtype}: only constants of the graph can be of this type"
-        )
+        name = dtype.name if dtype in _SIX_BITS else x.dtype
+        raise UnsupportedOperatorError(f"JAX has no arrays of {name}: only constants of the graph can be of this type")
     wide = x.astype(np.float32)
     return wide.astype(dtype) if dtype in _SIX_BITS else np.asarray(convert(wide, dtype))
