@@ -35,6 +35,7 @@ from ptqjax.onnx_io import read, to_proto
 MEMORY = 2**29  # bytes that a trial may take beyond what the worker has
 SECONDS = 20.0  # that a trial may take
 TRIALS_PER_WORKER = 500
+_REPORTED_EVERY = 20_000  # trials
 _LONGEST = 4000  # bytes of a result: what a pipe takes in one piece
 
 
@@ -74,6 +75,8 @@ def fuzz(models: list[bytes], seed: int, minutes: float) -> int:
             counts[result.split("\n", 1)[0].split(":", 1)[0]] += 1
             if not result.startswith(("model", "ModelError")):
                 print(f"FOUND {seed}:{which}: {result}", flush=True)
+        if number % _REPORTED_EVERY < TRIALS_PER_WORKER:
+            print(f"{number} trials: {dict(counts.most_common())}", flush=True)
     print(f"{number} trials: {dict(counts.most_common())}", flush=True)
     return int(any(kind not in {"model", "ModelError"} for kind in counts))
 
