@@ -55,7 +55,7 @@ def run(case: Any) -> None:
     """
     model = model_of(case)
     graph = read(model)
-    for inputs, outputs in _data_sets(case, model):
+    for inputs, outputs in data_sets(case, model):
         results = apply(graph.graph, graph.params, inputs)
         for name, expected in outputs.items():
             assert_same(results[name], expected, rtol=case.rtol, atol=case.atol)
@@ -80,7 +80,8 @@ def assert_same(result: Any, expected: Any, *, rtol: float, atol: float) -> None
     np.testing.assert_allclose(result, expected, rtol=rtol, atol=atol)
 
 
-def _data_sets(case: Any, model: onnx.ModelProto) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def data_sets(case: Any, model: onnx.ModelProto) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yields the inputs and the expected outputs of a case, by name: arrays, lists of them, or None."""
     weights = {tensor.name for tensor in model.graph.initializer}
     names = [value.name for value in model.graph.input if value.name not in weights]
     outputs = [value.name for value in model.graph.output]

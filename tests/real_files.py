@@ -47,8 +47,9 @@ class Comparison:
     opset: int
     differences: Mapping[int, float]
     """By batch size, of the file as it was read."""
-    rewritten: float
-    """Of ONNX Runtime on the file that was written again against the original one; the largest of all batch sizes."""
+    rewritten: float | None
+    """Of ONNX Runtime on the file that was written again against the original one; the largest of all batch sizes. None
+    where it was not run."""
 
 
 def compare(file: bytes, inputs: Callable[[int], Arrays], batches: tuple[int, ...]) -> Comparison:

@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="torch, whose exporters make the files, is n
 pytest.importorskip("onnxscript", reason="onnxscript, which torch.onnx needs, is not installed")
 
 from tests.exports.exporters import captured, computed_by_torch, traced
-from tests.exports.networks import NETWORKS
+from tests.exports.networks import NETWORKS, TRAINED
 
 _TOLERANCE = 1e-4  # float32 sums in another order: a few units in the last place (1e-7) per layer; this is a wide bar
 _BATCHES = (1, 5)
@@ -35,7 +35,7 @@ def test_a_traced_graph_computes_what_onnx_runtime_computes(name, how):
     _assert_same_as_runtime(traced(NETWORKS[name], how), NETWORKS[name])
 
 
-@pytest.mark.parametrize("name", ["ResNet-18", "MobileNetV2"])
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_graph_traced_in_training_computes_what_torch_computes_in_training(name):
     network = NETWORKS[name]
     file = traced(network, "traced in training")

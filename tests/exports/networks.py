@@ -86,3 +86,6 @@ NETWORKS: Mapping[str, Network] = {
     "LSTM tagger": Network(make=recurrent.LstmTagger, inputs=texts("input_ids"), traced=("traced", *_OLD)),
     "GRU tagger": Network(make=recurrent.GruTagger, inputs=texts("input_ids", "state"), traced=_PRESERVED),
 }
+
+TRAINED = ("ResNet-18", "MobileNetV2")
+"""Networks that are also exported in training: their batch norms use the batch's statistics, and nothing is dropped."""
