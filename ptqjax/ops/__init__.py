@@ -18,6 +18,7 @@ from ptqjax.ops import (  # noqa: F401 (importing a family registers its operato
     dropout,
     elementwise,
     generators,
+    images,
     indexing,
     integer,
     legacy,
