@@ -14,7 +14,7 @@ import jax
 
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model
-from ptqjax.lowering import Intercept, apply, checked_inputs, compiled, interpret, precision
+from ptqjax.lowering import Intercept, apply, checked_inputs, compiled, interpret_by_samples, precision
 from ptqjax.quantize.bias import bias_encoding, bias_sites
 from ptqjax.quantize.encodings import Encoding, Encodings, fake_quantize
 from ptqjax.quantize.qdq import check_tensors, grid_dtypes, insert_qdq, with_own_biases
@@ -98,7 +98,7 @@ def _float_program(
     graph: Graph, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
     model = with_own_biases(Model(graph=graph, params=dict(params)), encodings)
-    return interpret(model.graph, model.params, inputs, intercept=fake_quantization(model, encodings))[0]
+    return interpret_by_samples(model.graph, model.params, inputs, intercept=fake_quantization(model, encodings))
 
 
 class _IntegerGraphs(NamedTuple):

@@ -3,5 +3,6 @@
 from ptqjax.lowering.inputs import checked_inputs
 from ptqjax.lowering.interpreter import Intercept, interpret
 from ptqjax.lowering.program import apply, compiled, precision
+from ptqjax.lowering.samples import interpret_by_samples
 
-__all__ = ["Intercept", "apply", "checked_inputs", "compiled", "interpret", "precision"]
+__all__ = ["Intercept", "apply", "checked_inputs", "compiled", "interpret", "interpret_by_samples", "precision"]

@@ -17,6 +17,7 @@ from ptqjax.ir import Graph
 from ptqjax.lowering.inputs import check_params, checked_inputs
 from ptqjax.lowering.interpreter import interpret
 from ptqjax.lowering.partition import cut_before
+from ptqjax.lowering.samples import interpret_by_samples
 from ptqjax.ops import is_concrete
 from ptqjax.ops.values import Empty, TensorSequence
 
@@ -100,7 +101,7 @@ def _outputs(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> di
 
 @partial(jax.jit, static_argnums=0)
 def _compiled(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    return interpret(graph, params, inputs)[0]
+    return interpret_by_samples(graph, params, inputs)
 
 
 @contextmanager

@@ -1,0 +1,297 @@
+"""The part of a graph that treats each sample by itself, run on a few samples at a time.
+
+On a CPU a layer whose activations leave the caches waits for memory, and a program's temporary memory is mapped anew,
+page by page, in every run. So the first layers of a network for images run chunk by chunk of the batch, up to where
+the activations of the whole batch are small; what depends on parameters alone is computed once, before the loop.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+from jax.extend.backend import backends
+
+from ptqjax.errors import PtqjaxError
+from ptqjax.ir import Graph, Node, TensorSpec, captured, place_of
+from ptqjax.lowering.interpreter import Intercept, interpret
+from ptqjax.ops import find_lowering
+
+_BYTES_PER_CORE = 5 * 2**20  # one layer's largest activation: measured best at 2 cores with 2 MiB of L2 each
+_WORTH_A_LOOP = 1.5  # with less above the bound, chunks would be small for little
+
+_SMALL_CONSTANT = 1024  # elements of a constant (an iota) that may be computed outside of the loop as well
+
+_ON_EACH_SAMPLE = frozenset(
+    {
+        ("", "AveragePool"),
+        ("", "BatchNormalization"),
+        ("", "Conv"),
+        ("", "ConvTranspose"),
+        ("", "DepthToSpace"),
+        ("", "GlobalAveragePool"),
+        ("", "GlobalMaxPool"),
+        ("", "InstanceNormalization"),
+        ("", "LRN"),
+        ("", "MaxPool"),
+        ("", "QLinearConv"),
+        ("", "SpaceToDepth"),
+        ("com.microsoft", "QLinearAveragePool"),
+        ("com.microsoft", "QLinearGlobalAveragePool"),
+    }
+)
+"""Operators [n, ...] -> [n, ...] that compute each sample of their first input alone; the others are parameters."""
+
+_ALONG_AN_AXIS = frozenset({"Concat", "DequantizeLinear", "QuantizeLinear"})
+"""Operators that do so unless their axis is the first."""
+
+
+def interpret_by_samples(
+    graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any], *, intercept: Intercept | None = None
+) -> dict[str, Any]:
+    """Returns the graph's outputs as `interpret` does; on a CPU the large first layers run on a few samples at a time.
+
+    The sums of a convolution may be taken in another order than over the whole batch: equal up to rounding.
+
+    Args:
+        graph: What to compute.
+        params: The arrays that `graph.parameters` names.
+        inputs: The graph's inputs by name, in ONNX's layout.
+        intercept: See `interpret`; it must treat each sample by itself and observe nothing. It meets what both the
+            chunks and the rest read from the caller twice.
+    """
+    plan = _plan(graph, params, inputs) if set(backends()) == {"cpu"} else None
+    if plan is None:
+        return interpret(graph, params, inputs, intercept=intercept)[0]
+
+    def first(fixed: Any, chunk: Any) -> dict[str, Any]:
+        return interpret(plan.first, fixed, chunk, intercept=intercept, platform="cpu")[0]
+
+    chunked = {spec.name: inputs[spec.name] for spec in plan.first.inputs}
+    reached = map_chunks(first, dict(params), chunked, num_chunks=plan.num_chunks)
+
+    def unseen(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, Any]:
+        return (value, None) if name in reached or intercept is None else intercept(name, value, channel_axis)
+
+    hook = None if intercept is None else unseen
+    return interpret(plan.second, params, {**inputs, **reached}, intercept=hook, platform="cpu")[0]
+
+
+def map_chunks(program: Callable[[Any, Any], Any], fixed: Any, batch: Any, *, num_chunks: int) -> Any:
+    """Returns program(fixed, batch) for a program that treats each sample (first axis) of the arrays in `batch` alone.
+
+    It runs in a loop over chunks of equal size (where they do not come out even, the last samples are computed
+    twice). What the program computes from `fixed` and constants alone is computed once, before the loop.
+    """
+    fixed, batch = jax.tree.map(jnp.asarray, (fixed, batch))
+    total = jax.tree.leaves(batch)[0].shape[0]
+    size = -(-total // num_chunks)
+    rest = num_chunks * size - total
+
+    def in_chunks(x: jax.Array) -> jax.Array:
+        whole = jnp.concatenate([x, x[total - rest :]]) if rest else x
+        return whole.reshape(num_chunks, size, *x.shape[1:])
+
+    chunks = jax.tree.map(in_chunks, batch)
+    mapped = lax.map(_with_fixed_part_done(program, fixed, jax.tree.map(lambda x: x[0], chunks)), chunks)
+    return jax.tree.map(lambda y: y.reshape(num_chunks * size, *y.shape[2:])[:total], mapped)
+
+
+def _with_fixed_part_done(program: Callable[[Any, Any], Any], fixed: Any, example: Any) -> Callable[[Any], Any]:
+    """Returns chunk -> program(fixed, chunk), with the operations that need no chunk done already.
+
+    Those that make their operands larger (broadcasts) stay where they are: there they are fused.
+    """
+    closed, shape = jax.make_jaxpr(program, return_shape=True)(fixed, example)
+    jaxpr, leaves = closed.jaxpr, jax.tree.leaves(fixed)
+    done: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    done |= dict(zip(jaxpr.invars[: len(leaves)], leaves, strict=True))
+    left = []
+    for equation in jaxpr.eqns:
+        if _is_fixed(equation, done):
+            _evaluate(equation, done)
+        if not _is_fixed(equation, done) or not equation.invars:
+            left.append(equation)  # a constant stays one, there as well
+
+    def rest(chunk: Any) -> Any:
+        values = dict(done) | dict(zip(jaxpr.invars[len(leaves) :], jax.tree.leaves(chunk), strict=True))
+        for equation in left:
+            _evaluate(equation, values)
+        return jax.tree.unflatten(jax.tree.structure(shape), [_read(atom, values) for atom in jaxpr.outvars])
+
+    return rest
+
+
+def _is_fixed(equation: Any, done: Mapping[Any, Any]) -> bool:
+    operands = [atom for atom in equation.invars if not isinstance(atom, core.Literal)]
+    if equation.effects or any(atom not in done for atom in operands):
+        return False
+    largest = sum(atom.aval.size for atom in operands) if operands else _SMALL_CONSTANT
+    return sum(out.aval.size for out in equation.outvars) <= largest
+
+
+def _evaluate(equation: Any, values: dict[Any, Any]) -> None:
+    settings = equation.primitive.get_bind_params(equation.params)
+    functions, settings = settings if isinstance(settings, tuple) else ((), settings)  # a pair before JAX 0.10
+    with equation.ctx.manager:
+        results = equation.primitive.bind(*functions, *(_read(atom, values) for atom in equation.invars), **settings)
+    outputs = results if equation.primitive.multiple_results else [results]
+    values.update(zip(equation.outvars, outputs, strict=True))
+
+
+def _read(atom: Any, values: Mapping[Any, Any]) -> Any:
+    return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """How a graph is run."""
+
+    first: Graph
+    """What runs chunk by chunk; its outputs are what the second reads."""
+    second: Graph
+    """What then runs on the whole batch."""
+    num_chunks: int
+    """How often the first runs."""
+
+
+def _plan(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) -> _Plan | None:
+    """Returns how to run the graph in chunks; None where that would not pay."""
+    batch = _batch(graph, inputs)
+    if not batch:
+        return None
+    (size,) = {inputs[name].shape[0] for name in batch}
+    nodes = _on_each_sample(graph, batch, _shapes_of_parameters(graph, params), None)
+    if not nodes:
+        return None
+    try:
+        shapes = _shapes(graph, nodes, params, inputs)
+    except PtqjaxError:
+        return None  # running it says what is wrong
+    nodes = _on_each_sample(graph, batch, shapes, size)
+    bound = _BYTES_PER_CORE * len(_cores())
+    large = [position for position, node in enumerate(nodes) if _num_bytes(node, shapes) > bound]
+    if not large or max(_num_bytes(node, shapes) for node in nodes) < _WORTH_A_LOOP * bound:
+        return None
+    first, second = _divided(graph, batch, nodes[: large[-1] + 1])
+    most = max(_num_bytes(node, shapes) for node in nodes)
+    return _Plan(first=first, second=second, num_chunks=min(size, -(-most // bound)))
+
+
+def _batch(graph: Graph, inputs: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the names of the inputs along whose first axis several samples lie: those of images."""
+    images = [spec.name for spec in graph.inputs if getattr(inputs[spec.name], "ndim", 0) > 2]  # noqa: PLR2004
+    sizes = {inputs[name].shape[0] for name in images}
+    return frozenset(images) if len(sizes) == 1 and min(sizes) > 1 else frozenset()
+
+
+def _on_each_sample(
+    graph: Graph, batch: frozenset[str], shapes: Mapping[str, tuple[int, ...]], size: int | None
+) -> list[Node]:
+    """Returns the nodes that compute each sample alone, up to where others come between; `size`: how many samples."""
+    fixed = {name for name, _ in graph.constants} | set(graph.parameters)
+    samples, nodes = set(batch), []
+    for node in graph.nodes:
+        read = {name for name in (*node.inputs, *captured(node)) if name}
+        if read <= fixed:
+            fixed.update(node.outputs)
+        elif read <= fixed | samples and _is_on_each_sample(node, graph, samples, shapes, size):
+            samples.update(node.outputs)
+            nodes.append(node)
+    return nodes
+
+
+def _is_on_each_sample(
+    node: Node, graph: Graph, samples: set[str], shapes: Mapping[str, tuple[int, ...]], size: int | None
+) -> bool:
+    if len([name for name in node.outputs if name]) != 1 or node.attribute("training_mode", 0):
+        return False
+    read = [name for name in node.inputs if name]
+    if size is not None and shapes.get(node.output, ())[:1] != (size,):
+        return False
+    if (node.domain, node.op_type) in _ON_EACH_SAMPLE:
+        return read[0] in samples and samples.isdisjoint(read[1:])
+    rank = len(shapes.get(node.output, ()))
+    if node.op_type in _ALONG_AN_AXIS:
+        together = set(read) <= samples if node.op_type == "Concat" else samples.isdisjoint(read[1:])
+        return together and (size is None or node.attribute("axis", 1) % rank != 0)
+    lowering = find_lowering(node.op_type, opset=graph.opset(node.domain), domain=node.domain, place=place_of(node))
+    variant = lowering.channels_last
+    if variant is None or variant.function is not lowering.function:
+        return False
+    # element by element: what is no sample must not have an axis that lies along the samples
+    return size is None or all(
+        len(shapes[name]) == rank if name in samples else len(shapes[name]) < rank or shapes[name][:1] == (1,)
+        for name in read
+    )
+
+
+def _shapes_of_parameters(graph: Graph, params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: np.shape(params[name]) for name in graph.parameters} | {
+        name: value.shape for name, value in graph.constant_values.items()
+    }
+
+
+def _shapes(
+    graph: Graph, nodes: Iterable[Node], params: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of parameters, constants, inputs, and of what the nodes (and what is fixed) write."""
+    needed = _with_fixed(graph, nodes)
+    written = [name for node in needed for name in node.outputs if name]
+    part = replace(graph, nodes=needed, outputs=tuple(_spec(name) for name in written))
+    values = jax.eval_shape(lambda p, x: interpret(part, p, x, platform="cpu")[0], dict(params), dict(inputs))
+    shapes = _shapes_of_parameters(graph, params) | {name: np.shape(value) for name, value in inputs.items()}
+    return shapes | {name: value.shape for name, value in values.items() if hasattr(value, "shape")}
+
+
+def _with_fixed(graph: Graph, nodes: Iterable[Node]) -> tuple[Node, ...]:
+    """Returns the nodes, and those that compute what they read from parameters, in the graph's order."""
+    wanted, kept = {id(node) for node in nodes}, []
+    read: set[str] = set()
+    for node in reversed(graph.nodes):
+        if id(node) in wanted or read.intersection(node.outputs):
+            kept.append(node)
+            read.update((*node.inputs, *captured(node)))
+    return tuple(reversed(kept))
+
+
+def _num_bytes(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Returns the size of what the node writes, as float32."""
+    return 4 * int(np.prod(shapes[node.output]))
+
+
+def _divided(graph: Graph, batch: frozenset[str], nodes: list[Node]) -> tuple[Graph, Graph]:
+    """Returns the graph of `nodes`, and the rest, which reads its outputs."""
+    needed = _with_fixed(graph, nodes)
+    inside = {id(node) for node in nodes}
+    rest = tuple(node for node in graph.nodes if id(node) not in inside)
+    written = {name for node in nodes for name in node.outputs if name}
+    read = [name for node in rest for name in (*node.inputs, *captured(node))] + [spec.name for spec in graph.outputs]
+    crossing = tuple(_spec(name) for name in dict.fromkeys(read) if name in written)
+    first_reads = {name for node in needed for name in (*node.inputs, *captured(node))}
+    first = replace(
+        graph,
+        nodes=needed,
+        inputs=tuple(spec for spec in graph.inputs if spec.name in batch),
+        outputs=crossing,
+        parameters=tuple(name for name in graph.parameters if name in first_reads),
+    )
+    left = tuple(spec for spec in graph.inputs if spec.name not in batch or spec.name in read)
+    return first, replace(graph, nodes=rest, inputs=(*left, *crossing))
+
+
+def _spec(name: str) -> TensorSpec:
+    """Returns a record of a tensor between the two: only its name is looked at."""
+    return TensorSpec(name=name, dtype=np.dtype(np.float32), shape=None)
+
+
+def _cores() -> set[int]:
+    """Returns the processor's cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
