@@ -196,7 +196,7 @@ class _ShuffleUnit(nn.Module):
 def convnext_tiny() -> nn.Module:
     widths = (8, 16, 24, 32)
     layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 4), _ChannelNorm(widths[0])]
-    for index, depth in enumerate((1, 1, 2, 1)):
+    for index, depth in enumerate((1, 1, 1, 1)):
         if index:
             layers += [_ChannelNorm(widths[index - 1]), nn.Conv2d(widths[index - 1], widths[index], 2, 2)]
         layers += [_ConvNextBlock(widths[index]) for _ in range(depth)]
