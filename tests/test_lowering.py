@@ -343,7 +343,7 @@ def test_what_does_not_depend_on_data_is_compiled_still():
     rows, columns = np.nonzero(outputs["a"] > 0)
     np.testing.assert_array_equal(outputs["y"], outputs["a"] * np.float32(rows.sum() + columns.sum()))
     np.testing.assert_allclose(outputs["a"], x @ params["w"], rtol=1e-6)
-    first, second = cut_before(graph, "i")
+    first, second = cut_before(graph, frozenset({"i"}))
     assert [node.op_type for node in first.nodes] == ["MatMul", "Shape", "Greater", "Reshape"]
     assert [node.op_type for node in second.nodes] == ["NonZero", "Cast", "ReduceSum", "Mul"]
     assert [spec.name for spec in second.inputs] == ["b", "r", "a"]

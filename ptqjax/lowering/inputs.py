@@ -44,6 +44,8 @@ def check_params(graph: Graph, params: Mapping[str, Any]) -> None:
 def _checked_input(spec: TensorSpec, value: Any) -> Any:
     if isinstance(value, list | TensorSequence | Empty) or value is None:
         return _checked_container(spec, value)
+    if np.dtype(spec.dtype).kind == "O":
+        raise DataError(f"input '{spec.name}' is of strings, which no array of JAX holds; feed numbers, cut before it")
     array = value if hasattr(value, "dtype") and hasattr(value, "shape") else np.asarray(value)
     if array.dtype not in (spec.dtype, jax.dtypes.canonicalize_dtype(spec.dtype)):
         raise DataError(f"input '{spec.name}' is of type {array.dtype}; expected {spec.dtype}: convert it with astype")

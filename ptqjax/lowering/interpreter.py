@@ -58,8 +58,9 @@ def interpret(
         params: The arrays that `graph.parameters` names.
         inputs: The graph's inputs by name, in ONNX's layout.
         intercept: Called once for each floating tensor when it comes into being (graph inputs, parameters when first
-            read, outputs of nodes) as `intercept(name, value, channel_axis)`; returns the value to go on with, and an
-            observation (None: nothing to report). `channel_axis` is where ONNX's axis 1 lies in `value`, which may
+            read, outputs of nodes; not for floats of 8 bits and fewer, which are quantized already) as
+            `intercept(name, value, channel_axis)`; returns the value to go on with, and an observation (None: nothing
+            to report). `channel_axis` is where ONNX's axis 1 lies in `value`, which may
             have its channels last; None for parameters, which are in ONNX's layout, and where the rank is below 2.
             Tensors inside the subgraphs of If, Loop and Scan are not among them.
         platform: What the program is made for: "cpu", or another; None: that for which it is compiled.
@@ -261,7 +262,8 @@ def _as_data(result: Any) -> Any:
 
 
 def _is_floating(array: Any) -> bool:
-    return isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jnp.floating)
+    """Tells whether a tensor is of floats to calculate with: narrower ones are quantized already."""
+    return isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize > 1
 
 
 def _variant(lowering: Lowering) -> Callable[..., Any]:

@@ -9,13 +9,13 @@ import numpy as np
 from ptqjax.ir import Graph, Node, TensorSpec, captured
 
 
-def cut_before(graph: Graph, tensor: str) -> tuple[Graph, Graph]:
-    """Returns the graph without what depends on the node that writes `tensor`, and the rest.
+def cut_before(graph: Graph, tensors: frozenset[str]) -> tuple[Graph, Graph]:
+    """Returns the graph without what depends on the nodes that write `tensors`, and the rest.
 
     The outputs of the first are inputs of the second: what the second reads of the first and of the graph's inputs.
     Together they compute the graph's outputs.
     """
-    first, second = _divided(graph, tensor)
+    first, second = _divided(graph, tensors)
     written = {name for node in second for name in node.outputs}
     wanted = [name for node in second for name in _read(node) if name and name not in written]
     wanted += [spec.name for spec in graph.outputs if spec.name not in written]
@@ -24,11 +24,11 @@ def cut_before(graph: Graph, tensor: str) -> tuple[Graph, Graph]:
     return _with_nodes(graph, first, outputs=crossing), _with_nodes(graph, second, inputs=crossing)
 
 
-def _divided(graph: Graph, tensor: str) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+def _divided(graph: Graph, tensors: frozenset[str]) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
     dependent: set[str] = set()
     first, second = [], []
     for node in graph.nodes:
-        if tensor in node.outputs or dependent.intersection(_read(node)):
+        if tensors.intersection(node.outputs) or dependent.intersection(_read(node)):
             dependent.update(filter(None, node.outputs))
             second.append(node)
         else:

@@ -93,10 +93,21 @@ def _outputs(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> di
     except DataDependentError as error:
         if not is_concrete(params, inputs):
             raise
-        first, second = cut_before(graph, error.tensor)
+        tensors = frozenset({error.tensor})
     with jax.enable_x64(True):  # what crosses may be a shape
+        return _outputs_in_two(graph, tensors, params, inputs)
+
+
+def _outputs_in_two(
+    graph: Graph, tensors: frozenset[str], params: dict[str, Any], inputs: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the outputs; what depends on `tensors`, and on others that turn out to be like them, is not compiled."""
+    first, second = cut_before(graph, tensors)
+    try:
         reached = _compiled(first, {name: params[name] for name in first.parameters}, inputs)
-        return interpret(second, params, reached)[0]
+    except DataDependentError as error:
+        return _outputs_in_two(graph, tensors | {error.tensor}, params, inputs)
+    return interpret(second, params, reached)[0]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -14,7 +14,7 @@ MAX_NODES = 200_000
 MAX_NESTING = 24
 """Subgraphs within subgraphs. Protobuf itself refuses to parse more than 33."""
 
-OLDEST_OPSET, NEWEST_OPSET = 6, 28  # 6: the oldest that ONNX's own converted models are in
+OLDEST_OPSET, NEWEST_OPSET = 1, 28  # what meant something else before opset 6 has no lowering, and says so
 
 
 def as_text(value: object) -> str:
