@@ -7,6 +7,7 @@ from ptqjax.ops import (  # noqa: F401 (importing a family registers its operato
     bitwise,
     blocks,
     cast,
+    columns,
     contrib_activation,
     contrib_attention,
     contrib_linear,
