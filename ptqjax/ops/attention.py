@@ -33,45 +33,7 @@ class _Sides(NamedTuple):
     right: int
 
 
-@lowers("Attention", since=23)
-def attention_23(  # noqa: PLR0917 - ONNX's operands
-    q: Any,
-    k: Any,
-    v: Any,
-    mask: Any = None,
-    past_key: Any = None,
-    past_value: Any = None,
-    nonpad_kv_seqlen: Any = None,
-    /,
-    *,
-    is_causal: int = 0,
-    kv_num_heads: int | None = None,
-    q_num_heads: int | None = None,
-    qk_matmul_output_mode: int = 0,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    softmax_precision: int | None = None,
-) -> tuple[Any, Any, Any, Any]:
-    """Returns `attention` without windows; opset 23 has no `nonpad_kv_seqlen`."""
-    return attention(
-        q,
-        k,
-        v,
-        mask,
-        past_key,
-        past_value,
-        nonpad_kv_seqlen,
-        is_causal=is_causal,
-        kv_num_heads=kv_num_heads,
-        q_num_heads=q_num_heads,
-        qk_matmul_output_mode=qk_matmul_output_mode,
-        scale=scale,
-        softcap=softcap,
-        softmax_precision=softmax_precision,
-    )
-
-
-@lowers("Attention", since=25)
+@lowers("Attention", since=23)  # since 24 with `nonpad_kv_seqlen`, since 25 with windows
 def attention(  # noqa: PLR0917 - ONNX's operands
     q: Any,
     k: Any,

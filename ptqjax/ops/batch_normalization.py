@@ -94,56 +94,24 @@ def batch_normalization(
 @lowers_channels_last("BatchNormalization", since=7, applies=lambda attributes: attributes.get("spatial", 1) != 0)
 @lowers_channels_last("BatchNormalization", since=9)
 def batch_normalization_9_channels_last(
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    mean: Any,
-    variance: Any,
-    /,
-    *,
-    epsilon: float = 1e-5,
-    momentum: float = 0.9,
-    spatial: int = 1,
-    num_node_outputs: int = 1,
+    x: Any, /, *operands: Any, epsilon: float = 1e-5, momentum: float = 0.9, num_node_outputs: int = 1, **_: int
 ) -> Any:
-    """Returns `batch_normalization_9` of a channels-last value."""
-    del spatial  # what is per element stays in ONNX's layout
-    return _normalized(
-        x,
-        (gamma, beta, mean, variance),
-        axis=-1,
-        epsilon=epsilon,
-        momentum=momentum,
-        is_training=num_node_outputs > _INFERENCE,
-    )
+    """Returns `batch_normalization_9` of a channels-last value; statistics per element stay in ONNX's layout."""
+    is_training = num_node_outputs > _INFERENCE
+    return _normalized(x, operands, axis=-1, epsilon=epsilon, momentum=momentum, is_training=is_training)
 
 
 @lowers_channels_last("BatchNormalization", since=14)
 def batch_normalization_channels_last(
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    mean: Any,
-    variance: Any,
-    /,
-    *,
-    epsilon: float = 1e-5,
-    momentum: float = 0.9,
-    training_mode: int = 0,
+    x: Any, /, *operands: Any, epsilon: float = 1e-5, momentum: float = 0.9, training_mode: int = 0
 ) -> Any:
     """Returns `batch_normalization` of a channels-last value."""
-    return _normalized(
-        x,
-        (gamma, beta, mean, variance),
-        axis=-1,
-        epsilon=epsilon,
-        momentum=momentum,
-        is_training=bool(training_mode),
-    )[:3]
+    is_training = bool(training_mode)
+    return _normalized(x, operands, axis=-1, epsilon=epsilon, momentum=momentum, is_training=is_training)[:3]
 
 
 def _normalized(
-    x: Any, operands: tuple[Any, Any, Any, Any], *, axis: int, epsilon: float, momentum: float, is_training: bool
+    x: Any, operands: tuple[Any, ...], *, axis: int, epsilon: float, momentum: float, is_training: bool
 ) -> tuple[Any, ...]:
     """Returns the result, and in training the running statistics and those of the batch; channels are along `axis`."""
     gamma, beta, mean, variance = operands
