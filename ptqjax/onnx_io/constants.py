@@ -33,12 +33,14 @@ class _Budget:
     """Bytes to read and write."""
 
 
-def folded(graph: Graph) -> Graph:
+def folded(graph: Graph, num_bytes: int | None = None) -> Graph:
     """Returns the graph with constants in place of the nodes, here and in subgraphs, that compute from constants alone.
 
-    Shapes of inputs that are declared without symbols count as constants. Nodes come sorted, and leave so.
+    Shapes of inputs that are declared without symbols count as constants. Nodes come sorted, and leave so. What is
+    spent is bounded by the size of the tensors, or by `num_bytes`, where these share memory.
     """
-    budget = _Budget(left=_WORK + _WORK_FACTOR * _num_bytes(graph))
+    size = _num_bytes(graph)
+    budget = _Budget(left=_WORK + _WORK_FACTOR * (size if num_bytes is None else min(size, num_bytes)))
     return _folded(graph, ChainMap(), ChainMap(), budget)
 
 

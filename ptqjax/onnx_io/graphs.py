@@ -57,7 +57,8 @@ class _Scope:
 
     def read(self, name: str) -> str:
         """Returns what `name` is called in the `Graph`; itself where nothing produces it."""
-        return self.names.get(name, name)
+        found = self.names.maps[0].get(name)  # mostly there; a ChainMap is slow to ask
+        return found if found is not None else self.names.get(name, name)
 
     def entered(self, defined: Iterable[str]) -> _Scope:
         """Returns the scope of a graph in this one that defines these names."""

@@ -55,6 +55,10 @@ def _bypassed(graph: Graph, outer: ChainMap[str, str]) -> Graph:
     own_ways = dict(own)  # shortened as they are walked, so that long chains cost nothing
     sources = outer.new_child(own_ways)
 
+    if not any(sources.maps):
+        nodes = tuple(with_subgraphs(node, lambda inner: _bypassed(inner, sources)) for node in graph.nodes)
+        return replace(graph, nodes=nodes)
+
     def resolve(name: str) -> str:
         passed: dict[str, None] = {}  # an ordered set
         while name in sources and name not in passed:

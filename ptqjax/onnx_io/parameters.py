@@ -153,12 +153,12 @@ def _without_own(
         outputs = tuple(replace(spec, name=visible.get(spec.name, spec.name)) for spec in inner.outputs)
         return _without_own(replace(inner, constants=kept, outputs=outputs), lifted, taken, deciding, visible)
 
-    nodes = tuple(_reading(with_subgraphs(node, body), outer) for node in graph.nodes)
-    return replace(graph, nodes=nodes)
+    nodes = tuple(with_subgraphs(node, body) for node in graph.nodes)
+    return replace(graph, nodes=tuple(_reading(node, outer) for node in nodes) if any(outer.maps) else nodes)
 
 
 def _reading(node: Node, names: Mapping[str, str]) -> Node:
-    return replace(node, inputs=tuple(names.get(name, name) for name in node.inputs)) if names else node
+    return replace(node, inputs=tuple(names.get(name, name) for name in node.inputs))
 
 
 def _fresh(name: str, taken: Counter[str]) -> str:

@@ -60,7 +60,7 @@ def _model(proto: onnx.ModelProto, storage: Storage) -> Model:
     proto = without_schema_functions(without_own_functions(proto, _has_lowering), _has_lowering)
     opsets = opsets_of(proto.opset_import)
     graph = graph_of(proto.graph, Source(opsets=opsets, storage=storage))
-    graph = folded(sorted_throughout(without_identities(graph)))
+    graph = folded(sorted_throughout(without_identities(graph)), storage.num_bytes)
     graph, params = with_parameters(graph)
     metadata = tuple(sorted((as_text(entry.key), as_text(entry.value)) for entry in proto.metadata_props))
     return rebuild(Model(graph=replace(graph, ir_version=proto.ir_version, metadata=metadata), params=params))

@@ -33,6 +33,8 @@ _BITS = {
 _MAX_RANK = 64  # NumPy's own limit
 _DENSE_FOR_FREE = 2**24  # bytes that a sparse tensor may become, however few elements it stores
 _DENSE_FACTOR = 64  # and how often larger than what is stored it may become beyond
+_GROWN_FOR_FREE = 2**27  # bytes that all sparse tensors and those of narrow types may take
+_GROWN_FACTOR = 8  # or how often the size of the files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,31 @@ class Storage:
     path: Path | None = None
     """The model's file; None for a model that has none, which cannot refer to others either."""
     _mapped: dict[Path, np.ndarray] = field(default_factory=dict, repr=False)
+    _copied: dict[Span, np.ndarray] = field(default_factory=dict, repr=False)
+    _grown: list[int] = field(default_factory=list, repr=False)
+
+    @property
+    def num_bytes(self) -> int | None:
+        """The size of the files that have been touched; None for a model that came without its bytes."""
+        return None if self.data is None else len(self.data) + sum(file.nbytes for file in self._mapped.values())
+
+    def copied(self, span: Span) -> np.ndarray:
+        """Returns bytes of the model's own file, copied once however many tensors hold them."""
+        assert self.data is not None  # noqa: S101 (a span is of a file)
+        if span not in self._copied:
+            self._copied[span] = np.frombuffer(self.data, np.uint8, span.length, span.start).copy()
+            self._copied[span].flags.writeable = False
+        return self._copied[span]
+
+    def grow(self, num_bytes: int, where: str) -> None:
+        """Notes that a tensor takes more memory than its file.
+
+        Raises:
+            ModelError: All such tensors together take far more than the files.
+        """
+        self._grown.append(num_bytes)
+        if sum(self._grown) > _GROWN_FOR_FREE + _GROWN_FACTOR * (self.num_bytes or 0):
+            raise ModelError(f"{where}: its tensors take {sum(self._grown)} bytes, far more than the file stores")
 
     def mapped(self, path: Path) -> np.ndarray:
         """Returns the bytes of another file, mapped into memory once and read when touched."""
@@ -79,6 +106,7 @@ def dense(tensor: onnx.SparseTensorProto, storage: Storage) -> np.ndarray:
         raise ModelError(f"{where} would take {size} bytes, far more than it stores; export it dense")
     if values.ndim != 1 or indices.dtype != np.int64 or indices.shape[:1] != values.shape:
         raise ModelError(f"{where}: {values.shape} values do not fit {indices.dtype} indices {indices.shape}")
+    storage.grow(size, where)
     array = np.zeros(shape, values.dtype)
     places = (indices,) if indices.ndim == 1 else tuple(indices.T)
     try:
@@ -105,7 +133,7 @@ def _array(tensor: onnx.TensorProto, storage: Storage) -> np.ndarray:
     num_bytes = (count * bits + 7) // 8
     if tensor.data_location == _KINDS.EXTERNAL:
         span = span_of(tensor)
-        content = _external(tensor, num_bytes, storage, where) if span is None else _own(span, storage, where)
+        content = _external(tensor, num_bytes, storage, where) if span is None else storage.copied(span)
     elif tensor.HasField("raw_data"):
         content = np.frombuffer(tensor.raw_data, np.uint8)
     else:
@@ -113,15 +141,10 @@ def _array(tensor: onnx.TensorProto, storage: Storage) -> np.ndarray:
         return _from_numbers(tensor, shape, where)
     _expect(content.size, num_bytes, where, "bytes")
     if tensor.data_type in _BITS:
+        storage.grow(2 * count, where)
         packed = onnx.TensorProto(data_type=tensor.data_type, dims=shape, raw_data=content.tobytes())
         return _from_numbers(packed, shape, where)
-    array = content.view(dtype).reshape(shape)
-    return array if array.flags.aligned and not _is_own(tensor) else array.copy()
-
-
-def _is_own(tensor: onnx.TensorProto) -> bool:
-    """Tells whether the contents lie in the model's own file, whose bytes are let go after reading."""
-    return tensor.data_location == _KINDS.EXTERNAL and span_of(tensor) is not None
+    return content.view(dtype).reshape(shape)
 
 
 def _from_numbers(tensor: onnx.TensorProto, shape: tuple[int, ...], where: str) -> np.ndarray:
@@ -163,12 +186,6 @@ def _expect(found: int, expected: int, where: str, what: str) -> None:
         raise ModelError(
             f"{where} cannot be read: it holds {found} {what}, its type and shape ask for {expected}; export it again"
         )
-
-
-def _own(span: Span, storage: Storage, where: str) -> np.ndarray:
-    if storage.data is None or span.start + span.length > len(storage.data):
-        raise ModelError(f"{where} lies outside of the file; the file is damaged")
-    return np.frombuffer(storage.data, np.uint8, span.length, span.start)
 
 
 def _external(tensor: onnx.TensorProto, num_bytes: int, storage: Storage, where: str) -> np.ndarray:

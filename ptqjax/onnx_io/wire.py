@@ -7,6 +7,7 @@ says where they are. Then each tensor is copied once, straight out of the file.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,9 +42,7 @@ _FIELDS = {
 _RAW_DATA = 9  # of a TensorProto
 _DATA_LOCATION = 14
 
-_MAX_DIGITS = 19  # of a file's size
-
-_HERE = "\0here"  # marks a note; no path can hold this character
+_HERE = f"\0{secrets.token_hex(16)}"  # marks a note; a file cannot contain one of its own, as it does not know this
 
 
 class Malformed(Exception):  # noqa: N818 (it leaves this package as a ModelError)
@@ -73,21 +72,14 @@ def without_large_tensors(data: memoryview) -> bytes:
 
 
 def span_of(tensor: onnx.TensorProto) -> Span | None:
-    """Returns where the contents of a tensor lie that was left out; None for a tensor that was not.
-
-    A file can contain such a note of its own: check the span against the size of the file.
-    """
+    """Returns where the contents of a tensor lie that was left out; None for a tensor that was not."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL or not tensor.external_data:
         return None
     note = tensor.external_data[-1]
     if note.key != _HERE:
         return None
-    start, _, length = note.value.partition(":")
-    return Span(start=int(start), length=int(length)) if _is_number(start) and _is_number(length) else None
-
-
-def _is_number(text: str) -> bool:
-    return text.isdecimal() and len(text) <= _MAX_DIGITS
+    start, length = map(int, note.value.split(":"))
+    return Span(start=start, length=length)
 
 
 def _skeleton(data: memoryview, message: str, span: Span, depth: int) -> Iterator[bytes | memoryview]:
