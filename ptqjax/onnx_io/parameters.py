@@ -27,6 +27,7 @@ _SHAPE_INPUTS = {
     "ConstantOfShape": (0,),
     "CumSum": (1,),
     "DFT": (1, 2),
+    "Dropout": (1, 2),
     "Expand": (1,),
     "HammingWindow": (0,),
     "HannWindow": (0,),
