@@ -26,6 +26,7 @@ from ptqjax.lowering.layout import (
     channels_last_inputs,
     channels_last_value,
     in_onnx_layout,
+    relabelled,
     stays_channels_last,
 )
 from ptqjax.ops import Lowering, find_lowering, is_concrete, is_static
@@ -183,6 +184,8 @@ def _results(
     has_subgraphs = any(isinstance(value, Graph) for _, value in node.attributes)
     if not has_subgraphs and all(value is None or is_static(value.array) for value in inputs):
         return _computed_while_tracing(lowering, inputs, attributes)
+    if platform == "cpu" and (value := relabelled(node, inputs)) is not None:
+        return [value]
     if platform == "cpu" and stays_channels_last(lowering, inputs, attributes):
         arrays = _as_tuple(_variant(lowering)(*channels_last_inputs(lowering, inputs), **attributes))
         return [channels_last_value(array) for array in arrays]

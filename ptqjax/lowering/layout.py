@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ptqjax.ir import Node
 from ptqjax.ops import Lowering
 from ptqjax.ops.layout import to_channels_last, to_onnx, with_rank
 
 _FIRST_WITH_LAYOUT = 3  # a tensor of rank 2 is the same in both layouts
+_FIRST_RELABELLED = 4  # matrices [n, a, b] are transposed for products, not for a layout
 
 
 class Value(NamedTuple):
@@ -34,6 +36,22 @@ def stays_channels_last(lowering: Lowering, inputs: Sequence[Value | None], attr
     if any(value.channels_last and value.array.ndim < rank for value in values):
         return False  # broadcasting puts axes in front of the batch
     return any(value.channels_last for value in values) or (variant.starts and rank >= _FIRST_WITH_LAYOUT)
+
+
+def relabelled(node: Node, inputs: Sequence[Value | None]) -> Value | None:
+    """Returns the result of a Transpose that exchanges the two layouts: the array stays, its label changes.
+
+    So the transpositions that converters write around the layers of a model whose channels are last leave no trace.
+    None for other nodes.
+    """
+    value = inputs[0] if inputs else None
+    if (node.domain, node.op_type) != ("", "Transpose") or value is None or not hasattr(value.array, "ndim"):
+        return None
+    rank, axes = value.array.ndim, node.attribute("perm")
+    if rank < _FIRST_RELABELLED:
+        return None
+    wanted = (0, *range(2, rank), 1) if value.channels_last else (0, rank - 1, *range(1, rank - 1))
+    return Value(value.array, channels_last=not value.channels_last) if axes == wanted else None
 
 
 def channels_last_inputs(lowering: Lowering, inputs: Sequence[Value | None]) -> list[Any]:

@@ -28,6 +28,8 @@ def to_channels_last(x: Any) -> Any:
 
 def to_onnx(x: Any) -> Any:
     """Returns `x` [n, *spatial, c] as [n, c, *spatial]."""
+    if all(size == 1 for size in x.shape[1:-1]):  # after a global pool nothing has to move
+        return x.reshape(x.shape[0], x.shape[-1], *x.shape[1:-1])
     return jnp.moveaxis(x, -1, 1)
 
 
