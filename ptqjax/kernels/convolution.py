@@ -1,8 +1,8 @@
 """Convolutions: one program in ONNX's layout, for accelerators, and one in channels-last layout, for CPUs.
 
-XLA's CPU convolutions are far from what the machine can do: depthwise ones 30 times, small dense ones 3 times
-(measured, 2 cores with AVX2, in ms at batch 16; see `scripts/bench_lowering.py`). So there a 1x1 kernel is a dot, a
-depthwise one a sum of shifted products.
+XLA's CPU convolutions by groups are far from what the machine can do: depthwise ones 30 times (measured, 2 cores with
+AVX2, at batch 16; see `scripts/bench_lowering.py`). So there a 1x1 kernel is a dot, a depthwise one, or one of small
+groups, a sum of shifted products, and larger groups are convolved one by one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from jaxtyping import Array, Shaped
 
 from ptqjax.kernels.windows import Padding, output_sizes, pad_spatial, seen_by_tap
 
+_FEW_CHANNELS = 8  # of a group: up to here, shifted products take half the time of a convolution, or less
+_FEW_GROUPS = 8  # up to here, a convolution each; 32 of them compile in 4 s a layer, their loop in 1 s
 _EXACT = lax.Precision.HIGHEST  # float32 products, never TF32 or bfloat16
 
 
@@ -56,11 +58,11 @@ def convolve_channels_last(
     if math.prod(kernel) == 1 and groups == 1:
         return _pointwise(_one_tap(x, strides, padding, dilations), w)
     window = {"strides": strides, "padding": padding, "dilations": dilations}
-    if w.shape[1] == 1 and groups > 1:
-        return _depthwise(x, w, **window)
-    if groups > 1:
-        return _grouped(x, w, groups=groups, **window)
-    return _dense(x, w, **window)
+    if groups == 1:
+        return _dense(x, w, **window)
+    if w.shape[1] == 1 or max(w.shape[1], w.shape[0] // groups) <= _FEW_CHANNELS:
+        return _shifted(x, w, groups=groups, **window)
+    return _grouped(x, w, groups=groups, **window)
 
 
 def _one_tap(x: jax.Array, strides: Sequence[int], padding: Padding, dilations: Sequence[int]) -> jax.Array:
@@ -74,27 +76,30 @@ def _pointwise(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.dot(rows, w.reshape(w.shape[:2]).T, precision=_EXACT).reshape(*x.shape[:-1], w.shape[0])
 
 
-def _depthwise(
-    x: jax.Array, w: jax.Array, *, strides: Sequence[int], padding: Padding, dilations: Sequence[int]
+def _shifted(
+    x: jax.Array, w: jax.Array, *, groups: int, strides: Sequence[int], padding: Padding, dilations: Sequence[int]
 ) -> jax.Array:
-    """y[n, p, o] = sum over taps k of x[n, s p + d k, o // m] w[o, k], with m kernels for each channel."""
-    kernel = w.shape[2:]
+    """y[n, p, o] = sum over the c channels of o's group, and taps k, of x[n, s p + d k, o // m c + i] w[o, i, k].
+
+    With m kernels for each group: whole arrays, shifted and multiplied, one for each channel of a group and tap.
+    """
+    num_inputs, kernel = w.shape[1], w.shape[2:]
     counts = output_sizes(x.shape[1:-1], kernel=kernel, strides=strides, dilations=dilations, padding=padding)
     # without the barrier XLA would compute what comes before once for each tap
     padded = lax.optimization_barrier(pad_spatial(x, padding))
-    multiplier = w.shape[0] // x.shape[-1]
-    if multiplier > 1:
-        padded = jnp.repeat(padded, multiplier, axis=-1)
-    ones = (1,) * (x.ndim - 1)
-    terms = (
-        seen_by_tap(padded, tap, counts=counts, strides=strides, dilations=dilations) * weights.reshape(*ones, -1)
-        for tap, weights in zip(product(*map(range, kernel)), _tap_by_tap(w), strict=True)
-    )
-    return sum(terms, start=jnp.zeros((), x.dtype).reshape((1,) * x.ndim))
+    weights = iter(_tap_by_tap(w))
+    total = jnp.zeros((), x.dtype).reshape((1,) * x.ndim)
+    for position in range(num_inputs):
+        part = padded if num_inputs == 1 else padded[..., position::num_inputs]
+        part = part if w.shape[0] == groups else jnp.repeat(part, w.shape[0] // groups, axis=-1)
+        for tap in product(*map(range, kernel)):
+            seen = seen_by_tap(part, tap, counts=counts, strides=strides, dilations=dilations)
+            total = total + seen * next(weights).reshape(*(1,) * (x.ndim - 1), -1)
+    return total
 
 
 def _tap_by_tap(w: jax.Array) -> jax.Array:
-    """Returns the depthwise kernels [o, 1, *kernel] as [taps, o], lying so in memory.
+    """Returns the kernels [o, i, *kernel] as [i * taps, o], lying so in memory.
 
     A transposition alone would become part of the loop over the result, which would then read single weights from
     places far apart (2.0 times the time at 14x14x576, measured); into a gather, XLA's CPU compiler does not look.
@@ -106,9 +111,15 @@ def _tap_by_tap(w: jax.Array) -> jax.Array:
 def _grouped(
     x: jax.Array, w: jax.Array, *, groups: int, strides: Sequence[int], padding: Padding, dilations: Sequence[int]
 ) -> jax.Array:
-    parts = zip(jnp.split(x, groups, axis=-1), jnp.split(w, groups, axis=0), strict=True)
+    """A dense convolution for each group; of many groups in a loop, which runs as fast and compiles sooner."""
     window = {"strides": strides, "padding": padding, "dilations": dilations}
-    return jnp.concatenate([_dense(part, kernels, **window) for part, kernels in parts], axis=-1)
+    if groups <= _FEW_GROUPS:
+        parts = zip(jnp.split(x, groups, axis=-1), jnp.split(w, groups, axis=0), strict=True)
+        return jnp.concatenate([_dense(part, kernels, **window) for part, kernels in parts], axis=-1)
+    images = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, -1), -2, 0)
+    kernels = w.reshape(groups, -1, *w.shape[1:])
+    y = jnp.moveaxis(lax.map(lambda pair: _dense(*pair, **window), (images, kernels)), 0, -2)
+    return y.reshape(*y.shape[:-2], -1)
 
 
 def _dense(
