@@ -19,11 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests import onnx_cases
 
-KINDS = ("node", "simple", "pytorch-operator", "pytorch-converted")
-_GROUPS = {"plain": 0, "narrow": 1, "sequence": 2, "string": 3, "training": 4}
 _CHUNK = 100  # cases between two clearings of JAX's caches
 _REASON = 150  # characters
-_FIRST_OF_NUMPY = {TensorProto.FLOAT16, TensorProto.STRING, TensorProto.BOOL, *range(1, 8), 11, 12, 13}
+_PASSABLE = range(1, 14)  # ONNX's numbers of NumPy's own types
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +40,11 @@ class Outcome:
 
 def outcomes(processes: int) -> list[Outcome]:
     """Returns what became of every case; as many are run at a time as there are processes."""
-    chunks = [(kind, start, start + _CHUNK) for kind in KINDS for start in range(0, len(onnx_cases.load(kind)), _CHUNK)]
+    chunks = [
+        (kind, start, start + _CHUNK)
+        for kind in onnx_cases.KINDS
+        for start in range(0, len(onnx_cases.load(kind)), _CHUNK)
+    ]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         return [outcome for found in pool.map(_outcomes_of_chunk, chunks) for outcome in found]
 
@@ -55,7 +57,7 @@ def table(found: Sequence[Outcome]) -> str:
     lines = ["| kind | cases | passed | failed | passed by ONNX Runtime |", "|---|---:|---:|---:|---:|"]
     lines += [
         f"| {group} | {count} | {here[group]} | {count - here[group]} | {runtime[group]} |"
-        for group, count in groups.items()
+        for group, count in groups.most_common()
     ]
     totals = (groups.total(), here.total(), groups.total() - here.total(), runtime.total())
     return "\n".join([*lines, "| all | " + " | ".join(map(str, totals)) + " |"])
@@ -75,8 +77,7 @@ def failures(found: Sequence[Outcome]) -> str:
 def _outcomes_of_chunk(chunk: tuple[str, int, int]) -> list[Outcome]:
     kind, start, stop = chunk
     jax.config.update("jax_platforms", "cpu")
-    cases = sorted(_cases(kind)[start:stop], key=lambda case: (_GROUPS.get(onnx_cases.group_of(case), 0), case.name))
-    found = [_outcome(kind, case) for case in cases]
+    found = [_outcome(kind, case) for case in _cases(kind)[start:stop]]
     jax.clear_caches()
     return found
 
@@ -96,20 +97,22 @@ def _outcome(kind: str, case: Any) -> Outcome:
 
 
 def _failure(run: Callable[[Any], None], case: Any) -> str:
-    """Returns why the case fails, names of nodes and tensors left out so that like reasons are alike; else ""."""
+    """Returns why the case fails; "" where it passes."""
     try:
         with np.errstate(all="ignore"):
             run(case)
+    except AssertionError as error:
+        return "another value" if "tolerance" in str(error) else "another type or shape"
     except Exception as error:  # noqa: BLE001 (whatever is raised is a case that fails)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if not isinstance(error, AssertionError):
-            reason = lines[0] if lines else type(error).__name__
-        else:
-            reason = next((line for line in lines if "Mismatched" in line or "nan" in line), "")
-            reason = "another value" if reason or "tolerance" in str(error) else "another type or shape"
-        reason = re.sub(r"^[\w.]+( '[^']*')? \(producing '[^']*'\): ", "", reason)
-        return reason.partition("; register one")[0][:_REASON]
+        return _reason(error)
     return ""
+
+
+def _reason(error: Exception) -> str:
+    """Returns the message without node, tensor, address and remedy, so that like reasons are alike."""
+    first = str(error).strip().partition("\n")[0] or type(error).__name__
+    reason = re.sub(r"^[\w.]+( '[^']*')? \(producing '[^']*'\): ", "", first)
+    return re.sub(r" at 0x[0-9a-f]+", "", reason).partition("; ")[0][:_REASON]
 
 
 def _run_in_runtime(case: Any) -> None:
@@ -130,6 +133,9 @@ def _with_passable_types(model: onnx.ModelProto, inputs: dict[str, Any]) -> tupl
     """Returns the model with inputs of types unknown to NumPy as initializers, and such outputs cast to float32."""
     model = onnx.ModelProto.FromString(model.SerializeToString())
     graph = model.graph
+    inputs = {
+        name: value if value is None or isinstance(value, list) else np.asarray(value) for name, value in inputs.items()
+    }
     fixed = {name for name, value in inputs.items() if _is_ml_dtype(value)}
     graph.initializer.extend(numpy_helper.from_array(inputs[name], name) for name in sorted(fixed))
     kept = [value for value in graph.input if value.name not in fixed]
@@ -137,7 +143,7 @@ def _with_passable_types(model: onnx.ModelProto, inputs: dict[str, Any]) -> tupl
     graph.input.extend(kept)
     for value in graph.output:
         kind = value.type.tensor_type.elem_type
-        if kind and kind not in _FIRST_OF_NUMPY:
+        if kind and kind not in _PASSABLE:
             wide = f"{value.name}_as_float32"
             graph.node.append(helper.make_node("Cast", [value.name], [wide], to=TensorProto.FLOAT))
             value.name, value.type.tensor_type.elem_type = wide, TensorProto.FLOAT
