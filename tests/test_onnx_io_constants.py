@@ -153,6 +153,12 @@ def test_a_node_that_cannot_be_evaluated_stays():
     assert operators(read(division, {"a": np.array([1]), "b": np.array([0])})) == ["Div"]
 
 
+@pytest.mark.parametrize("delta", [0, 0.0, np.nan])
+def test_a_range_without_end_stays(delta):
+    tensors = {name: np.asarray(value) for name, value in (("a", delta * 0), ("b", delta * 0 + 9), ("d", delta))}
+    assert operators(read([oh.make_node("Range", list(tensors), ["y"])], tensors)) == ["Range"]
+
+
 def test_a_float_that_decides_a_shape_is_a_constant_and_others_are_parameters():
     nodes = [
         oh.make_node("Shape", ["x"], ["s"]),

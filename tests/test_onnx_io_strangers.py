@@ -190,6 +190,14 @@ def test_functions_that_expand_without_end_are_errors():
     refused(proto([oh.make_node("F1", ["x"], ["y"], domain="own")], functions=loop), "calls itself")
 
 
+@pytest.mark.parametrize("version", [-1, 2**31, 2**63 - 1])
+def test_a_version_that_is_none_is_an_error(version):
+    opsets = [oh.make_opsetid("", 17), onnx.OperatorSetIdProto(domain="own", version=version)]
+    function = oh.make_function("own", "F", ["a"], ["b"], [oh.make_node("Relu", ["a"], ["b"])], opsets, [])
+    refused(proto([oh.make_node("F", ["x"], ["y"], domain="own")], functions=[function]), "version")
+    refused(proto([oh.make_node("Relu", ["x"], ["y"])], opsets=(("", 17), ("own", version))), "version")
+
+
 def test_a_million_nodes_are_refused():
     model = proto([oh.make_node("Relu", ["x"], ["y"])])
     data = model.SerializeToString() + b"\x3a\x88\x89\x7a" + b"\x0a\x00" * 1_000_004  # graph { node {} ... }
