@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from scripts import coverage_cases, coverage_files
-from scripts.bench_header import header
+from scripts.bench_header import header, version_of
 
 _ROOT = Path(__file__).parents[1]
-_BENCH = (sys.executable, "scripts/bench_lowering.py")
+_BUILT = ("mobilenet_v2", "resnet18", "resnet50")  # by scripts/networks.py
 _DOCUMENT = """\
 # What is covered
 
@@ -70,7 +70,7 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no table '{unknown[0]}'; known are {', '.join(tables)}")
     for name in options.tables or tables:
-        text = "\n\n".join([f"    .venv/bin/python -m scripts.coverage {name}", f"{header()}.", tables[name](options)])
+        text = f"    .venv/bin/python -m scripts.coverage {name}\n\n{tables[name](options)}"
         document = options.out.read_text(encoding="utf-8") if options.out.is_file() else _DOCUMENT
         options.out.write_text(with_section(document, name, text), encoding="utf-8")
         print(text)
@@ -90,16 +90,19 @@ def with_section(document: str, name: str, text: str) -> str:
 
 def _cases(options: argparse.Namespace) -> str:
     found = coverage_cases.outcomes(options.processes)
-    return f"{coverage_cases.table(found)}\n\nWhat fails here:\n\n{coverage_cases.failures(found)}"
+    return f"{header()}\n\n{coverage_cases.table(found)}\n\nWhat fails here:\n\n{coverage_cases.failures(found)}"
 
 
 def _files(options: argparse.Namespace) -> str:
-    return coverage_files.table(options.models, options.processes)
+    conditions = header(also=f"torch {version_of('torch')}")
+    return f"{conditions}\n\n{coverage_files.table(options.models, options.processes)}"
 
 
-def _bench(_: argparse.Namespace) -> str:
-    done = subprocess.run(_BENCH, cwd=_ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return f"```\n{done.stdout.strip()}\n```"
+def _bench(options: argparse.Namespace) -> str:
+    command = [sys.executable, "scripts/bench_lowering.py", *_BUILT, *map(str, sorted(options.models.glob("*.onnx")))]
+    done = subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    conditions, heading, rows = done.stdout.strip().partition("| network ")
+    return f"{conditions.strip()}\n\n{heading}{rows}"
 
 
 if __name__ == "__main__":
