@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import product
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ptqjax.kernels.sampling import Neighbour, neighbours
 
@@ -22,6 +24,15 @@ class Spans(NamedTuple):
     """How long it is."""
     num_samples: Int[Array, " regions"]
     """How many samples each of its bins takes."""
+
+
+class _Samples(NamedTuple):
+    """Samples along one axis; each array is [samples, regions, bins]."""
+
+    neighbours: tuple[Neighbour, ...]
+    """The elements that each is made of; their weights are 0 outside of the image."""
+    used: Bool[Array, "..."]
+    """Whether the bin has that many samples."""
 
 
 def align_regions(
@@ -47,24 +58,30 @@ def align_regions(
             mean by "max".
     """
     height, width = x.shape[1:3]
-    along_h, inside_h, used_h = _samples(rows, height, bins[0], most_samples[0])
-    along_w, inside_w, used_w = _samples(columns, width, bins[1], most_samples[1])
+    along_h = _samples(rows, height, bins[0], most_samples[0])
+    along_w = _samples(columns, width, bins[1], most_samples[1])
     pixels = x.reshape(-1, x.shape[-1])
-    inside = _grid(inside_h, inside_w)
-    used = _grid(used_h, used_w).reshape(len(images), bins[0], most_samples[0], bins[1], most_samples[1], 1)
-    result = None
-    for (row, weight_h), (column, weight_w) in product(along_h, along_w):
-        places = images[:, None, None].astype(jnp.int32) * (height * width) + row[:, :, None] * width + column[:, None]
-        weight = weight_h[:, :, None] * weight_w[:, None] * inside
-        found = jnp.take(pixels, places, axis=0, mode="clip") * weight[..., None].astype(x.dtype)
-        found = found.reshape(*used.shape[:-1], x.shape[-1])
-        if largest:
-            best = jnp.max(jnp.where(used, found, -jnp.inf), axis=(2, 4))
-            result = best if result is None else jnp.maximum(result, best)
-        else:
-            total = jnp.sum(jnp.where(used, found, 0), axis=(2, 4))
-            result = total if result is None else result + total
-    assert result is not None  # noqa: S101 (there are four neighbours)
+    first = images.astype(jnp.int32)[:, None, None] * (height * width)
+
+    def with_sample(result: jax.Array, samples: tuple[_Samples, _Samples]) -> tuple[jax.Array, None]:
+        in_rows, in_columns = samples
+        found = [
+            jnp.take(pixels, first + row.place[:, :, None] * width + column.place[:, None], axis=0, mode="clip")
+            * (row.weight[:, :, None] * column.weight[:, None])[..., None].astype(x.dtype)
+            for row, column in product(in_rows.neighbours, in_columns.neighbours)
+        ]
+        used = (in_rows.used[:, :, None] & in_columns.used[:, None])[..., None]
+        return jnp.where(used, combine(result, reduce(combine, found)), result), None
+
+    combine = jnp.maximum if largest else jnp.add
+    start = jnp.full((len(images), *bins, x.shape[-1]), -jnp.inf if largest else 0, x.dtype)
+    pairs = np.indices(most_samples).reshape(2, -1)
+    of_pairs = tuple(
+        jax.tree.map(lambda each, which=which: each[which], along)
+        for along, which in zip((along_h, along_w), pairs, strict=True)
+    )
+    # One sample after another: many times faster on a CPU than a gather of all of them and one sum.
+    result, _ = lax.scan(with_sample, start, of_pairs)
     num = jnp.maximum(rows.num_samples, 0) * jnp.maximum(columns.num_samples, 0)
     if largest:
         return jnp.where((num > 0)[:, None, None, None], result, 0)
@@ -92,18 +109,18 @@ def max_of_regions(
     return lax.map(of_region, (images, corners))
 
 
-def _samples(spans: Spans, size: int, bins: int, most: int) -> tuple[list[Neighbour], jax.Array, jax.Array]:
-    """Returns the neighbours of each sample [regions, bins * most], whether it is inside, and whether it is one."""
-    count = jnp.maximum(spans.num_samples, 1)[:, None, None].astype(spans.start.dtype)
-    number = jnp.arange(most)[None, None]
-    step = (spans.length / bins)[:, None, None]
-    offset = (jnp.arange(bins)[None, :, None] + (number + jnp.asarray(0.5, step.dtype)) / count) * step
-    positions = (spans.start[:, None, None] + offset).reshape(len(spans.start), -1)
+def _samples(spans: Spans, size: int, bins: int, most: int) -> _Samples:
+    """Returns what the samples of each bin read along one axis."""
+    count = jnp.maximum(spans.num_samples, 1)[None, :, None].astype(spans.start.dtype)
+    number = jnp.arange(most)[:, None, None]
+    step = (spans.length / bins)[None, :, None]
+    offset = (jnp.arange(bins)[None, None] + (number + jnp.asarray(0.5, step.dtype)) / count) * step
+    positions = spans.start[None, :, None] + offset
     inside = (positions >= -1) & (positions <= size)
-    used = jnp.broadcast_to(number < spans.num_samples[:, None, None], (len(spans.start), bins, most))
     clipped = jnp.clip(positions, 0, size - 1)
     found = neighbours(clipped, size, mode="linear", padding_mode="border", border=(0.0, size - 1.0))
-    return found, inside, used.reshape(positions.shape)
+    used = jnp.broadcast_to(number < spans.num_samples[None, :, None], positions.shape)
+    return _Samples(tuple(each._replace(weight=jnp.where(inside, each.weight, 0)) for each in found), used)
 
 
 def _in_bins(first: jax.Array, last: jax.Array, size: int, bins: int) -> jax.Array:
