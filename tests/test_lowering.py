@@ -362,3 +362,11 @@ def test_the_program_is_chosen_by_the_platform_it_is_compiled_for(monkeypatch):
     assert "stablehlo.convolution" not in on_cpu
     expected, _ = interpret(graph, params, inputs, platform="gpu")
     np.testing.assert_allclose(program(params, inputs)["y"], expected["y"], rtol=1e-5, atol=1e-5)
+
+
+def test_an_operator_that_is_registered_again_has_its_new_meaning():
+    graph = _graph([_node("Again", "x", "y", domain="test")], [_spec("x", 2)], [_spec("y", 2)])
+    x = _random(2)
+    for factor in (2, 3):
+        lowers("Again", since=1, domain="test")(lambda x, factor=factor: x * factor)
+        np.testing.assert_allclose(apply(graph, {}, {"x": x})["y"], factor * x, rtol=1e-6)

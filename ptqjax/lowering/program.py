@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +18,7 @@ from ptqjax.lowering.inputs import check_params, checked_inputs
 from ptqjax.lowering.interpreter import interpret
 from ptqjax.lowering.partition import cut_before
 from ptqjax.lowering.samples import interpret_by_samples
-from ptqjax.ops import is_concrete
+from ptqjax.ops import is_concrete, revision
 from ptqjax.ops.values import Empty, TensorSequence
 
 _WIDE_CASTS = {7, 11, 13}  # ONNX's numbers of int64, float64 and uint64
@@ -71,19 +71,29 @@ def compiled(
     Raises (when called):
         DataDependentError: A shape depends on data, and some of the arrays are traced.
     """
-    jitted = jax.jit(program, static_argnums=tuple(range(num_static)), donate_argnums=donated)
+    positions = (donated,) if isinstance(donated, int) else donated
+    jitted = _jitted(program, num_static=num_static, donated=positions)
 
     @wraps(program)
     def run(*arguments: Any) -> _T:
         static, arrays = arguments[:num_static], arguments[num_static:]
         try:
-            return jitted(*arguments)
+            return jitted(revision(), *arguments)
         except DataDependentError:
             if not is_concrete(*arrays):
                 raise
         return program(*static, *jax.tree.map(jnp.asarray, arrays))
 
     return run
+
+
+def _jitted(program: Callable[..., _T], *, num_static: int, donated: tuple[int, ...] = ()) -> Callable[..., _T]:
+    """Returns (revision, *arguments) -> program(*arguments), compiled once for each revision of the operators."""
+    return jax.jit(
+        lambda _, *arguments: program(*arguments),
+        static_argnums=tuple(range(num_static + 1)),
+        donate_argnums=tuple(position + 1 for position in donated),
+    )
 
 
 def _outputs(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
@@ -110,9 +120,11 @@ def _outputs_in_two(
     return interpret(second, params, reached)[0]
 
 
-@partial(jax.jit, static_argnums=0)
+_program = _jitted(interpret_by_samples, num_static=1)
+
+
 def _compiled(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    return interpret_by_samples(graph, params, inputs)
+    return _program(revision(), graph, params, inputs)
 
 
 @contextmanager

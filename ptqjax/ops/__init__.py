@@ -58,6 +58,7 @@ from ptqjax.ops.registry import (
     lowers,
     lowers_channels_last,
     registered,
+    revision,
 )
 
 __all__ = [
@@ -69,4 +70,5 @@ __all__ = [
     "lowers",
     "lowers_channels_last",
     "registered",
+    "revision",
 ]

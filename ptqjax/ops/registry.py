@@ -53,6 +53,7 @@ class Lowering:
 
 
 _lowerings: dict[tuple[str, str], dict[int, Lowering]] = {}  # (domain, op_type) -> since -> lowering; filled on import
+_history: list[Function] = []  # every function in the order of its registration
 
 
 def lowers(op_type: str, *, since: int, domain: str = "", elementwise: bool = False) -> Callable[[_F], _F]:
@@ -73,6 +74,7 @@ def lowers(op_type: str, *, since: int, domain: str = "", elementwise: bool = Fa
             parameters=_keywords(function),
             channels_last=same if elementwise else None,
         )
+        _history.append(function)
         return function
 
     return register
@@ -96,6 +98,7 @@ def lowers_channels_last(
         variant = ChannelsLast(function=function, num_values=num_values, starts=starts, applies=applies)
         versions = _lowerings[domain, op_type]
         versions[since] = replace(versions[since], channels_last=variant)
+        _history.append(function)
         return function
 
     return register
@@ -127,6 +130,11 @@ def registered() -> dict[tuple[str, str], tuple[int, ...]]:
 def is_static(*values: Any) -> bool:
     """Tells whether all values are known while tracing (absent ones count as known)."""
     return all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(values))
+
+
+def revision() -> int:
+    """Returns a number that grows with each registration: a program compiled before one may have another meaning."""
+    return len(_history)
 
 
 def is_concrete(*values: Any) -> bool:
