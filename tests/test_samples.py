@@ -132,6 +132,19 @@ def test_what_mixes_samples_runs_on_the_whole_batch(nodes, params):
     np.testing.assert_array_equal(interpret_by_samples(model.graph, model.params, inputs)["y"], expected["y"])
 
 
+def test_images_cross_from_the_chunks_to_the_rest_with_their_channels_last():
+    model = _network()
+    jaxpr = jax.make_jaxpr(lambda x: interpret_by_samples(model.graph, model.params, x))(_inputs(8)).jaxpr
+    (loop,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
+    moved = [
+        equation.params["permutation"]
+        for equation in (*loop.params["jaxpr"].eqns, *jaxpr.eqns)
+        if equation.primitive.name == "transpose" and equation.outvars[0].aval.ndim == 4
+    ]
+    assert moved.count((0, 2, 3, 1)) == 1, "the image comes in"
+    assert moved.count((0, 3, 1, 2)) == 2, "the two outputs go out"
+
+
 def test_small_activations_run_on_the_whole_batch(monkeypatch):
     monkeypatch.setattr(samples, "_BYTES_PER_CORE", 2**20)
     model = _network()

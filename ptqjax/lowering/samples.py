@@ -7,6 +7,7 @@ the activations of the whole batch are small; what depends on parameters alone i
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from ptqjax.ops import find_lowering
 _BYTES_PER_CORE = 5 * 2**20  # one layer's largest activation: measured best at 2 cores with 2 MiB of L2 each
 _WORTH_A_LOOP = 1.5  # with less above the bound, chunks would be small for little
 
+_FIRST_IMAGE_RANK = 4  # of the tensors that a Transpose only relabels
 _SMALL_CONSTANT = 1024  # elements of a constant (an iota) that may be computed outside of the loop as well
 
 _ON_EACH_SAMPLE = frozenset(
@@ -71,17 +73,25 @@ def interpret_by_samples(
     if plan is None:
         return interpret(graph, params, inputs, intercept=intercept)[0]
 
+    handed = frozenset(spec.name for spec in plan.first.outputs)
+    hook, later = _except_for(intercept, handed - plan.crossing), _except_for(intercept, handed | plan.crossing)
+
     def first(fixed: Any, chunk: Any) -> dict[str, Any]:
-        return interpret(plan.first, fixed, chunk, intercept=intercept, platform="cpu")[0]
+        return interpret(plan.first, fixed, chunk, intercept=hook, platform="cpu")[0]
 
     chunked = {spec.name: inputs[spec.name] for spec in plan.first.inputs}
     reached = map_chunks(first, dict(params), chunked, num_chunks=plan.num_chunks)
+    return interpret(plan.second, params, {**inputs, **reached}, intercept=later, platform="cpu")[0]
 
-    def unseen(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, Any]:
-        return (value, None) if name in reached or intercept is None else intercept(name, value, channel_axis)
 
-    hook = None if intercept is None else unseen
-    return interpret(plan.second, params, {**inputs, **reached}, intercept=hook, platform="cpu")[0]
+def _except_for(intercept: Intercept | None, names: frozenset[str]) -> Intercept | None:
+    if intercept is None:
+        return None
+
+    def hook(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, Any]:
+        return (value, None) if name in names else intercept(name, value, channel_axis)
+
+    return hook
 
 
 def map_chunks(program: Callable[[Any, Any], Any], fixed: Any, batch: Any, *, num_chunks: int) -> Any:
@@ -158,6 +168,8 @@ class _Plan:
     """What runs chunk by chunk; its outputs are what the second reads."""
     second: Graph
     """What then runs on the whole batch."""
+    crossing: frozenset[str]
+    """The names of the tensors that the first computes of each sample: what the second reads of them is done."""
     num_chunks: int
     """How often the first runs."""
 
@@ -180,9 +192,11 @@ def _plan(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) ->
     large = [position for position, node in enumerate(nodes) if _num_bytes(node, shapes) > bound]
     if not large or max(_num_bytes(node, shapes) for node in nodes) < _WORTH_A_LOOP * bound:
         return None
-    first, second = _divided(graph, batch, nodes[: large[-1] + 1])
+    nodes = nodes[: large[-1] + 1]
+    first, second = _divided(graph, batch, nodes, shapes)
     most = max(_num_bytes(node, shapes) for node in nodes)
-    return _Plan(first=first, second=second, num_chunks=min(size, -(-most // bound)))
+    crossing = frozenset(name for node in nodes for name in node.outputs)
+    return _Plan(first=first, second=second, crossing=crossing, num_chunks=min(size, -(-most // bound)))
 
 
 def _batch(graph: Graph, inputs: Mapping[str, Any]) -> frozenset[str]:
@@ -267,24 +281,43 @@ def _num_bytes(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return 4 * int(np.prod(shapes[node.output]))
 
 
-def _divided(graph: Graph, batch: frozenset[str], nodes: list[Node]) -> tuple[Graph, Graph]:
+def _divided(
+    graph: Graph, batch: frozenset[str], nodes: list[Node], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Graph, Graph]:
     """Returns the graph of `nodes`, and the rest, which reads its outputs."""
     needed = _with_fixed(graph, nodes)
     inside = {id(node) for node in nodes}
     rest = tuple(node for node in graph.nodes if id(node) not in inside)
     written = {name for node in nodes for name in node.outputs if name}
     read = [name for node in rest for name in (*node.inputs, *captured(node))] + [spec.name for spec in graph.outputs]
-    crossing = tuple(_spec(name) for name in dict.fromkeys(read) if name in written)
+    crossing = [name for name in dict.fromkeys(read) if name in written]
+    given, taken = zip(*(_handed_over(name, len(shapes[name])) for name in crossing), strict=True)
     first_reads = {name for node in needed for name in (*node.inputs, *captured(node))}
     first = replace(
         graph,
-        nodes=needed,
+        nodes=(*needed, *itertools.chain(*given)),
         inputs=tuple(spec for spec in graph.inputs if spec.name in batch),
-        outputs=crossing,
+        outputs=tuple(_spec(nodes[-1].output if nodes else name) for name, nodes in zip(crossing, given, strict=True)),
         parameters=tuple(name for name in graph.parameters if name in first_reads),
     )
     left = tuple(spec for spec in graph.inputs if spec.name not in batch or spec.name in read)
-    return first, replace(graph, nodes=rest, inputs=(*left, *crossing))
+    return first, replace(graph, nodes=(*itertools.chain(*taken), *rest), inputs=(*left, *first.outputs))
+
+
+def _handed_over(name: str, rank: int) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """Returns the nodes that end the first part and begin the second for a tensor that crosses.
+
+    Images go with their channels last: so both parts hold them, and nothing is moved.
+    """
+    if rank < _FIRST_IMAGE_RANK:
+        return (), ()
+    axes = tuple(range(rank))
+    last = f"{name} with its channels last"
+    there = Node(op_type="Transpose", inputs=(name,), outputs=(last,), attributes=(("perm", (0, *axes[2:], 1)),))
+    back = Node(
+        op_type="Transpose", inputs=(last,), outputs=(name,), attributes=(("perm", (0, rank - 1, *axes[1:-1])),)
+    )
+    return (there,), (back,)
 
 
 def _spec(name: str) -> TensorSpec:
