@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -324,3 +325,11 @@ def test_a_model_past_2_gb_is_written_in_two_files(tmp_path, monkeypatch):
     onnx_io.write(again, tmp_path / "big.onnx")  # over the file that it is mapped from
     np.testing.assert_array_equal(onnx_io.read(tmp_path / "big.onnx").params["w"], values["w"])
     np.testing.assert_array_equal(again.params["w"], values["w"])
+
+
+def test_a_short_run_of_the_fuzzer_finds_nothing():
+    script = Path(__file__).parents[1] / "scripts" / "fuzz_read.py"
+    command = [sys.executable, "-W", "ignore", script, "--minutes", "0.05", "--seed", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "FOUND" in done.stdout) == (0, False), done.stdout + done.stderr
+    assert "500 trials" in done.stdout
