@@ -34,7 +34,7 @@ _SHAPE_INPUTS = {
     "If": (0,),
     "Loop": (0, 1),
     "MaxUnpool": (2,),
-    "MelWeightMatrix": (0, 1),
+    "MelWeightMatrix": (0, 1, 2, 3, 4),
     "NonMaxSuppression": (2, 3, 4),
     "OneHot": (1,),
     "Pad": (1, 3),
