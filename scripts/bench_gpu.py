@@ -200,7 +200,7 @@ def _version() -> str:
     return ptqjax.__version__
 
 
-def _peak_memory(device: jax.Device) -> str:
+def _peak_memory(device: Any) -> str:
     statistics_of_memory = device.memory_stats() or {}
     peak = statistics_of_memory.get("peak_bytes_in_use")
     return "not told by this device" if peak is None else f"{peak / 2**30:.2f} GiB"

@@ -110,7 +110,7 @@ class _Network:
         pads = [kernel // 2] * 4
         y = self.add("Conv", x, self.weight(w), self.weight(b), pads=pads, strides=[stride] * 2, group=group)
         if act == "relu6":
-            return self.add("Clip", y, self.weight(np.float32(0)), self.weight(np.float32(6)))
+            return self.add("Clip", y, self.weight(np.array(0)), self.weight(np.array(6)))
         return self.add("Relu", y) if act else y
 
     def classifier(self, x: str, channels: int, *, size: int, classes: int) -> onnx.ModelProto:
