@@ -8,7 +8,11 @@ from tests import onnx_cases
 
 # What does not pass, by the case's name (a regular expression) -> reason. Strict: a row that passes is an error.
 _LEFT_OUT = {
-    r"test_bernoulli(_double|_seed)?(_expanded)?$": "draws random numbers, which a pure function without a key has not",
+    r"test_bernoulli": "draws random numbers; a pure function without a key has none",
+    r"test_training_dropout(_default)?(_mask)?$": "drops at random; a pure function without a key cannot",
+    r"test_attention_(3d_causal|4d_(attn_mask_)?causal|4d_(causal_)?padded_kv)_bf16": "the expected values carry the "
+    "oracle's own rounding to bfloat16 at each step, and rtol is an eighth of one; in float64 both are equally far off",
+    r"test_causal_conv_with_state_silu_fp16_expanded": "three elements are one step of float16 away, and rtol is one",
 }
 
 
@@ -19,9 +23,12 @@ def _marked(case):
 
 
 def _cases():
-    node = [case for case in onnx_cases.load("node") if onnx_cases.group_of(case) not in {"string", "training"}]
-    others = [case for kind in ("simple", "pytorch-operator", "pytorch-converted") for case in onnx_cases.load(kind)]
-    return [_marked(case) for case in (*node, *others)]
+    cases = [case for kind in onnx_cases.KINDS for case in onnx_cases.load(kind)]
+    return [_marked(case) for case in cases if onnx_cases.group_of(case) != "string" and not _is_training(case)]
+
+
+def _is_training(case):
+    return any("training" in node.domain for node in onnx_cases.model_of(case).graph.node)
 
 
 @pytest.mark.parametrize("case", _cases())
