@@ -53,6 +53,18 @@ g (float[3] x, int64 n) => (float[3] y) <bool t = {1}, float limit = {50.0}> {
 }
 """
 
+_UNBOUNDED = """
+g (float[3] x) => (float[3] y) <bool t = {1}, int64 n = {9223372036854775807}, float limit = {50.0}> {
+  y = Loop(n, t, x) <
+    body = b (int64 i, bool c, float[3] v) => (bool o, float[3] z) {
+      z = Add(v, v)
+      m = ReduceMax <keepdims = 0> (z)
+      o = Less(m, limit)
+    }
+  >
+}
+"""
+
 _ENDLESS = """
 g (float[1] x) => (float[1] y) {
   y = Loop(, , x) <
@@ -113,6 +125,8 @@ def _cases():
         pytest.param(_CONDITIONAL, {"x": np.abs(three), "n": np.array(100)}, id="ends by its condition"),
         pytest.param(_CONDITIONAL, {"x": np.abs(three), "n": np.array(2)}, id="ends by its count"),
         pytest.param(_CONDITIONAL, {"x": three, "n": np.array(0)}, id="no trip"),
+        pytest.param(_UNBOUNDED, {"x": np.abs(three)}, id="ends by its condition, the count has no end"),
+        pytest.param(_UNBOUNDED.replace("Loop(n, ", "Loop(, "), {"x": np.abs(three)}, id="has no count"),
         pytest.param(_SCAN, {"start": three, "x": _random(4, 3), "w": _random(3, 4)}, id="scan"),
     ]
 

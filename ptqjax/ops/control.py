@@ -80,9 +80,11 @@ def _counted_loop(num_trips: int, initial: tuple[Any, ...], body: Body) -> tuple
 
 
 def _conditional_loop(trip_limit: Any, condition: Any, initial: tuple[Any, ...], body: Body) -> tuple[Any, ...]:
+    limit = _as_index(trip_limit)
+
     def is_going_on(state: tuple[Any, ...]) -> Any:
         index, going, _ = state
-        return going & (index < jnp.reshape(jnp.asarray(trip_limit), ()))
+        return going & (index < limit)
 
     def trip(state: tuple[Any, ...]) -> tuple[Any, ...]:
         index, going, carried = state
@@ -174,6 +176,13 @@ def _arrays(values: Any) -> Any:
 
 def _as_arrays(branch: Body) -> Body:
     return lambda: _arrays(branch())
+
+
+def _as_index(trip_limit: Any) -> Any:
+    """Returns the limit in the type of the index; exporters write the largest of int64 for "without end"."""
+    if is_concrete(trip_limit):
+        trip_limit = min(int(np.asarray(trip_limit).item()), int(np.iinfo(_index_type()).max))
+    return jnp.reshape(jnp.asarray(trip_limit, _index_type()), ())
 
 
 def _index_type() -> np.dtype:
