@@ -95,6 +95,15 @@ def test_parts_are_those_of_onnx_runtime(opset, inputs, attributes, parts):
     assert_both_as_in_onnxruntime("Split", inputs, opset=opset, outputs=[np.float32] * parts, **attributes)
 
 
+@pytest.mark.parametrize("lengths", [(1, 1), (2, 5), (1, 1, 4)])
+def test_parts_that_are_not_the_whole_are_refused(lengths):
+    with pytest.raises(ModelError, match=r"Split \(producing 'y0'\).*expected 2 that add up to 6"):
+        by_us(
+            single_node("Split", [_random(6), _integers(*lengths)], opset=13, outputs=[np.float32] * 2),
+            [_random(6), _integers(*lengths)],
+        )
+
+
 @pytest.mark.parametrize(
     ("op_type", "opset", "inputs", "attributes"),
     [

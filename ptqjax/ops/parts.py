@@ -33,10 +33,16 @@ def concat_channels_last(*parts: Any, axis: int) -> Any:
 
 @lowers("Split", since=2)
 def split_2(x: Any, /, *, num_node_outputs: int, axis: int = 0, split: Sequence[int] = ()) -> tuple[Any, ...]:
-    """Returns parts of the sizes `split` along `axis`; equal ones (the last may be smaller) where none are given."""
+    """Returns parts of the sizes `split` along `axis`; equal ones (the last may be smaller) where none are given.
+
+    Raises:
+        ValueError: The sizes are not one for each output, or do not add up to that of the axis.
+    """
     size = x.shape[axis]
     each = -(-size // num_node_outputs)
     lengths = split or [max(min(each, size - part * each), 0) for part in range(num_node_outputs)]
+    if len(lengths) != num_node_outputs or sum(lengths) != size:
+        raise ValueError(f"sizes {list(lengths)}; expected {num_node_outputs} that add up to {size}")
     return tuple(array_namespace(x).split(x, [int(end) for end in np.cumsum(lengths)[:-1]], axis=axis))
 
 
