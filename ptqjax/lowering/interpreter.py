@@ -212,7 +212,7 @@ def _errors_that_name(node: Node, inputs: list[Value | None]) -> Iterator[None]:
             f"jit, vmap and grad ({error})"
         )
         raise _data_dependent(node, message) from error
-    except (ArithmeticError, LookupError, TypeError, ValueError, NotImplementedError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, NotImplementedError) as error:
         given = ", ".join("nothing" if value is None else _described(value.array) for value in inputs)
         raise ModelError(
             f"{place_of(node)} cannot be computed on {given or 'no inputs'}: {error}; check the node's attributes and "

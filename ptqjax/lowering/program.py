@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.errors import DataDependentError
-from ptqjax.ir import Graph
+from ptqjax.ir import Graph, captured
 from ptqjax.lowering.inputs import check_params, checked_inputs
 from ptqjax.lowering.interpreter import interpret
 from ptqjax.lowering.partition import cut_before
@@ -146,8 +146,29 @@ def _wide_tensor(graph: Graph, params: Mapping[str, Any]) -> str:
     """Returns the name of a tensor that takes part in arithmetic with 64 bits; "" where there is none."""
     types = {spec.name: np.dtype(spec.dtype) for spec in (*graph.inputs, *graph.outputs)}
     types |= {name: np.dtype(value.dtype) for name, value in params.items()}
-    return next((name for name, dtype in types.items() if dtype.kind in "iuf" and dtype.itemsize == 8), "")  # noqa: PLR2004
+    wide = (name for name, dtype in types.items() if dtype.kind in "iuf" and dtype.itemsize == 8)  # noqa: PLR2004
+    return next(wide, "") or _large_constant(graph)
 
 
+@lru_cache
+def _large_constant(graph: Graph) -> str:
+    """Returns the name of a constant beyond 32 bits that is no end of a Slice and no number of trips; "" for none."""
+    large = {name for name, value in graph.constant_values.items() if value.dtype.kind in "iu" and not _fits(value)}
+    nodes = [node for node in graph.nodes if (node.domain, node.op_type) not in (("", "Slice"), ("", "Loop"))]
+    read = (name for node in nodes for name in (*node.inputs, *captured(node)) if name in large)
+    within = (_large_constant(inner) for node in graph.nodes for inner in node.subgraphs)
+    return next(read, "") or next(filter(None, within), "")
+
+
+def _fits(integers: np.ndarray) -> bool:
+    """Tells whether the type of 32 bits and the same kind holds them all."""
+    info = np.iinfo(np.uint32 if integers.dtype.kind == "u" else np.int32)
+    return not integers.size or bool(info.min <= integers.min() and integers.max() <= info.max)
+
+
+@lru_cache
 def _casts_widely(graph: Graph) -> bool:
-    return any(node.op_type == "Cast" and node.attribute("to") in _WIDE_CASTS for node in graph.nodes)
+    return any(
+        (node.op_type == "Cast" and node.attribute("to") in _WIDE_CASTS) or any(map(_casts_widely, node.subgraphs))
+        for node in graph.nodes
+    )
