@@ -240,7 +240,7 @@ def test_an_operator_without_lowering_is_listed_with_its_domain_opset_number_and
     tables.print_inspection(Path("net.onnx"), found)
     printed = " ".join(capsys.readouterr().out.split())
     assert "my.company Mystery 3 9 producing 'h0', from h0, from h1, from h2, from h3 and 4 more" in printed
-    assert "@ptqjax.ops.lowers" in printed
+    assert "@ptqjax.lowers" in printed
 
 
 def test_a_model_that_can_be_run_lists_no_operator_without_lowering(capsys):

@@ -103,7 +103,7 @@ def _print_unknown(unknown: Sequence[Unknown]) -> None:
         for entry in unknown
     ]
     _table("Operators without a lowering", ["domain", "operator", "opset", "number", "nodes"], rows)
-    click.echo("The model can be read and written, but not run; @ptqjax.ops.lowers gives an operator a meaning.\n")
+    click.echo("The model can be read and written, but not run; @ptqjax.lowers gives an operator a meaning.\n")
 
 
 def _nodes(entry: Unknown) -> str:
