@@ -370,3 +370,16 @@ def test_an_operator_that_is_registered_again_has_its_new_meaning():
     for factor in (2, 3):
         lowers("Again", since=1, domain="test")(lambda x, factor=factor: x * factor)
         np.testing.assert_allclose(apply(graph, {}, {"x": x})["y"], factor * x, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:tensor 'x' is of a 64-bit type")
+def test_a_constant_has_its_width_after_a_narrower_run():
+    graph = _graph(
+        [_node("Mul", "x,c", "y")],
+        [_spec("x", dtype="int64")],
+        [_spec("y", dtype="int64")],
+        constants={"c": np.array(3)},
+    )
+    x = np.array(2**33)
+    jax.jit(lambda x: apply(graph, {}, {"x": x}))(np.array(5))
+    assert int(apply(graph, {}, {"x": x})["y"]) == 3 * 2**33

@@ -135,8 +135,7 @@ def _run(
     intercept: Intercept | None,
     platform: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    constants = {name: Value(value) for name, value in graph.constant_values.items()}
-    scope = _Scope(values=constants, params=params, intercept=intercept, platform=platform)
+    scope = _Scope(values=_constants(graph), params=params, intercept=intercept, platform=platform)
     for spec in graph.inputs:
         scope.define(spec.name, Value(jax.tree.map(jnp.asarray, inputs[spec.name])))
     _run_nodes(graph, scope)
@@ -150,12 +149,21 @@ def _run_nodes(graph: Graph, scope: _Scope) -> None:
                 scope.define(name, result)
 
 
+def _constants(graph: Graph) -> dict[str, Value]:
+    """Returns the graph's constants, in objects of their own.
+
+    JAX 0.10 remembers by identity how it lowered a scalar: one seen in 32 bits would be lowered so in 64 bits as well.
+    """
+    return {name: Value(value.view()) for name, value in graph.constant_values.items()}
+
+
 def _function(graph: Graph, scope: _Scope) -> Callable[..., tuple[Any, ...]]:
     """Returns a subgraph as a function of its inputs; what it captures is looked up in `scope`."""
 
     def body(*arguments: Any) -> tuple[Any, ...]:
-        values = {name: Value(value) for name, value in graph.constant_values.items()}
-        values |= {spec.name: Value(argument) for spec, argument in zip(graph.inputs, arguments, strict=True)}
+        values = _constants(graph) | {
+            spec.name: Value(argument) for spec, argument in zip(graph.inputs, arguments, strict=True)
+        }
         inner = _Scope(values=values, params={}, platform=scope.platform, outer=scope)
         _run_nodes(graph, inner)
         return tuple(inner.read_in_onnx_layout(spec.name) for spec in graph.outputs)
