@@ -44,6 +44,8 @@ def sequence_insert(sequence: TensorSequence, tensor: Any, position: Any = None,
     at = len(elements)
     if position is not None:
         (at,) = static_integers(position, "the position of SequenceInsert")
+        if not -len(elements) <= at <= len(elements):
+            raise IndexError(f"position {at} is outside of the sequence of {len(elements)} elements")
     elements.insert(at, tensor)
     return TensorSequence(tuple(elements))
 
@@ -56,13 +58,17 @@ def sequence_erase(sequence: TensorSequence, position: Any = None, /) -> TensorS
 
 
 @lowers("SequenceMap", since=17)
-def sequence_map(sequence: TensorSequence, /, *others: Any, body: Callable[..., tuple[Any, ...]]) -> Any:
+def sequence_map(
+    sequence: TensorSequence, /, *others: Any, body: Callable[..., tuple[Any, ...]], num_node_outputs: int
+) -> tuple[TensorSequence, ...]:
     """Returns a sequence for each output of `body`: what it gives for the elements; tensors are the same for all."""
     columns = [
         other.elements if isinstance(other, TensorSequence) else (other,) * len(sequence.elements) for other in others
     ]
     results = [body(*row) for row in zip(sequence.elements, *columns, strict=True)]
-    return tuple(TensorSequence(tuple(column)) for column in zip(*results, strict=True)) or TensorSequence(())
+    if not results:
+        return (TensorSequence(()),) * num_node_outputs
+    return tuple(TensorSequence(tuple(column)) for column in zip(*results, strict=True))
 
 
 @lowers("SplitToSequence", since=11)
@@ -77,6 +83,8 @@ def split_to_sequence(x: Any, split: Any = None, /, *, axis: int = 0, keepdims: 
         return TensorSequence(tuple(piece if keepdims else xp.squeeze(piece, axis) for piece in pieces))
     sizes = static_integers(split, "the sizes of SplitToSequence")
     step = sizes[0]
+    if np.ndim(split) and sum(sizes) != size:
+        raise ValueError(f"sizes {list(sizes)} do not add up to {size}, the size of axis {axis}")
     bounds = list(range(step, size, step)) if np.ndim(split) == 0 else np.cumsum(sizes)[:-1].tolist()
     return TensorSequence(tuple(xp.split(x, bounds, axis=axis)))
 
