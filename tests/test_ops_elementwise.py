@@ -331,7 +331,7 @@ def test_infinities_are_found_by_sign(negative, positive):
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 3)])
-@pytest.mark.parametrize("op_type", ["Softmax", "LogSoftmax", "Elu", "Max"])
+@pytest.mark.parametrize("op_type", ["Softmax", "LogSoftmax", "Hardmax", "Elu", "Max"])
 def test_empty_tensors_stay_empty(op_type, shape):
     assert _static(op_type, np.zeros(shape, np.float32)).shape == shape
 

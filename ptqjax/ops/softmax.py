@@ -14,6 +14,8 @@ from ptqjax.ops.registry import lowers, lowers_channels_last
 
 
 def _hardmax(x: Any, *, axis: int) -> Any:
+    if not x.size:
+        return x  # nothing is the greatest of nothing
     first = jnp.argmax(x, axis=axis)
     return jax.nn.one_hot(first, x.shape[axis], dtype=x.dtype, axis=axis)
 
