@@ -1,6 +1,7 @@
 """64-bit numbers inside graphs whose inputs and outputs are narrower: concrete arrays keep their width."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import onnx.parser
 import pytest
@@ -65,3 +66,13 @@ def test_a_sequence_that_reaches_an_operator_on_tensors_is_an_error_that_names_t
     model = _model(_A_SEQUENCE_IS_NO_TENSOR)
     with pytest.raises(ModelError, match=r"Add \(producing 'y'\) cannot be computed on TensorSequence, float32\[2\]"):
         apply(model.graph, model.params, {"x": np.ones(2, np.float32)})
+
+
+def test_what_32_bit_jax_has_narrowed_is_widened_to_what_the_graph_declares():
+    """A convolution takes operands of one type."""
+    model = _model("""
+    g (double[1, 1, 2, 2] x) => (double[1, 1, 1, 1] y) <double[1, 1, 2, 2] w = {1, 2, 3, 4}> { y = Conv(x, w) }
+    """)
+    outputs = apply(model.graph, model.params, {"x": jnp.ones((1, 1, 2, 2))})
+    assert outputs["y"].dtype == np.float64
+    np.testing.assert_array_equal(outputs["y"], np.full((1, 1, 1, 1), 10.0))

@@ -11,6 +11,7 @@ import numpy as np
 
 from ptqjax.errors import DataError
 from ptqjax.ir import Graph, TensorSpec
+from ptqjax.ops import is_concrete
 from ptqjax.ops.values import EMPTY, Empty, TensorSequence
 
 
@@ -49,6 +50,8 @@ def _checked_input(spec: TensorSpec, value: Any) -> Any:
     array = value if hasattr(value, "dtype") and hasattr(value, "shape") else np.asarray(value)
     if array.dtype not in (spec.dtype, jax.dtypes.canonicalize_dtype(spec.dtype)):
         raise DataError(f"input '{spec.name}' is of type {array.dtype}; expected {spec.dtype}: convert it with astype")
+    if array.dtype != spec.dtype and is_concrete(array):  # 32-bit JAX had narrowed it
+        array = np.asarray(array).astype(spec.dtype)
     if spec.shape is None:
         return array
     fits = len(array.shape) == len(spec.shape) and all(
