@@ -58,6 +58,13 @@ def test_automatic_padding_is_onnxruntimes(auto_pad):
     assert_as_in_onnxruntime("LpPool", [_values(1, 2, 7, 8)], atol=_SUMS, opset=11, **window)
 
 
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("op_type", ["MaxPool", "AveragePool", "LpPool"])
+def test_ceil_mode_holds_with_automatic_padding_too(op_type, auto_pad):
+    window = {"kernel_shape": [3, 2], "strides": [3, 2], "auto_pad": auto_pad, "ceil_mode": 1}
+    assert_as_in_onnxruntime(op_type, [_values(1, 2, 4, 7)], atol=_SUMS, opset=18, **window)
+
+
 @pytest.mark.parametrize("count_include_pad", [0, 1])
 @pytest.mark.parametrize(
     ("opset", "more"),

@@ -183,4 +183,4 @@ def _window(
     ones = (1,) * len(sizes)
     window = {"kernel": tuple(kernel), "strides": tuple(strides or ones), "dilations": tuple(dilations or ones)}
     padding = explicit_padding(sizes, pads=pads or (0,) * 2 * len(sizes), auto_pad=auto_pad, **window)
-    return {**window, "padding": padding, "ceil_mode": bool(ceil_mode) and auto_pad == "NOTSET"}
+    return {**window, "padding": padding, "ceil_mode": bool(ceil_mode)}
