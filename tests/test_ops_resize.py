@@ -164,6 +164,19 @@ def test_unknown_modes_are_refused(settings):
         resize(_image(1, 1, 2, 2), None, _scales(2, 2), None, **settings)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_an_axis_may_vanish(mode):
+    inputs = [_image(1, 2, 2, 5), None, np.array([1, 1, 0.3, 2], np.float32)]
+    assert_as_in_onnxruntime("Resize", inputs, atol=0, opset=13, mode=mode)
+
+
+def test_what_is_made_of_elements_outside_alone_is_zero():
+    x, roi = np.ones((4,), np.float32), np.array([2, 3], np.float32)
+    settings = {"mode": "cubic", "exclude_outside": 1, "coordinate_transformation_mode": "tf_crop_and_resize"}
+    found = resize(x, roi, None, np.array([3]), extrapolation_value=7.0, **settings)
+    np.testing.assert_array_equal(found, [7, 7, 7])
+
+
 def test_neither_scales_nor_sizes_is_refused():
     with pytest.raises(UnsupportedOperatorError, match="exactly one of the inputs"):
         resize(_image(1, 1, 2, 2), None, np.zeros(0, np.float32), None)

@@ -169,10 +169,10 @@ def resample(x: Shaped[Array, "..."], taps: Taps, axis: int) -> Shaped[Array, ".
         product = jnp.tensordot(x, _matrix(taps, x.shape[axis], x.dtype), ((axis,), (1,)), precision="highest")
         return jnp.moveaxis(product, -1, axis)
     along = tuple(-1 if place == axis else 1 for place in range(x.ndim))
+    used = np.flatnonzero(weights.any(axis=0))
     terms = [
-        _gathered(x, indices, axis) * weight.reshape(along)
-        for indices, weight in zip(taps.indices.T, weights.T, strict=True)
-        if weight.any()
+        _gathered(x, taps.indices[:, tap], axis) * weights[:, tap].reshape(along)
+        for tap in (used if used.size else [0])  # one of weight 0: an empty axis, or one made of elements outside
     ]
     return reduce(jnp.add, terms)
 
