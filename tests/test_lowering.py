@@ -1,6 +1,7 @@
 """The function that a graph denotes: what it equals, what goes through it, what it refuses."""
 
 from collections import Counter
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from ptqjax.ir import Constant, Graph, Model, Node, TensorSpec
 from ptqjax.lowering import apply, interpret
 from ptqjax.lowering.partition import cut_before
 from ptqjax.onnx_io import read
-from ptqjax.ops import lowers
+from ptqjax.ops import find_lowering, lowers
 
 _NETWORKS = (
     "mobilenet_v2_1.0_224",
@@ -343,6 +344,9 @@ def test_what_does_not_depend_on_data_is_compiled_still():
     rows, columns = np.nonzero(outputs["a"] > 0)
     np.testing.assert_array_equal(outputs["y"], outputs["a"] * np.float32(rows.sum() + columns.sum()))
     np.testing.assert_allclose(outputs["a"], x @ params["w"], rtol=1e-6)
+    with mock.patch("ptqjax.lowering.interpreter.find_lowering", wraps=find_lowering) as looked_up:
+        apply(graph, params, {"x": x})
+    assert looked_up.call_count == 4  # what is not compiled; nothing is traced again
     first, second = cut_before(graph, frozenset({"i"}))
     assert [node.op_type for node in first.nodes] == ["MatMul", "Shape", "Greater", "Reshape"]
     assert [node.op_type for node in second.nodes] == ["NonZero", "Cast", "ReduceSum", "Mul"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
 from ptqjax.ir import Graph, Node, TensorSpec, captured
 
 
+@lru_cache(maxsize=128)  # a graph keys the compilation cache: the same one again
 def cut_before(graph: Graph, tensors: frozenset[str]) -> tuple[Graph, Graph]:
     """Returns the graph without what depends on the nodes that write `tensors`, and the rest.
 

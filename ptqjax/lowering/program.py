@@ -73,18 +73,26 @@ def compiled(
     """
     positions = (donated,) if isinstance(donated, int) else donated
     jitted = _jitted(program, num_static=num_static, donated=positions)
+    in_vain: set[Any] = set()  # what was traced without success, so that it is not traced again
 
     @wraps(program)
     def run(*arguments: Any) -> _T:
         static, arrays = arguments[:num_static], arguments[num_static:]
-        try:
-            return jitted(revision(), *arguments)
-        except DataDependentError:
-            if not is_concrete(*arrays):
-                raise
+        key = (revision(), static, _shapes(arrays)) if in_vain else None
+        if key not in in_vain or not is_concrete(*arrays):
+            try:
+                return jitted(revision(), *arguments)
+            except DataDependentError:
+                if not is_concrete(*arrays):
+                    raise
+            in_vain.add((revision(), static, _shapes(arrays)))
         return program(*static, *jax.tree.map(jnp.asarray, arrays))
 
     return run
+
+
+def _shapes(arrays: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(np.shape(leaf) for leaf in jax.tree.leaves(arrays))
 
 
 def _jitted(program: Callable[..., _T], *, num_static: int, donated: tuple[int, ...] = ()) -> Callable[..., _T]:
@@ -96,28 +104,31 @@ def _jitted(program: Callable[..., _T], *, num_static: int, donated: tuple[int, 
     )
 
 
+_cuts: dict[Any, frozenset[str]] = {}
+"""Where graphs were cut, by graph and input shapes: what was traced without success is not traced again."""
+
+
 def _outputs(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     """Returns the outputs; where a shape depends on concrete data, all that does not depend on it is compiled."""
-    try:
-        return _compiled(graph, params, inputs)
-    except DataDependentError as error:
-        if not is_concrete(params, inputs):
-            raise
-        tensors = frozenset({error.tensor})
+    key = (revision(), graph, _shapes(inputs))
+    if key not in _cuts or not is_concrete(params, inputs):
+        try:
+            return _compiled(graph, params, inputs)
+        except DataDependentError as error:
+            if not is_concrete(params, inputs):
+                raise
+            _cuts[key] = frozenset({error.tensor})
     with jax.enable_x64(True):  # what crosses may be a shape
-        return _outputs_in_two(graph, tensors, params, inputs)
-
-
-def _outputs_in_two(
-    graph: Graph, tensors: frozenset[str], params: dict[str, Any], inputs: dict[str, Any]
-) -> dict[str, Any]:
-    """Returns the outputs; what depends on `tensors`, and on others that turn out to be like them, is not compiled."""
-    first, second = cut_before(graph, tensors)
-    try:
-        reached = _compiled(first, {name: params[name] for name in first.parameters}, inputs)
-    except DataDependentError as error:
-        return _outputs_in_two(graph, tensors | {error.tensor}, params, inputs)
-    return interpret(second, params, reached)[0]
+        while True:
+            first, second = cut_before(graph, _cuts[key])
+            try:
+                reached = _compiled(first, {name: params[name] for name in first.parameters}, inputs)
+            except DataDependentError as error:
+                if error.tensor in _cuts[key]:
+                    raise  # by our own fault: without that node the graph cannot fail at it
+                _cuts[key] |= {error.tensor}
+            else:
+                return interpret(second, params, reached)[0]
 
 
 _program = _jitted(interpret_by_samples, num_static=1)
