@@ -1,8 +1,10 @@
 """Operators of com.microsoft against ONNX Runtime's CPU kernels, computed node by node as written."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from ptqjax.errors import UnsupportedOperatorError
 from ptqjax.ops import find_lowering, registered
 from tests.single_node import assert_as_in_onnxruntime
 
@@ -208,6 +210,7 @@ def test_packed_queries_keys_and_values_are_the_same_unpacked():
         (None, {}),
         (None, {"unidirectional": 1, "scale": 0.3}),
         (np.array([5, 3], np.int32), {}),
+        (np.array([4, 3, 0, 2], np.int32), {}),  # where the keys end, then where they begin
         (np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]], np.int32), {}),
     ],
     ids=str,
@@ -216,6 +219,12 @@ def test_attention_with_its_projection_is_the_runtimes(mask, attributes):
     operands = [_normal(2, 5, 6), _normal(6, 36), _normal(36), mask]
     outputs = (np.float32,) * 2
     _compare("Attention", operands, num_heads=4, atol=1e-5, outputs=outputs, **attributes)
+
+
+def test_a_mask_of_another_length_is_refused():
+    lowering = find_lowering("Attention", opset=1, domain="com.microsoft").function
+    with pytest.raises(UnsupportedOperatorError, match=r"a mask of shape \[3\] has no lowering for 1 sequences"):
+        lowering(_normal(1, 5, 6), _normal(6, 36), _normal(36), np.array([5, 0, 5], np.int32), num_heads=4)
 
 
 @pytest.mark.parametrize("channels_last", [0, 1])
@@ -245,3 +254,9 @@ def test_every_lowering_knows_the_attributes_of_the_runtimes_schema():
         if domain == "com.microsoft" and op_type in schemas:
             known = find_lowering(op_type, opset=1, domain=domain).parameters
             assert set(schemas[op_type].attributes) <= known, op_type
+
+
+def test_quick_gelu_of_static_bfloat16_is_bfloat16():
+    """NumPy's product of bfloat16 with a Python float is float32."""
+    lowering = find_lowering("QuickGelu", opset=1, domain="com.microsoft").function
+    assert lowering(_normal(4).astype(ml_dtypes.bfloat16)).dtype == ml_dtypes.bfloat16

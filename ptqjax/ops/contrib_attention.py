@@ -55,7 +55,7 @@ def multi_head_attention(  # noqa: PLR0917 - ONNX's operands
         raise UnsupportedOperatorError("past_sequence_length and cache_indirection have no lowering")
     q, k, v = _heads(query, key, value, bias, num_heads)
     k, v = _behind(past_key, k), _behind(past_value, v)
-    terms = [*_key_bias(key_padding_mask, k.shape[2], mask_filter_value), *_given(attention_bias)]
+    terms = [*_key_bias(key_padding_mask, k, mask_filter_value), *_given(attention_bias)]
     terms += _causal_bias(q.shape[2], k.shape[2]) if unidirectional else []
     y, scores = _attend(q, k, v, terms, scale)
     return y, k, v, scores
@@ -95,7 +95,7 @@ def attention(  # noqa: PLR0917 - ONNX's operands
     sizes = qkv_hidden_sizes or (projected.shape[2] // 3,) * 3
     q, k, v = (split_heads(part, num_heads) for part in jnp.split(projected, np.cumsum(sizes)[:2].tolist(), axis=2))
     k, v = (_behind(None if past is None else past[at], new) for at, new in enumerate((k, v)))
-    terms = [*_key_bias(mask_index, k.shape[2], mask_filter_value), *_given(attention_bias)]
+    terms = [*_key_bias(mask_index, k, mask_filter_value), *_given(attention_bias)]
     terms += _causal_bias(q.shape[2], k.shape[2]) if unidirectional else []
     y, _ = _attend(q, k, v, terms, scale)
     return (y, jnp.stack([k, v])) if k.shape == v.shape else (y,)
@@ -134,10 +134,11 @@ def _given(attention_bias: Any) -> list[Any]:
     return [] if attention_bias is None else [with_rank(attention_bias, _RANK)]
 
 
-def _key_bias(mask: Any, num_keys: int, masked: float) -> list[Any]:
+def _key_bias(mask: Any, k: Any, masked: float) -> list[Any]:
     """Returns nothing, or what masked keys get added, [b, 1, #s, t].
 
-    The mask holds the number of keys, [b], or for each key, or pair of query and key, whether it counts.
+    The mask holds where the keys that count end, [b], or in [2 b] behind that where they begin, or for each key, or
+    pair of query and key, whether it counts.
 
     Raises:
         UnsupportedOperatorError: It has another form.
@@ -145,13 +146,18 @@ def _key_bias(mask: Any, num_keys: int, masked: float) -> list[Any]:
     if mask is None:
         return []
     mask = jnp.asarray(mask)
-    if mask.ndim == 1:
-        counts = jnp.arange(num_keys)[None] < mask[:, None]
+    batch, num_keys = k.shape[0], k.shape[2]
+    if mask.ndim == 1 and mask.shape[0] in {batch, 2 * batch}:
+        places = jnp.arange(num_keys)[None]
+        counts = places < mask[:batch, None]
+        if mask.shape[0] > batch:
+            counts &= places >= jnp.minimum(mask[batch:, None], num_keys)
     elif mask.ndim in {2, 3}:
         counts = mask != 0
     else:
         raise UnsupportedOperatorError(
-            f"a mask of shape {list(mask.shape)} has no lowering; expected [b], [b, t], [b, s, t]"
+            f"a mask of shape {list(mask.shape)} has no lowering for {batch} sequences; expected [b], [2 b], [b, t], "
+            "[b, s, t]"
         )
     counts = counts[:, None, None] if counts.ndim < 3 else counts[:, None]  # noqa: PLR2004 (without queries)
     return [jnp.where(counts, 0.0, masked)]
