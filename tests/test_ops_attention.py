@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -165,3 +166,11 @@ def test_flex_attention_takes_functions():
     y = lowering(_Q, _K, _V, score_mod=lambda scores: (scores * 0,), prob_mod=lambda weights: (weights * 2,))
     expected = np.repeat(2 * _V.mean(axis=2, keepdims=True), 2, axis=1)
     np.testing.assert_allclose(y, np.broadcast_to(expected, (2, 4, 3, 7)), atol=_ROUNDING)
+
+
+def test_scores_of_static_bfloat16_are_bfloat16():
+    """NumPy's product of bfloat16 with a Python float is float32."""
+    x = _normal(1, 2, 3, 4).astype(ml_dtypes.bfloat16)
+    with jax.ensure_compile_time_eval():
+        results = find_lowering("Attention", opset=24).function(x, x, x)
+    assert [result.dtype for result in results] == [ml_dtypes.bfloat16] * 4

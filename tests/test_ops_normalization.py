@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -124,3 +125,12 @@ def test_the_gradient_of_cross_entropy_is_the_softmax_less_the_label():
     gradient = jax.grad(lambda x: lowering(x, labels)[0])(jnp.asarray(scores))
     expected = (jax.nn.softmax(scores, axis=1) - np.eye(4)[labels]) / len(labels)
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_running_statistics_of_static_bfloat16_are_bfloat16():
+    """NumPy's product of bfloat16 with a Python float is float32."""
+    x, vector = _normal(2, 3, 4).astype(ml_dtypes.bfloat16), np.ones(3, ml_dtypes.bfloat16)
+    lowering = find_lowering("BatchNormalization", opset=15).function
+    with jax.ensure_compile_time_eval():
+        results = lowering(x, vector, vector, vector, vector, training_mode=1)
+    assert [result.dtype for result in results] == [ml_dtypes.bfloat16] * 3

@@ -69,13 +69,15 @@ def attention(  # noqa: PLR0917 - ONNX's operands
     seen += _not_padding(k.shape[2], nonpad_kv_seqlen)
     bias = _bias(mask, seen, num_keys=k.shape[2], dtype=q.dtype)
     factor = math.sqrt(1 / math.sqrt(q.shape[3]) if scale is None else scale)
-    scores = _scores(q * factor, k * factor, bias, softcap=softcap, softmax_precision=softmax_precision)
+    scores = _scores(
+        jnp.asarray(q) * factor, jnp.asarray(k) * factor, bias, softcap=softcap, softmax_precision=softmax_precision
+    )
     y = mixture_of(scores.weights, jnp.asarray(v)).astype(q.dtype)
     return join_heads(y) if is_packed else y, k, v, scores[qk_matmul_output_mode]
 
 
 def _scores(q: Any, k: Any, bias: Any, *, softcap: float, softmax_precision: int | None) -> _Scores:
-    raw = scores_of(jnp.asarray(q), jnp.asarray(k))
+    raw = scores_of(q, k)
     bounded = capped(raw, softcap)
     biased = bounded if bias is None else bounded + bias
     is_empty = None if bias is None else jnp.all(jnp.isneginf(bias), axis=-1, keepdims=True)
@@ -149,7 +151,7 @@ def flex_attention(
     """Returns prob_mod(softmax(score_mod(scale q k^T))) v, computed in float32 at least."""
     factor = math.sqrt(1 / math.sqrt(q.shape[3]) if scale is None else scale)
     precision = _precision(softmax_precision, jnp.promote_types(q.dtype, jnp.float32))
-    scores = scores_of(jnp.asarray(q * factor), jnp.asarray(k * factor)).astype(precision)
+    scores = scores_of(jnp.asarray(q) * factor, jnp.asarray(k) * factor).astype(precision)
     weights = weights_of(_modified(scores, score_mod), None)
     return mixture_of(_modified(weights, prob_mod), jnp.asarray(v).astype(precision)).astype(v.dtype)
 

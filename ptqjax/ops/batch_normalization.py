@@ -133,5 +133,5 @@ def _affine(gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float) -> 
 
 
 def _running(mean: Any, variance: Any, statistics: tuple[Any, Any], momentum: float) -> tuple[Any, Any]:
-    new_mean, new_variance = statistics
+    mean, variance, new_mean, new_variance = map(jnp.asarray, (mean, variance, *statistics))  # bfloat16 stays so
     return mean * momentum + new_mean * (1 - momentum), variance * momentum + new_variance * (1 - momentum)

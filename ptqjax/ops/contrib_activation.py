@@ -34,4 +34,4 @@ def fast_gelu(x: Any, bias: Any = None, /) -> Any:
 @lowers("QuickGelu", since=1, domain=MICROSOFT, elementwise=True)
 def quick_gelu(x: Any, /, *, alpha: float = 1.702) -> Any:
     """Returns x sigmoid(alpha x)."""
-    return x * jax.nn.sigmoid(jnp.asarray(x * alpha))
+    return x * jax.nn.sigmoid(jnp.asarray(x) * alpha)
