@@ -155,3 +155,19 @@ def test_unpooling_is_onnxruntimes():
     values, indices = max_pool(_values(1, 2, 7, 7), num_node_outputs=2, **window)
     inputs = [np.asarray(values), np.asarray(indices, np.int64)]
     assert_as_in_onnxruntime("MaxUnpool", inputs, atol=0, opset=11, **window)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "domain", "attributes"),
+    [
+        ("LpPool", "", {"kernel_shape": [2, 2]}),
+        ("LpPool", "", {"kernel_shape": [2, 2], "p": 3}),
+        ("GlobalLpPool", "", {}),
+        ("MeanVarianceNormalization", "", {}),
+        ("Normalizer", "ai.onnx.ml", {"norm": "L2"}),
+    ],
+)
+def test_roots_have_a_finite_gradient_at_zero(op_type, domain, attributes):
+    lowering = find_lowering(op_type, opset=18, domain=domain).function
+    gradient = jax.grad(lambda x: jnp.sum(lowering(x, **attributes)))(jnp.zeros((1, 2, 4, 4)))
+    assert np.isfinite(gradient).all()

@@ -117,8 +117,12 @@ def lp_pool(
 
 
 def root(x: Float[Array, "*shape"], p: int) -> Float[Array, "*shape"]:
-    """Returns x**(1/p)."""
-    return x if p == 1 else jnp.sqrt(x) if p == 2 else x ** (1 / p)  # noqa: PLR2004 (the square root is exact)
+    """Returns x**(1/p) of x >= 0, whose derivative at 0 is taken as 0."""
+    if p == 1:
+        return x
+    is_zero = x == 0
+    other = jnp.where(is_zero, 1, x)
+    return jnp.where(is_zero, 0, jnp.sqrt(other) if p == 2 else other ** (1 / p))  # noqa: PLR2004 (the root is exact)
 
 
 def local_response_norm(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.errors import UnsupportedOperatorError
+from ptqjax.kernels.pooling import root
 from ptqjax.ops.interpolation import check_choice
 from ptqjax.ops.registry import lowers
 
@@ -47,7 +48,8 @@ def normalizer(x: Any, /, *, norm: str = "MAX") -> Any:
     if norm == "MAX":
         size = jnp.max(rows, axis=-1, keepdims=True)
     else:
-        size = jnp.linalg.norm(rows, ord=int(norm[1]), axis=-1, keepdims=True)
+        p = int(norm[1])
+        size = root(jnp.sum(jnp.abs(rows) ** p, axis=-1, keepdims=True), p)
     return rows / jnp.where(size == 0, 1, size)
 
 

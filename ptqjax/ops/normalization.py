@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ptqjax.kernels.pooling import root
 from ptqjax.ops.element_types import element_type
 from ptqjax.ops.layout import along_axis, with_rank
 from ptqjax.ops.registry import lowers, lowers_channels_last
@@ -96,7 +97,7 @@ def mean_variance_normalization(x: Any, /, *, axes: Sequence[int] = (0, 2, 3)) -
     """Returns (x - mean) / (deviation + 1e-9), with both over `axes`."""
     wide = _wide(x)
     centred = wide - jnp.mean(wide, axis=tuple(axes), keepdims=True)
-    deviation = jnp.sqrt(jnp.mean(jnp.square(centred), axis=tuple(axes), keepdims=True))
+    deviation = root(jnp.mean(jnp.square(centred), axis=tuple(axes), keepdims=True), 2)
     return (centred / (deviation + _SMALL)).astype(x.dtype)
 
 
