@@ -260,3 +260,12 @@ def test_quick_gelu_of_static_bfloat16_is_bfloat16():
     """NumPy's product of bfloat16 with a Python float is float32."""
     lowering = find_lowering("QuickGelu", opset=1, domain="com.microsoft").function
     assert lowering(_normal(4).astype(ml_dtypes.bfloat16)).dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_gemm_of_integers_without_a_grid_for_its_result_gives_floats(channels):
+    scale, zero = np.linspace(0.01, 0.05, channels, dtype=np.float32), np.full(channels, 3, np.uint8)
+    grid = (scale, zero) if channels > 1 else _grid(0.02, 3, np.uint8)
+    bias = np.arange(-2, 3, dtype=np.int32) * 40
+    operands = [_integers(np.uint8, 3, 4), *_grid(0.03, 120, np.uint8), _integers(np.uint8, 5, 4), *grid, bias]
+    _compare("QGemm", operands, transB=1, alpha=1.5)

@@ -132,21 +132,23 @@ def qgemm(  # noqa: PLR0917 - ONNX's operands
     b: Any,
     b_scale: Any,
     b_zero_point: Any,
-    bias: Any,
-    y_scale: Any,
-    y_zero_point: Any,
+    bias: Any = None,
+    y_scale: Any = None,
+    y_zero_point: Any = None,
     /,
     *,
     alpha: float = 1.0,
     transA: int = 0,  # noqa: N803 - ONNX's name
     transB: int = 0,  # noqa: N803 - ONNX's name
 ) -> Any:
-    """Returns a b + bias in integers, requantized by alpha s_a s_b / s_y."""
+    """Returns a b + bias in integers, requantized by alpha s_a s_b / s_y; without y_scale times alpha s_a s_b."""
     total = _dot_sum(a.T if transA else a, a_zero_point, b.T if transB else b, b_zero_point)
     if bias is not None:
         total = total + with_rank(bias, 2)
-    multiplier = _multiplier(np.float32(alpha) * a_scale, b_scale, y_scale)
-    return _requantized(total, None, multiplier, y_zero_point, (1, -1))
+    a_scale = np.float32(alpha) * a_scale
+    if y_scale is None:
+        return total.astype(np.float32) * _row(_scalar(a_scale, 1) * b_scale.reshape(-1), 2)
+    return _requantized(total, None, _multiplier(a_scale, b_scale, y_scale), y_zero_point, (1, -1))
 
 
 def _dot_sum(a: Any, a_zero_point: Any, b: Any, b_zero_point: Any) -> Any:
