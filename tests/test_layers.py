@@ -15,7 +15,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("onnx_io",), {"ir", "ops"}),
     (("data",), {"ir"}),
     (("transforms",), {"ir", "kernels"}),
-    (("lowering",), {"ir", "ops"}),
+    (("lowering",), {"ir", "kernels", "ops"}),
     (("quantize",), {"ir", "kernels", "config", "lowering"}),
     (("simulate",), {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize"}),
     (("export",), {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize", "onnx_io"}),

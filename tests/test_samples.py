@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ptqjax.kernels.chunks import map_chunks
 from ptqjax.lowering import interpret, samples
-from ptqjax.lowering.samples import interpret_by_samples, map_chunks
+from ptqjax.lowering.samples import interpret_by_samples
 from ptqjax.quantize.calibrate import calibrate
 from ptqjax.simulate import fake_quantization
 from tests.models import Chain, build, mobile_block, node

@@ -22,7 +22,7 @@ def cut_before(graph: Graph, tensors: frozenset[str]) -> tuple[Graph, Graph]:
     wanted = [name for node in second for name in _read(node) if name and name not in written]
     wanted += [spec.name for spec in graph.outputs if spec.name not in written]
     available = {name for node in first for name in node.outputs} | {spec.name for spec in graph.inputs}
-    crossing = tuple(_unspecified(name) for name in dict.fromkeys(wanted) if name in available)
+    crossing = tuple(unspecified(name) for name in dict.fromkeys(wanted) if name in available)
     return _with_nodes(graph, first, outputs=crossing), _with_nodes(graph, second, inputs=crossing)
 
 
@@ -60,6 +60,6 @@ def _read(node: Node) -> tuple[str, ...]:
     return (*node.inputs, *captured(node))
 
 
-def _unspecified(name: str) -> TensorSpec:
+def unspecified(name: str) -> TensorSpec:
     """Returns a record of a tensor between the two: only its name is looked at."""
     return TensorSpec(name=name, dtype=np.dtype(np.float32), shape=None)

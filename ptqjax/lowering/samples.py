@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.extend import core
 from jax.extend.backend import backends
 
 from ptqjax.errors import PtqjaxError
-from ptqjax.ir import Graph, Node, TensorSpec, captured, place_of
+from ptqjax.ir import Graph, Node, captured, place_of
+from ptqjax.kernels.chunks import map_chunks
 from ptqjax.lowering.interpreter import Intercept, interpret
+from ptqjax.lowering.partition import unspecified
 from ptqjax.ops import find_lowering
 
 _BYTES_PER_CORE = 5 * 2**20  # one layer's largest activation: measured best at 2 cores with 2 MiB of L2 each
 _WORTH_A_LOOP = 1.5  # with less above the bound, chunks would be small for little
 
 _FIRST_IMAGE_RANK = 4  # of the tensors that a Transpose only relabels
-_SMALL_CONSTANT = 1024  # elements of a constant (an iota) that may be computed outside of the loop as well
 
 _ON_EACH_SAMPLE = frozenset(
     {
@@ -92,72 +90,6 @@ def _except_for(intercept: Intercept | None, names: frozenset[str]) -> Intercept
         return (value, None) if name in names else intercept(name, value, channel_axis)
 
     return hook
-
-
-def map_chunks(program: Callable[[Any, Any], Any], fixed: Any, batch: Any, *, num_chunks: int) -> Any:
-    """Returns program(fixed, batch) for a program that treats each sample (first axis) of the arrays in `batch` alone.
-
-    It runs in a loop over chunks of equal size (where they do not come out even, the last samples are computed
-    twice). What the program computes from `fixed` and constants alone is computed once, before the loop.
-    """
-    fixed, batch = jax.tree.map(jnp.asarray, (fixed, batch))
-    total = jax.tree.leaves(batch)[0].shape[0]
-    size = -(-total // num_chunks)
-    rest = num_chunks * size - total
-
-    def in_chunks(x: jax.Array) -> jax.Array:
-        whole = jnp.concatenate([x, x[total - rest :]]) if rest else x
-        return whole.reshape(num_chunks, size, *x.shape[1:])
-
-    chunks = jax.tree.map(in_chunks, batch)
-    mapped = lax.map(_with_fixed_part_done(program, fixed, jax.tree.map(lambda x: x[0], chunks)), chunks)
-    return jax.tree.map(lambda y: y.reshape(num_chunks * size, *y.shape[2:])[:total], mapped)
-
-
-def _with_fixed_part_done(program: Callable[[Any, Any], Any], fixed: Any, example: Any) -> Callable[[Any], Any]:
-    """Returns chunk -> program(fixed, chunk), with the operations that need no chunk done already.
-
-    Those that make their operands larger (broadcasts) stay where they are: there they are fused.
-    """
-    closed, shape = jax.make_jaxpr(program, return_shape=True)(fixed, example)
-    jaxpr, leaves = closed.jaxpr, jax.tree.leaves(fixed)
-    done: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    done |= dict(zip(jaxpr.invars[: len(leaves)], leaves, strict=True))
-    left = []
-    for equation in jaxpr.eqns:
-        if _is_fixed(equation, done):
-            _evaluate(equation, done)
-        if not _is_fixed(equation, done) or not equation.invars:
-            left.append(equation)  # a constant stays one, there as well
-
-    def rest(chunk: Any) -> Any:
-        values = dict(done) | dict(zip(jaxpr.invars[len(leaves) :], jax.tree.leaves(chunk), strict=True))
-        for equation in left:
-            _evaluate(equation, values)
-        return jax.tree.unflatten(jax.tree.structure(shape), [_read(atom, values) for atom in jaxpr.outvars])
-
-    return rest
-
-
-def _is_fixed(equation: Any, done: Mapping[Any, Any]) -> bool:
-    operands = [atom for atom in equation.invars if not isinstance(atom, core.Literal)]
-    if equation.effects or any(atom not in done for atom in operands):
-        return False
-    largest = sum(atom.aval.size for atom in operands) if operands else _SMALL_CONSTANT
-    return sum(out.aval.size for out in equation.outvars) <= largest
-
-
-def _evaluate(equation: Any, values: dict[Any, Any]) -> None:
-    settings = equation.primitive.get_bind_params(equation.params)
-    functions, settings = settings if isinstance(settings, tuple) else ((), settings)  # a pair before JAX 0.10
-    with equation.ctx.manager:
-        results = equation.primitive.bind(*functions, *(_read(atom, values) for atom in equation.invars), **settings)
-    outputs = results if equation.primitive.multiple_results else [results]
-    values.update(zip(equation.outvars, outputs, strict=True))
-
-
-def _read(atom: Any, values: Mapping[Any, Any]) -> Any:
-    return atom.val if isinstance(atom, core.Literal) else values[atom]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,7 +191,7 @@ def _shapes(
     """Returns the shapes of parameters, constants, inputs, and of what the nodes (and what is fixed) write."""
     needed = _with_fixed(graph, nodes)
     written = [name for node in needed for name in node.outputs if name]
-    part = replace(graph, nodes=needed, outputs=tuple(_spec(name) for name in written))
+    part = replace(graph, nodes=needed, outputs=tuple(unspecified(name) for name in written))
     values = jax.eval_shape(lambda p, x: interpret(part, p, x, platform="cpu")[0], dict(params), dict(inputs))
     shapes = _shapes_of_parameters(graph, params) | {name: np.shape(value) for name, value in inputs.items()}
     return shapes | {name: value.shape for name, value in values.items() if hasattr(value, "shape")}
@@ -297,7 +229,9 @@ def _divided(
         graph,
         nodes=(*needed, *itertools.chain(*given)),
         inputs=tuple(spec for spec in graph.inputs if spec.name in batch),
-        outputs=tuple(_spec(nodes[-1].output if nodes else name) for name, nodes in zip(crossing, given, strict=True)),
+        outputs=tuple(
+            unspecified(nodes[-1].output if nodes else name) for name, nodes in zip(crossing, given, strict=True)
+        ),
         parameters=tuple(name for name in graph.parameters if name in first_reads),
     )
     left = tuple(spec for spec in graph.inputs if spec.name not in batch or spec.name in read)
@@ -318,11 +252,6 @@ def _handed_over(name: str, rank: int) -> tuple[tuple[Node, ...], tuple[Node, ..
         op_type="Transpose", inputs=(last,), outputs=(name,), attributes=(("perm", (0, rank - 1, *axes[1:-1])),)
     )
     return (there,), (back,)
-
-
-def _spec(name: str) -> TensorSpec:
-    """Returns a record of a tensor between the two: only its name is looked at."""
-    return TensorSpec(name=name, dtype=np.dtype(np.float32), shape=None)
 
 
 def _cores() -> set[int]:
