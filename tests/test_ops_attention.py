@@ -174,3 +174,9 @@ def test_scores_of_static_bfloat16_are_bfloat16():
     with jax.ensure_compile_time_eval():
         results = find_lowering("Attention", opset=24).function(x, x, x)
     assert [result.dtype for result in results] == [ml_dtypes.bfloat16] * 4
+
+
+@pytest.mark.parametrize(("shape", "heads"), [((0, 2, 3, 4), {}), ((0, 3, 8), {"q_num_heads": 2, "kv_num_heads": 2})])
+def test_attention_of_no_samples_is_empty(shape, heads):
+    x = jnp.ones(shape)
+    assert find_lowering("Attention", opset=24).function(x, x, x, **heads)[0].shape == shape

@@ -134,3 +134,9 @@ def test_running_statistics_of_static_bfloat16_are_bfloat16():
     with jax.ensure_compile_time_eval():
         results = lowering(x, vector, vector, vector, vector, training_mode=1)
     assert [result.dtype for result in results] == [ml_dtypes.bfloat16] * 3
+
+
+def test_group_normalization_of_no_samples_is_empty():
+    lowering, vector = find_lowering("GroupNormalization", opset=21), jnp.ones(4)
+    assert lowering.function(jnp.ones((0, 4, 5)), vector, vector, num_groups=2).shape == (0, 4, 5)
+    assert lowering.channels_last.function(jnp.ones((0, 5, 4)), vector, vector, num_groups=2).shape == (0, 5, 4)

@@ -98,3 +98,8 @@ def test_a_convolution_deformed_by_nothing_is_a_convolution(group):
     expected = conv(x, w, group=group, **_WINDOW)
     offset = jnp.zeros((2, 12, *expected.shape[2:]))
     np.testing.assert_allclose(deform_conv(x, w, offset, group=group, **_WINDOW), expected, atol=1e-5)
+
+
+def test_a_grid_of_no_samples_reads_nothing():
+    lowering = find_lowering("GridSample", opset=20).function
+    assert lowering(jnp.ones((0, 1, 3, 3)), jnp.ones((0, 2, 2, 2))).shape == (0, 1, 2, 2)

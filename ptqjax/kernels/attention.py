@@ -18,23 +18,24 @@ _EXACT = lax.Precision.HIGHEST  # float32 products, never TF32 or bfloat16
 
 def split_heads(x: Float[Array, "b s hidden"], num_heads: int) -> Float[Array, "b h s d"]:
     """Returns the heads, which lie one after another in the last axis, as an axis of their own."""
-    return jnp.swapaxes(x.reshape(*x.shape[:2], num_heads, -1), 1, 2)
+    return jnp.swapaxes(x.reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads), 1, 2)
 
 
 def join_heads(x: Float[Array, "b h s d"]) -> Float[Array, "b s hidden"]:
     """Returns the inverse of `split_heads`."""
-    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
 
 
 def scores_of(q: Float[Array, "b h s d"], k: Float[Array, "b k t d"]) -> Float[Array, "b h s t"]:
     """Returns q . k for each query and key of a head."""
-    grouped = q.reshape(*k.shape[:2], -1, q.shape[3])  # the queries of one head of keys, one after another
+    per_head = q.shape[1] // k.shape[1] * q.shape[2]
+    grouped = q.reshape(*k.shape[:2], per_head, q.shape[3])  # the queries of one head of keys, one after another
     return jnp.matmul(grouped, jnp.swapaxes(k, 2, 3), precision=_EXACT).reshape(*q.shape[:3], k.shape[2])
 
 
 def mixture_of(weights: Float[Array, "b h s t"], v: Float[Array, "b k t e"]) -> Float[Array, "b h s e"]:
     """Returns the sum of the values with their weights, for each query."""
-    grouped = weights.reshape(*v.shape[:2], -1, v.shape[2])
+    grouped = weights.reshape(*v.shape[:2], weights.shape[1] // v.shape[1] * weights.shape[2], v.shape[2])
     return jnp.matmul(grouped, v, precision=_EXACT).reshape(*weights.shape[:3], v.shape[3])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from itertools import product
@@ -48,7 +49,7 @@ def sample(
         neighbours(positions[..., axis], size, mode=mode, padding_mode=padding_mode, border=borders[axis])
         for axis, size in enumerate(sizes)
     ]
-    pixels = x.reshape(x.shape[0], -1, x.shape[-1])
+    pixels = x.reshape(x.shape[0], math.prod(sizes), x.shape[-1])
     terms = []
     for corner in product(*along):
         flat, weight = corner[0]

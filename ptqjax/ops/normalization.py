@@ -5,6 +5,7 @@ All compute in float32 at least and give back the type that came in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def group_normalization(
     x: Any, scale: Any, bias: Any, /, *, num_groups: int, epsilon: float = 1e-5, stash_type: int = 1
 ) -> Any:
     """Returns each group of channels standardized over its channels and planes, scaled and shifted per channel."""
-    groups = x.reshape(x.shape[0], num_groups, -1)
+    groups = x.reshape(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
     y = _standardized(groups, (2,), epsilon, stash_type).reshape(x.shape)
     return y * along_axis(scale, 1, x.ndim) + along_axis(bias, 1, x.ndim)
 
@@ -72,7 +73,7 @@ def group_normalization_channels_last(
     x: Any, scale: Any, bias: Any, /, *, num_groups: int, epsilon: float = 1e-5, stash_type: int = 1
 ) -> Any:
     """Returns `group_normalization` of a channels-last value."""
-    groups = x.reshape(*x.shape[:-1], num_groups, -1)
+    groups = x.reshape(*x.shape[:-1], num_groups, x.shape[-1] // num_groups)
     axes = (*range(1, x.ndim - 1), x.ndim)
     y = _standardized(groups, axes, epsilon, stash_type).reshape(x.shape)
     return y * along_axis(scale, -1, x.ndim) + along_axis(bias, -1, x.ndim)
