@@ -148,7 +148,7 @@ def flex_attention(
     score_mod: Callable[[Any], tuple[Any]] | None = None,
     softmax_precision: int | None = None,
 ) -> Any:
-    """Returns prob_mod(softmax(score_mod(scale q k^T))) v, computed in float32 at least."""
+    """Returns prob_mod(softmax(score_mod(scale q k^T))) v: q k^T in its inputs' type, all else in float32 at least."""
     factor = math.sqrt(1 / math.sqrt(q.shape[3]) if scale is None else scale)
     precision = _precision(softmax_precision, jnp.promote_types(q.dtype, jnp.float32))
     scores = scores_of(jnp.asarray(q) * factor, jnp.asarray(k) * factor).astype(precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
@@ -35,7 +36,7 @@ def col2im(
     dilations, strides, pads = dilations or (1,) * rank, strides or (1,) * rank, pads or (0,) * 2 * rank
     padding = tuple(zip(pads[:rank], pads[rank:], strict=True))
     counts = output_sizes(sizes, kernel=block, strides=strides, dilations=dilations, padding=padding)
-    y = jnp.asarray(x).reshape(n, -1, *block, *counts)
+    y = jnp.asarray(x).reshape(n, x.shape[1] // math.prod(block), *block, *counts)
     for axis in reversed(range(rank)):  # one after another: the number of sums is that of taps along each, not of all
         y = _folded(
             y,
