@@ -10,6 +10,7 @@ import onnx.helper as oh
 import onnx.numpy_helper as onh
 import pytest
 
+import ptqjax
 from ptqjax import onnx_io
 from ptqjax.ir import value_of
 from ptqjax.onnx_io.result_size import is_bounded
@@ -153,6 +154,21 @@ def test_a_node_that_cannot_be_evaluated_stays():
     assert operators(read(division, {"a": np.array([1]), "b": np.array([0])})) == ["Div"]
 
 
+def test_shapes_that_meet_along_an_axis_are_not_broadcast_from_the_right():
+    square, vector = np.arange(9, dtype=np.float32).reshape(3, 3), np.array([1, 2, 4], np.float32)
+    node = oh.make_node("Add", ["a", "b"], ["y"], broadcast=1, axis=0)
+    model = read([node], {"a": square, "b": vector}, opset=6)
+    found = ptqjax.apply(model.graph, model.params, {"x": np.zeros((1, 3), np.float32)})["y"]
+    np.testing.assert_array_equal(found, square + vector[:, None])
+
+
+def test_a_constant_has_the_element_type_that_onnx_says():
+    node = oh.make_node("ReduceSumSquare", ["a"], ["y"], axes=[0])
+    model = read([node], {"a": np.array([1, 2, 3], np.int32)})
+    found = ptqjax.apply(model.graph, model.params, {"x": np.zeros((1, 3), np.float32)})["y"]
+    assert (found.dtype, found.tolist()) == (np.int32, [14])
+
+
 @pytest.mark.parametrize("delta", [0, 0.0, np.nan])
 def test_a_range_without_end_stays(delta):
     tensors = {name: np.asarray(value) for name, value in (("a", delta * 0), ("b", delta * 0 + 9), ("d", delta))}
@@ -176,6 +192,7 @@ def test_a_float_that_decides_a_shape_is_a_constant_and_others_are_parameters():
 def test_reading_does_not_start_a_backend():
     program = """
 import jax, onnx, numpy, onnx.helper as oh, onnx.numpy_helper as onh
+import ptqjax
 from ptqjax import onnx_io
 y = oh.make_tensor_value_info("y", 1, [2])
 graph = oh.make_graph([oh.make_node("Neg", ["w"], ["y"])], "g", [], [y], [onh.from_array(numpy.ones(2, "f"), "w")])

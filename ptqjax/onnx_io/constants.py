@@ -18,6 +18,7 @@ from ptqjax.ir import Constant, Graph, Node, TensorSpec, captured
 from ptqjax.onnx_io.identities import with_subgraphs
 from ptqjax.onnx_io.protos import node_proto
 from ptqjax.onnx_io.result_size import is_bounded, largest_result
+from ptqjax.onnx_io.schema import schema
 
 _FREE = 2**22  # bytes that a result may have whatever it is made of
 _GROWTH = 2  # and how often larger than what it is made of it may be beyond
@@ -104,8 +105,8 @@ def _results(
     budget: _Budget,
 ) -> Sequence[np.ndarray] | None:
     """Returns what a node computes, if it does so from constants, within the budget; else None."""
-    if node.domain or not is_bounded(node.op_type):
-        return None
+    if node.domain or not is_bounded(node.op_type) or node.attribute("broadcast", 0):
+        return None  # before opset 7 an axis said how shapes meet; the evaluator does not know it
     is_shape = node.op_type in {"Shape", "Size"}
     known = ChainMap(values, shaped) if is_shape else values
     if not node.inputs or any(name and name not in known for name in node.inputs):
@@ -117,7 +118,7 @@ def _results(
         return None
     budget.left -= size + num_read
     results = _evaluated(node, opset, inputs)
-    if results is None or len(results) < len(node.outputs):
+    if results is None or len(results) < len(node.outputs) or not _are_of_type(results, node, opset, inputs):
         return None
     return [_frozen(result, num_read) for result in results]
 
@@ -136,6 +137,18 @@ def _evaluated(node: Node, opset: int, inputs: list[np.ndarray | None]) -> Seque
         return None
     arrays = [np.asarray(result) for result in results if isinstance(result, np.ndarray | np.generic)]
     return arrays if len(arrays) == len(results) else None
+
+
+def _are_of_type(results: Sequence[np.ndarray], node: Node, opset: int, inputs: Sequence[np.ndarray | None]) -> bool:
+    """Tells whether results have the element types of the inputs to which the schema ties them: NumPy widens sums."""
+    found = schema(node.op_type, opset, node.domain)
+    if found is None:
+        return False
+    types = {form.type_str: value.dtype for form, value in zip(found.inputs, inputs, strict=False) if value is not None}
+    return all(
+        types.get(form.type_str, result.dtype) == result.dtype
+        for form, result in zip(found.outputs, results, strict=False)
+    )
 
 
 def _frozen(result: np.ndarray, num_read: int) -> np.ndarray:
