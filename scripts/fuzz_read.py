@@ -122,9 +122,8 @@ def _work(models: list[bytes], seed: int, start: int, sender: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY, in_use + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in range(start, start + TRIALS_PER_WORKER):
-        os.write(
-            sender, outcome(trial(models, seed, number)).replace("\0", "?").encode(errors="replace")[:4000] + b"\0"
-        )
+        result = outcome(trial(models, seed, number)).replace("\0", "?").encode(errors="replace")
+        os.write(sender, result[:_LONGEST] + b"\0")
     os._exit(0)
 
 
