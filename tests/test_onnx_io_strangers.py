@@ -13,7 +13,7 @@ import onnx.numpy_helper as onh
 import pytest
 
 from ptqjax import onnx_io
-from ptqjax.errors import ModelError
+from ptqjax.errors import ModelError, OutputError
 
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 W = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -325,6 +325,21 @@ def test_a_model_past_2_gb_is_written_in_two_files(tmp_path, monkeypatch):
     onnx_io.write(again, tmp_path / "big.onnx")  # over the file that it is mapped from
     np.testing.assert_array_equal(onnx_io.read(tmp_path / "big.onnx").params["w"], values["w"])
     np.testing.assert_array_equal(again.params["w"], values["w"])
+
+
+@pytest.mark.parametrize("older", [b"an older model's tensors", None])
+def test_a_model_that_cannot_have_its_place_leaves_the_tensors_beside_it(older, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["ptqjax.onnx_io.write"], "_LARGEST_PROTOBUF", 1)
+    path, data = tmp_path / "big.onnx", tmp_path / "big.onnx.data"
+    path.mkdir()
+    if older is not None:
+        data.write_bytes(older)
+    weight = onh.from_array(np.ones((3, 500), np.float32), "w")
+    model = onnx_io.read(proto([oh.make_node("Any", ["x", "w"], ["y"], domain="own")], [weight]))
+    with pytest.raises(OutputError, match="cannot be written"):
+        onnx_io.write(model, path)
+    assert sorted(tmp_path.iterdir()) == ([path] if older is None else [path, data])
+    assert older is None or data.read_bytes() == older
 
 
 def test_a_short_run_of_the_fuzzer_finds_nothing():

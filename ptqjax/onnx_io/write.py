@@ -39,12 +39,12 @@ def write(model: Model, path: str | os.PathLike[str]) -> None:
             half, data = Path(folder) / path.name, Path(folder) / f"{path.name}.data"
             if _num_bytes(model) > _LARGEST_PROTOBUF:
                 _write_in_two(model, half, data)
-                data.replace(path.parent / data.name)
+                _publish_in_two(half, data, path)
             else:
                 proto = _with_output_types(to_proto(model))
                 check(proto)
                 half.write_bytes(proto.SerializeToString())
-            half.replace(path)
+                half.replace(path)
     except OSError as error:
         raise OutputError(
             f"'{path}' cannot be written: {error.strerror}; expected an existing folder with write permission"
@@ -94,6 +94,22 @@ def _write_in_two(model: Model, path: Path, data: Path) -> None:
     path.write_bytes(_with_declared_shapes(proto).SerializeToString())
     _check(str(path))
     path.write_bytes(proto.SerializeToString())
+
+
+def _publish_in_two(half: Path, data: Path, path: Path) -> None:
+    """Gives both files their places; where one cannot have it, an older model there keeps its own tensors."""
+    place, older = path.parent / data.name, data.with_name("older")
+    if place.is_file():
+        place.replace(older)
+    try:
+        data.replace(place)
+        half.replace(path)
+    except OSError:
+        if older.is_file():
+            older.replace(place)
+        else:
+            place.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True, slots=True)
