@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -370,7 +371,7 @@ def test_an_interrupted_export_leaves_nothing_half_written(tmp_path, monkeypatch
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnx, "save_model", interrupt)
+    monkeypatch.setattr(Path, "write_bytes", interrupt)
     changed = model.replace(params={name: value * 2 for name, value in model.params.items()})
     with pytest.raises(KeyboardInterrupt):
         export(changed, encodings, tmp_path, "m")
