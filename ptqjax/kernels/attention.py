@@ -26,6 +26,11 @@ def join_heads(x: Float[Array, "b h s d"]) -> Float[Array, "b s hidden"]:
     return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
 
 
+def after_past(past: Any, new: Any) -> Any:
+    """Returns the keys or values [b, k, t, d] of earlier calls, if any, with the new ones behind them."""
+    return new if past is None else jnp.concatenate([past, new], axis=2)
+
+
 def scores_of(q: Float[Array, "b h s d"], k: Float[Array, "b k t d"]) -> Float[Array, "b h s t"]:
     """Returns q . k for each query and key of a head."""
     per_head = q.shape[1] // k.shape[1] * q.shape[2]

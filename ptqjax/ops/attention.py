@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ptqjax.kernels.attention import capped, join_heads, mixture_of, scores_of, split_heads, weights_of, window
+from ptqjax.kernels.attention import (
+    after_past,
+    capped,
+    join_heads,
+    mixture_of,
+    scores_of,
+    split_heads,
+    weights_of,
+    window,
+)
 from ptqjax.ops.element_types import element_type
 from ptqjax.ops.layout import with_rank
 from ptqjax.ops.registry import lowers
@@ -62,7 +71,7 @@ def attention(  # noqa: PLR0917 - ONNX's operands
     is_packed = q.ndim < _RANK
     if is_packed:
         q, k, v = _split(q, q_num_heads), _split(k, kv_num_heads), _split(v, kv_num_heads)
-    k, v = _behind(past_key, k), _behind(past_value, v)
+    k, v = after_past(past_key, k), after_past(past_value, v)
     num_past = None if past_key is None else past_key.shape[2]
     sides = _Sides(left_window_size, 0 if is_causal else right_window_size)
     seen = _in_window(q.shape[2], k.shape[2], num_past=num_past, num_valid=nonpad_kv_seqlen, sides=sides)
@@ -89,10 +98,6 @@ def _split(x: Any, num_heads: int | None) -> Any:
     if num_heads is None:
         raise ValueError("inputs with three axes need the attributes q_num_heads and kv_num_heads")
     return split_heads(jnp.asarray(x), num_heads)
-
-
-def _behind(past: Any, new: Any) -> Any:
-    return new if past is None else jnp.concatenate([past, new], axis=2)
 
 
 def _in_window(num_queries: int, num_keys: int, *, num_past: int | None, num_valid: Any, sides: _Sides) -> list[Any]:

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ptqjax.ops.layout import with_rank
-from ptqjax.ops.registry import lowers
-
-MICROSOFT = "com.microsoft"
+from ptqjax.ops.registry import MICROSOFT, lowers
 
 
 @lowers("Gelu", since=1, domain=MICROSOFT, elementwise=True)

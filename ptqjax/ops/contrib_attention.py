@@ -14,10 +14,9 @@ import numpy as np
 from jax import lax
 
 from ptqjax.errors import UnsupportedOperatorError
-from ptqjax.kernels.attention import join_heads, mixture_of, scores_of, split_heads, weights_of
-from ptqjax.ops.contrib_activation import MICROSOFT
+from ptqjax.kernels.attention import after_past, join_heads, mixture_of, scores_of, split_heads, weights_of
 from ptqjax.ops.layout import with_rank
-from ptqjax.ops.registry import lowers
+from ptqjax.ops.registry import MICROSOFT, lowers
 
 _RANK = 4  # [b, h, s, d]; with one axis less, the heads lie in the last
 _PACKED = 5  # [b, s, h, 3, d]
@@ -54,7 +53,7 @@ def multi_head_attention(  # noqa: PLR0917 - ONNX's operands
     if past_sequence_length is not None or cache_indirection is not None:
         raise UnsupportedOperatorError("past_sequence_length and cache_indirection have no lowering")
     q, k, v = _heads(query, key, value, bias, num_heads)
-    k, v = _behind(past_key, k), _behind(past_value, v)
+    k, v = after_past(past_key, k), after_past(past_value, v)
     terms = [*_key_bias(key_padding_mask, k, mask_filter_value), *_given(attention_bias)]
     terms += _causal_bias(q.shape[2], k.shape[2]) if unidirectional else []
     y, scores = _attend(q, k, v, terms, scale)
@@ -94,7 +93,7 @@ def attention(  # noqa: PLR0917 - ONNX's operands
     projected = projected if bias is None else projected + with_rank(bias, projected.ndim)
     sizes = qkv_hidden_sizes or (projected.shape[2] // 3,) * 3
     q, k, v = (split_heads(part, num_heads) for part in jnp.split(projected, np.cumsum(sizes)[:2].tolist(), axis=2))
-    k, v = (_behind(None if past is None else past[at], new) for at, new in enumerate((k, v)))
+    k, v = (after_past(None if past is None else past[at], new) for at, new in enumerate((k, v)))
     terms = [*_key_bias(mask_index, k, mask_filter_value), *_given(attention_bias)]
     terms += _causal_bias(q.shape[2], k.shape[2]) if unidirectional else []
     y, _ = _attend(q, k, v, terms, scale)
@@ -124,10 +123,6 @@ def _heads(query: Any, key: Any, value: Any, bias: Any, num_heads: int) -> tuple
     biases = jnp.split(jnp.asarray(bias), np.cumsum(sizes)[:2].tolist())
     q, k, v = (part + one.reshape(1, num_heads, 1, -1) for part, one in zip(parts, biases, strict=True))
     return q, k, v
-
-
-def _behind(past: Any, new: Any) -> Any:
-    return new if past is None else jnp.concatenate([past, new], axis=2)
 
 
 def _given(attention_bias: Any) -> list[Any]:

@@ -11,13 +11,12 @@ import numpy as np
 
 from ptqjax.errors import UnsupportedOperatorError
 from ptqjax.ops.activation import elu, hard_sigmoid, leaky_relu
-from ptqjax.ops.contrib_activation import MICROSOFT
 from ptqjax.ops.convolution import conv, conv_channels_last
 from ptqjax.ops.integer import matmul_integer
 from ptqjax.ops.layout import to_channels_last, with_rank
 from ptqjax.ops.linear import gemm, matmul
 from ptqjax.ops.quantization import dynamic_quantize_linear
-from ptqjax.ops.registry import lowers, lowers_channels_last
+from ptqjax.ops.registry import MICROSOFT, lowers, lowers_channels_last
 
 # Activations by the name that fused operators give, as functions of x and the numbers that they bring along.
 _ACTIVATIONS: dict[str, Callable[..., Any]] = {
@@ -65,16 +64,10 @@ def fused_conv_channels_last(
     *,
     activation: str = "",
     activation_params: Sequence[float] = (),
-    auto_pad: str = "NOTSET",
-    dilations: Sequence[int] = (),
-    group: int = 1,
-    kernel_shape: Sequence[int] = (),
-    pads: Sequence[int] = (),
-    strides: Sequence[int] = (),
+    **window: Any,
 ) -> Any:
-    """Returns `fused_conv` of a channels-last `x`, channels last."""
-    del kernel_shape
-    y = conv_channels_last(x, w, bias, auto_pad=auto_pad, dilations=dilations, group=group, pads=pads, strides=strides)
+    """Returns `fused_conv` of a channels-last `x`, with its attributes, channels last."""
+    y = conv_channels_last(x, w, bias, **window)
     y = y if summand is None else y + to_channels_last(summand)
     return _activated(y, activation, activation_params)
 

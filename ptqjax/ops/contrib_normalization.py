@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptqjax.ops.contrib_activation import MICROSOFT
 from ptqjax.ops.layout import with_rank
 from ptqjax.ops.normalization import layer_normalization, simplified_layer_normalization
-from ptqjax.ops.registry import lowers
+from ptqjax.ops.registry import MICROSOFT, lowers
 
 
 @lowers("SkipLayerNormalization", since=1, domain=MICROSOFT)

@@ -35,22 +35,11 @@ def conv(
 
 @lowers_channels_last("Conv", since=1, starts=True)
 def conv_channels_last(
-    x: Any,
-    w: Any,
-    bias: Any = None,
-    /,
-    *,
-    auto_pad: str = "NOTSET",
-    dilations: Sequence[int] = (),
-    group: int = 1,
-    kernel_shape: Sequence[int] = (),
-    pads: Sequence[int] = (),
-    strides: Sequence[int] = (),
+    x: Any, w: Any, bias: Any = None, /, *, group: int = 1, kernel_shape: Sequence[int] = (), **window: Any
 ) -> Any:
-    """Returns `conv` of a channels-last `x`, channels last."""
+    """Returns `conv` of a channels-last `x`, with its attributes, channels last."""
     del kernel_shape
-    window = _window(x.shape[1:-1], w.shape[2:], auto_pad=auto_pad, dilations=dilations, pads=pads, strides=strides)
-    y = convolve_channels_last(x, w, groups=group, **window)
+    y = convolve_channels_last(x, w, groups=group, **_window(x.shape[1:-1], w.shape[2:], **window))
     return y if bias is None else y + bias.reshape(*(1,) * (y.ndim - 1), -1)
 
 
@@ -92,10 +81,10 @@ def _window(
     sizes: Sequence[int],
     kernel: Sequence[int],
     *,
-    auto_pad: str,
-    dilations: Sequence[int],
-    pads: Sequence[int],
-    strides: Sequence[int],
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] = (),
+    pads: Sequence[int] = (),
+    strides: Sequence[int] = (),
 ) -> dict[str, Any]:
     ones = (1,) * len(sizes)
     strides, dilations, pads = tuple(strides or ones), tuple(dilations or ones), tuple(pads or (0,) * 2 * len(sizes))

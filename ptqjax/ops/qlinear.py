@@ -6,6 +6,7 @@ Zero points of weights may be left out where they are zero, which halves the bou
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,13 +19,11 @@ from ptqjax.ops.convolution import conv, conv_channels_last
 from ptqjax.ops.layout import with_rank
 from ptqjax.ops.pooling import average_pool
 from ptqjax.ops.quantization import dequantize_linear, quantize_linear
-from ptqjax.ops.registry import lowers, lowers_channels_last
-
-_MICROSOFT = "com.microsoft"
+from ptqjax.ops.registry import MICROSOFT, lowers, lowers_channels_last
 
 # The runtime's own spelling, for types that ONNX's operators of the model's opset do not have yet.
-lowers("QuantizeLinear", since=1, domain=_MICROSOFT)(quantize_linear)
-lowers("DequantizeLinear", since=1, domain=_MICROSOFT)(dequantize_linear)
+lowers("QuantizeLinear", since=1, domain=MICROSOFT)(quantize_linear)
+lowers("DequantizeLinear", since=1, domain=MICROSOFT)(dequantize_linear)
 
 
 @lowers("QLinearConv", since=10)
@@ -50,13 +49,18 @@ def qlinear_conv(  # noqa: PLR0917 - ONNX's operands
     """Returns the integer convolution of `x` [n, c, *spatial], requantized."""
     window = {"auto_pad": auto_pad, "dilations": dilations, "group": group, "pads": pads, "strides": strides}
     del kernel_shape
-    total = _conv_sum(lambda a, b: conv(a, b, **window), x, x_zero_point, w, w_zero_point)
-    multiplier = _multiplier(x_scale, w_scale, y_scale)
-    return _requantized(total, bias, multiplier, y_zero_point, (1, -1, *(1,) * (x.ndim - 2)))
+    operands = (x, x_scale, x_zero_point, w, w_scale, w_zero_point, y_scale, y_zero_point, bias)
+    return _convolved(partial(conv, **window), *operands, columns=(1, -1, *(1,) * (x.ndim - 2)))
 
 
 @lowers_channels_last("QLinearConv", since=10, starts=True)
-def qlinear_conv_channels_last(  # noqa: PLR0917 - ONNX's operands
+def qlinear_conv_channels_last(x: Any, /, *operands: Any, **window: Any) -> Any:
+    """Returns `qlinear_conv` of a channels-last `x`, with its operands and attributes, channels last."""
+    return _convolved(partial(conv_channels_last, **window), x, *operands, columns=(*(1,) * (x.ndim - 1), -1))
+
+
+def _convolved(  # noqa: PLR0917 - ONNX's operands
+    product: Callable[[Any, Any], Any],
     x: Any,
     x_scale: Any,
     x_zero_point: Any,
@@ -68,19 +72,11 @@ def qlinear_conv_channels_last(  # noqa: PLR0917 - ONNX's operands
     bias: Any = None,
     /,
     *,
-    auto_pad: str = "NOTSET",
-    dilations: Any = (),
-    group: int = 1,
-    kernel_shape: Any = (),
-    pads: Any = (),
-    strides: Any = (),
+    columns: tuple[int, ...],
 ) -> Any:
-    """Returns `qlinear_conv` of a channels-last `x`, channels last."""
-    window = {"auto_pad": auto_pad, "dilations": dilations, "group": group, "pads": pads, "strides": strides}
-    del kernel_shape
-    total = _conv_sum(lambda a, b: conv_channels_last(a, b, **window), x, x_zero_point, w, w_zero_point)
-    multiplier = _multiplier(x_scale, w_scale, y_scale)
-    return _requantized(total, bias, multiplier, y_zero_point, (*(1,) * (x.ndim - 1), -1))
+    """Returns the sums of the products, requantized; `columns` is the shape in which a vector lies along channels."""
+    total = _conv_sum(product, x, x_zero_point, w, w_zero_point)
+    return _requantized(total, bias, _multiplier(x_scale, w_scale, y_scale), y_zero_point, columns)
 
 
 def _conv_sum(product: Callable[[Any, Any], Any], x: Any, x_zero_point: Any, w: Any, w_zero_point: Any) -> Any:
@@ -124,7 +120,7 @@ def qlinear_matmul(  # noqa: PLR0917 - ONNX's operands
     return _requantized(total, None, _multiplier(a_scale, b_scale, y_scale), y_zero_point, along)
 
 
-@lowers("QGemm", since=1, domain=_MICROSOFT)
+@lowers("QGemm", since=1, domain=MICROSOFT)
 def qgemm(  # noqa: PLR0917 - ONNX's operands
     a: Any,
     a_scale: Any,
@@ -163,13 +159,13 @@ def _dot_sum(a: Any, a_zero_point: Any, b: Any, b_zero_point: Any) -> Any:
     )
 
 
-@lowers("QLinearAdd", since=1, domain=_MICROSOFT, elementwise=True)
+@lowers("QLinearAdd", since=1, domain=MICROSOFT, elementwise=True)
 def qlinear_add(*operands: Any) -> Any:
     """Returns the sum of two quantized tensors, quantized: a, its scale and zero point, b and its, those of the sum."""
     return _elementwise(integer.add, *operands)
 
 
-@lowers("QLinearMul", since=1, domain=_MICROSOFT, elementwise=True)
+@lowers("QLinearMul", since=1, domain=MICROSOFT, elementwise=True)
 def qlinear_mul(*operands: Any) -> Any:
     """Returns the product of two quantized tensors, quantized; the operands are those of `qlinear_add`."""
     return _elementwise(integer.multiply, *operands)
@@ -181,7 +177,7 @@ def _elementwise(function: Callable[..., Any], *operands: Any) -> Any:
     return function(a, Grid(a_scale, a_zero), b, Grid(b_scale, b_zero), Grid(y_scale, y_zero))
 
 
-@lowers("QLinearGlobalAveragePool", since=1, domain=_MICROSOFT)
+@lowers("QLinearGlobalAveragePool", since=1, domain=MICROSOFT)
 def qlinear_global_average_pool(
     x: Any, x_scale: Any, x_zero_point: Any, y_scale: Any, y_zero_point: Any, /, *, channels_last: int = 0
 ) -> Any:
@@ -191,7 +187,7 @@ def qlinear_global_average_pool(
     return jnp.moveaxis(y, 1, -1) if channels_last else y
 
 
-@lowers("QLinearAveragePool", since=1, domain=_MICROSOFT)
+@lowers("QLinearAveragePool", since=1, domain=MICROSOFT)
 def qlinear_average_pool(
     x: Any,
     x_scale: Any,
@@ -225,7 +221,7 @@ def qlinear_average_pool(
     return jnp.moveaxis(y, 1, -1) if channels_last else y
 
 
-@lowers("QLinearSoftmax", since=1, domain=_MICROSOFT)
+@lowers("QLinearSoftmax", since=1, domain=MICROSOFT)
 def qlinear_softmax(
     x: Any, x_scale: Any, x_zero_point: Any, y_scale: Any, y_zero_point: Any, /, *, axis: int = -1, opset: int = 13
 ) -> Any:

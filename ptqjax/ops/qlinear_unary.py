@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from ptqjax.ops.activation import leaky_relu
-from ptqjax.ops.contrib_activation import MICROSOFT
 from ptqjax.ops.layout import with_rank
 from ptqjax.ops.pooling import max_pool
 from ptqjax.ops.quantization import dequantize_linear, quantize_linear
-from ptqjax.ops.registry import lowers
+from ptqjax.ops.registry import MICROSOFT, lowers
 
 
 @lowers("QLinearLeakyRelu", since=1, domain=MICROSOFT, elementwise=True)

@@ -23,6 +23,9 @@ from ptqjax.errors import DataDependentError, UnsupportedOperatorError
 Function: TypeAlias = Callable[..., Any]
 _F = TypeVar("_F", bound=Function)
 
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChannelsLast:
