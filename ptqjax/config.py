@@ -10,21 +10,24 @@ from pathlib import Path
 
 from ptqjax.errors import ConfigError
 
-WEIGHT_DTYPES = ("int8", "uint8", "int4", "uint4", "int16", "uint16")
-"""Integer types that weights may have. Signed ones are symmetric, unsigned ones have a zero point."""
+WEIGHT_DTYPES = ("int8", "uint8", "int4", "uint4", "int16", "uint16", "int6")
+"""Integer types that weights may have. Signed ones are symmetric, unsigned ones have a zero point. int6 is stored in
+int8, of which it uses the middle quarter."""
 ACTIVATION_DTYPES = ("uint8", "int8", "uint16", "int16")
 """Integer types that activations may have; all have a zero point."""
 RANGES = ("min-max", "sqnr")
 """Schemes that choose a range."""
-ABSORPTIONS = ("exact", "off")
+ABSORPTIONS = ("exact", "statistics", "off")
 """Ways to absorb high biases into the next layer."""
-CORRECTIONS = ("none", "empirical")
+CORRECTIONS = ("none", "analytic", "empirical")
 """Ways to correct biases after quantization."""
+SCALINGS = ("auto", "off", "weights", "ranges", "noise", "learned")
+"""What the scales of channels between layers are chosen for."""
+BOUNDS = ("exact", "relu", "leave", "auto")
+"""What becomes of a Clip between scaled channels."""
 
 _PLANNED = {
     "ranges": ("moving-average", "percentile", "mse", "entropy"),
-    "absorb": ("statistics",),
-    "correct": ("analytic",),
 }
 
 
@@ -45,16 +48,25 @@ class QuantizationConfig:
     ranges: str = "sqnr"
     """How ranges are chosen, one of `RANGES`."""
     equalize: bool = True
-    """Whether the pipeline removes constant channels, absorbs biases and, where the channels of a weight share a scale
-    (granularity "tensor"), scales them between layers."""
+    """Whether the pipeline removes constant channels, absorbs biases and scales channels between layers."""
+    scaling: str = "auto"
+    """What channels are scaled for, one of `SCALINGS`: nothing ("off"), equal weight ranges ("weights", the paper's),
+    weight and activation ranges together ("ranges"), the least predicted output noise ("noise"), the output itself, by
+    gradient descent on the calibration data ("learned"), or whichever of these measures best on calibration data, or
+    without data predicts the least noise ("auto")."""
+    bounds: str = "exact"
+    """What becomes of a Clip between scaled channels, one of `BOUNDS`: a bound per channel ("exact"), a Relu ("relu",
+    which changes the function where the Clip saturates), nothing is scaled there ("leave"), or relu or leave, layer by
+    layer, by how much of the distribution lies beyond the bound ("auto"; the same as "exact" where the target takes
+    bounds per channel)."""
     absorb: str = "exact"
     """Whether the pipeline absorbs high biases, one of `ABSORPTIONS`."""
     correct: str = "empirical"
-    """How the pipeline corrects biases, one of `CORRECTIONS`."""
+    """How the pipeline corrects biases, one of `CORRECTIONS`; without data, "empirical" becomes "analytic"."""
     target: str = "ort-cpu"
     """The runtime: name of a file of `ptqjax/targets`, or path of such a file (ends in .toml)."""
     seed: int = 0
-    """Reserved for what will be random; at present nothing is."""
+    """Of what is random: which samples learning looks at, and in which order."""
     exclude: tuple[str, ...] = ()
     """Glob patterns of tensors that stay in float."""
 
@@ -64,6 +76,8 @@ class QuantizationConfig:
         _check_choice("ranges", self.ranges, RANGES)
         _check_choice("absorb", self.absorb, ABSORPTIONS)
         _check_choice("correct", self.correct, CORRECTIONS)
+        _check_choice("scaling", self.scaling, SCALINGS)
+        _check_choice("bounds", self.bounds, BOUNDS)
         _check_granularity(self.granularity)
         _check_target(self.target)
         if not isinstance(self.equalize, bool):
