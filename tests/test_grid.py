@@ -24,14 +24,21 @@ def kind(dtype: str, *, symmetric: bool = False) -> GridKind:
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [("int8", (-128, 127)), ("uint8", (0, 255)), ("int4", (-8, 7)), ("uint16", (0, 65535)), ("int2", (-2, 1))],
+    [
+        ("int8", (-128, 127)),
+        ("uint8", (0, 255)),
+        ("int4", (-8, 7)),
+        ("int6", (-32, 31)),
+        ("uint16", (0, 65535)),
+        ("int2", (-2, 1)),
+    ],
 )
 def test_integer_range(dtype: str, expected: tuple[int, int]) -> None:
     assert grid.integer_range(dtype) == expected
 
 
 def test_integer_range_names_what_it_expects() -> None:
-    with pytest.raises(ConfigError, match=r"int9.*expected int or uint with 2, 4, 8, 16 or 32 bits"):
+    with pytest.raises(ConfigError, match=r"int9.*expected int or uint with 2, 4, 6, 8, 16 or 32 bits"):
         grid.integer_range("int9")
 
 

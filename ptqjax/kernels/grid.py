@@ -17,19 +17,23 @@ import numpy as np
 from ptqjax.errors import ConfigError
 from ptqjax.kernels.namespace import array_namespace
 
-_DTYPE = re.compile(r"(u?)int(2|4|8|16|32)")
+_DTYPE = re.compile(r"(?P<unsigned>u?)int(?P<bits>2|4|6|8|16|32)")
 
 
 def integer_range(dtype: str) -> tuple[int, int]:
     """Returns the smallest and largest integer of `dtype` ("int8", "uint4", ...).
 
+    "int6" is a grid without an array type of its own: files and arrays hold it in int8.
+
     Raises:
-        ConfigError: `dtype` is not an integer type of 2, 4, 8, 16 or 32 bits.
+        ConfigError: `dtype` is not an integer type of 2, 4, 6, 8, 16 or 32 bits.
     """
     match = _DTYPE.fullmatch(dtype)
     if match is None:
-        raise ConfigError(f"dtype {dtype!r} is no grid; expected int or uint with 2, 4, 8, 16 or 32 bits, as in 'int8'")
-    unsigned, bits = match[1], int(match[2])
+        raise ConfigError(
+            f"dtype {dtype!r} is no grid; expected int or uint with 2, 4, 6, 8, 16 or 32 bits, as in 'int8'"
+        )
+    unsigned, bits = match["unsigned"], int(match["bits"])
     return (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 

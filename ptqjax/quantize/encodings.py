@@ -39,11 +39,19 @@ class Encoding(flax.struct.PyTreeNode):
 
     @property
     def dtype(self) -> str:
-        """The narrowest integer type that holds the grid: "int8", "uint4", ... (needs concrete `qmin`, `qmax`)."""
+        """The narrowest integer type that arrays and files have and that holds the grid: "int8", "uint4", ...
+
+        A grid of 6 bits is stored in 8 (`num_bits` tells them apart). Needs concrete `qmin`, `qmax`.
+        """
         low, high = float(self.qmin), float(self.qmax)
         ranges = ((name, grid.integer_range(name)) for name in _STORED if name.startswith("u") == (low >= 0))
         # float32 has no 2**31 - 1, the largest int32: its neighbour stands for it.
         return next(name for name, (smallest, largest) in ranges if smallest <= low and high <= np.float32(largest))
+
+    @property
+    def num_bits(self) -> int:
+        """The number of bits that tell the grid's integers apart: 6 for -32..31 (needs concrete `qmin`, `qmax`)."""
+        return (int(self.qmax) - int(self.qmin)).bit_length()
 
 
 Encodings: TypeAlias = dict[str, Encoding]

@@ -107,6 +107,7 @@ def encoding_facts(name: str, encoding: Encoding, model: Model) -> dict[str, Any
     return {
         "kind": "weight" if name in model.params else "activation",
         "dtype": encoding.dtype,
+        "num_bits": encoding.num_bits,
         "axis": encoding.axis,
         "block_size": encoding.block_size,
         "enabled": bool(np.all(np.asarray(encoding.enabled))),

@@ -151,7 +151,7 @@ def _grid_row(name: str, grid: Mapping[str, Any], extent: float) -> list[str]:
         per += f", blocks of {grid['block_size']}"
     return [
         _code(name),
-        grid["dtype"] + ("" if grid["enabled"] else " (off)"),
+        _type(grid) + ("" if grid["enabled"] else " (off)"),
         per,
         _figure(grid["minimum"]),
         _figure(grid["maximum"]),
@@ -159,6 +159,12 @@ def _grid_row(name: str, grid: Mapping[str, Any], extent: float) -> list[str]:
         _figure(min(scales)) if len(scales) == 1 else f"{_figure(min(scales))} … {_figure(max(scales))}",
         str(zeros[0]) if min(zeros) == max(zeros) else f"{min(zeros)} … {max(zeros)}",
     ]
+
+
+def _type(grid: Mapping[str, Any]) -> str:
+    """Returns the integer type; with the number of bits where the grid does not use all that it is stored in."""
+    stored = int(grid["dtype"].removeprefix("u").removeprefix("int"))
+    return grid["dtype"] if grid["num_bits"] == stored else f"{grid['num_bits']} bits in {grid['dtype']}"
 
 
 def _origin(report: Mapping[str, Any]) -> str:
