@@ -18,9 +18,11 @@ import numpy as np
 from ptqjax import onnx_io
 from ptqjax.errors import ConfigError, ModelError, OutputError
 from ptqjax.ir import Model, Node, only_reader, place_of
+from ptqjax.kernels.grid import integer_range
 from ptqjax.onnx_io.opset import blocking_node, with_opset
 from ptqjax.quantize.encodings import Encoding, Encodings, concrete
 from ptqjax.quantize.qdq import MICROSOFT, insert_qdq, lowest_opset, lowest_opset_of
+from ptqjax.transforms.implied_clips import drop_implied_clips
 from ptqjax.transforms.integer_bounds import bound_integers
 
 __all__ = ["encodings_json", "export", "insert_qdq", "quantized_model"]
@@ -74,13 +76,15 @@ def quantized_model(model: Model, encodings: Encodings) -> Model:
 
     Attributes that became inputs are converted on the way. Where raising the opset would change an operator, the opset
     stays, and QuantizeLinear and DequantizeLinear are those of ONNX Runtime's own operator set, which have all types.
-    Bounds per channel are applied to integers (`bound_integers`).
+    Bounds per channel are applied to integers (`bound_integers`); Relu, Clip and bounds that the grid behind them
+    implies are left out (`drop_implied_clips`).
 
     Raises:
         ModelError: The model is of an opset below 10, which ONNX Runtime cannot fuse into integers, and an operator
             would change its meaning if it were raised.
         ConfigError: Weights are in blocks, which need opset 21 (ONNX Runtime's own operators have none), and an
-            operator would change its meaning there; they are blocks of 8 bits that ONNX Runtime cannot run; or an
+            operator would change its meaning there; they are blocks of 8 bits that ONNX Runtime cannot run; an
+            activation's grid does not fill its type (a file's QuantizeLinear saturates at the type's ends alone); or an
             encoding is for a tensor that the model has not.
     """
     held = {name: concrete(encoding) for name, encoding in encodings.items()}
@@ -89,9 +93,10 @@ def quantized_model(model: Model, encodings: Encodings) -> Model:
     if not enabled:
         return quantized
     _check_blocks(quantized)
+    _check_activations(model, held)
     lowest = max(lowest_opset(encoding.dtype, encoding) for encoding in enabled)
     raised = _raised(quantized, lowest, has_blocks=any(encoding.block_size is not None for encoding in enabled))
-    return bound_integers(raised)[0]
+    return drop_implied_clips(bound_integers(raised)[0])[0]
 
 
 def encodings_json(model: Model, encodings: Encodings) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def _digest(data: bytes) -> str:
 
 
 def _entry(name: str, encoding: Encoding) -> dict[str, Any]:
-    qmin, qmax = int(encoding.qmin), int(encoding.qmax)
+    qmin = int(encoding.qmin)
     blocks = encoding.block_size is not None
     kind = "PER_TENSOR" if encoding.axis is None else "PER_BLOCK" if blocks else "PER_CHANNEL"
     zero_points = np.asarray(encoding.zero_point, np.int64).ravel()
@@ -150,7 +155,7 @@ def _entry(name: str, encoding: Encoding) -> dict[str, Any]:
         "name": name,
         "enc_type": kind,
         "dtype": "INT",
-        "bw": (qmax - qmin).bit_length(),
+        "bw": encoding.num_bits,
         "is_sym": bool(qmin < 0 and np.all(zero_points == 0)),
         "scale": [float(scale) for scale in np.asarray(encoding.scale).ravel()],
         "offset": [int(qmin - zero_point) for zero_point in zero_points],
@@ -177,6 +182,22 @@ def _raised(model: Model, lowest: int, *, has_blocks: bool) -> Model:
         node = blocked[min(version for version in versions if version >= needed)]
         raise _cannot_be_raised(opset, needed, node, has_blocks=has_blocks)
     return _with_own_quantizers(with_opset(model, reached)) if reached > opset else model
+
+
+def _check_activations(model: Model, encodings: Encodings) -> None:
+    """Checks that the grids of activations fill their types.
+
+    Raises:
+        ConfigError: One does not.
+    """
+    for name, encoding in encodings.items():
+        if name in model.params or not encoding.enabled:
+            continue
+        if (float(encoding.qmin), float(encoding.qmax)) != tuple(map(float, integer_range(encoding.dtype))):
+            raise ConfigError(
+                f"the encoding of activation '{name}' has the integers {int(encoding.qmin)}..{int(encoding.qmax)}, "
+                f"which QuantizeLinear cannot saturate at; expected all of {encoding.dtype} (weights may have any grid)"
+            )
 
 
 def _check_blocks(quantized: Model) -> None:
