@@ -1,6 +1,6 @@
 """The AIMET half of the comparisons: run by the benches with the interpreter of an environment that has aimet-onnx.
 
-    python scripts/aimet_side.py quantize MODEL CALIBRATION.npy OUT.onnx [--per-channel] [--scheme tf_enhanced] [--equalize]
+    python scripts/aimet_side.py quantize MODEL CALIBRATION.npy OUT.onnx [--weights int4] [--per-channel] [--equalize] ...
     python scripts/aimet_side.py forward MODEL INPUT.npy      times one forward for each line on stdin
 
 AIMET knows nodes by their names and takes a Conv without a `group` attribute for an unknown layer; both are added
@@ -41,14 +41,19 @@ def prepare(path: str, *, equalize: bool) -> onnx.ModelProto:
 
 
 def simulation(
-    model: onnx.ModelProto, samples: np.ndarray, *, per_channel: bool = True, scheme: str = "min_max"
+    model: onnx.ModelProto,
+    samples: np.ndarray,
+    *,
+    weights: str = "int8",
+    per_channel: bool = True,
+    scheme: str = "min_max",
 ) -> Any:
-    """Returns AIMET's simulation at 8 bits, calibrated on `samples`; the CPU alone."""
+    """Returns AIMET's simulation with activations of 8 bits, calibrated on `samples`; the CPU alone."""
     folder = Path(str(aimet_onnx.__file__)).parent / "common" / "quantsim_config"
     config = folder / ("default_config_per_channel.json" if per_channel else "default_config.json")
     sim = aimet_onnx.QuantizationSimModel(
         model,
-        param_type="int8",
+        param_type=aimet_onnx.qtype.int(int(weights.removeprefix("int"))),
         activation_type="int8",
         quant_scheme=scheme,
         config_file=str(config),
@@ -82,6 +87,7 @@ def main() -> None:
         command.add_argument("samples", help="an .npy of network inputs")
     quantize.add_argument("out")
     quantize.add_argument("--per-channel", action="store_true")
+    quantize.add_argument("--weights", default="int8", help="type of the weights: int8, int6, int4")
     quantize.add_argument("--scheme", default="min_max")
     quantize.add_argument("--equalize", action="store_true")
     arguments = parser.parse_args()
@@ -90,7 +96,9 @@ def main() -> None:
         answer_forwards(simulation(prepare(arguments.model, equalize=False), samples), np.asarray(samples))
         return
     model = prepare(arguments.model, equalize=arguments.equalize)
-    sim = simulation(model, samples, per_channel=arguments.per_channel, scheme=arguments.scheme)
+    sim = simulation(
+        model, samples, weights=arguments.weights, per_channel=arguments.per_channel, scheme=arguments.scheme
+    )
     onnx.save(sim.to_onnx_qdq(), arguments.out)
 
 

@@ -1,28 +1,33 @@
-"""Prints accuracy before and after quantization, measured on the exported files in ONNX Runtime.
+"""Prints accuracy after quantization, step by step, measured on the exported files in ONNX Runtime, as Markdown.
 
-    python scripts/bench_accuracy.py                                     the three networks of the README, as Markdown
-    python scripts/bench_accuracy.py --models mobilenet_v2_1.0_224 --ort --aimet-python AIMET_ENVIRONMENT/bin/python
+    python scripts/bench_accuracy.py                                     the networks of docs/accuracy.md
+    python scripts/bench_accuracy.py --models resnet20_cifar10 --rows fold defaults --columns W4A8
+    python scripts/bench_accuracy.py --ort --aimet-python AIMET_ENVIRONMENT/bin/python --json cells.jsonl
+    python scripts/bench_accuracy.py --from-json cells.jsonl
     python scripts/bench_accuracy.py --model MODEL.onnx --images IMAGENET --preprocessing torch
 
-Rows add one step at a time, the last of each granularity being the default. Top-1 is over the evaluation samples,
-agreement counts equal top-1 with the float file, SQNR is 10 log10(sum y^2 / sum (y - y_q)^2) over all logits; seconds
-are those of quantizing and exporting, compilation included. Calibration samples carry no labels and are not evaluated.
+A cell holds top-1 in % with the standard error of its difference to the float file's on the same samples, agreement
+with the float file's top-1 in %, and the SQNR of the logits, 10 log10(sum y^2 / sum (y - y_q)^2), in dB; where the
+samples have no labels, the last two. Seconds are those of reading, quantizing and exporting in the first column,
+compilation included. Calibration samples carry no labels; evaluation samples are shown to finished files alone, so they
+influence nothing. Nothing is kept between runs but what --json asks for: a line for each cell, once it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import json
 import logging
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -36,27 +41,36 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 from imagenet_folder import (  # noqa: E402
     PREPROCESSINGS,
-    Picture,
     Preprocessing,
     calibration_and_evaluation,
     decode,
     labels,
     to_input,
+    to_unit,
 )
 
 SHARED = Path(os.environ.get("PTQJAX_SHARED", ROOT.parent / "shared"))
 BATCH = 16
-PLAIN = {"equalize": False, "correct": "none"}
-NETWORKS = ("resnet20_cifar10", "mobilenet_v2_1.0_224", "mobilenet_v1_0.25_224", "squeezenet_v1.1")
+NETWORKS = (
+    "mobilenet_v2_1.0_224",
+    "mobilenet_v1_0.25_224",
+    "resnet20_cifar10",
+    "mlperf_vww_mobilenet_v1_0.25_96",
+    "squeezenet_v1.1",
+)
 """Networks that come with data to measure them on."""
-OURS = {
-    "per tensor, folded": {"granularity": "tensor", **PLAIN},
-    "per tensor, + equalized": {"granularity": "tensor", "correct": "none"},
-    "per tensor, + corrected (default)": {"granularity": "tensor"},
-    "per channel, folded": PLAIN,
-    "per channel, + equalized, corrected (default)": {},
+COLUMNS = {
+    "W8A8 per tensor": {"weights": "int8", "granularity": "tensor"},
+    "W8A8 per channel": {"weights": "int8", "granularity": "channel"},
+    "W6A8 per channel": {"weights": "int6", "granularity": "channel"},
+    "W4A8 per channel": {"weights": "int4", "granularity": "channel"},
 }
-"""Our rows: label, and the settings in which it differs from the default."""
+"""Columns: label, and the settings that they stand for."""
+FLOAT = "float"
+
+Settings = Mapping[str, Any]
+Way = Callable[["Task", Path, Settings], Path]
+"""A way to quantize: writes a file for a task into a folder, with a column's settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,66 +83,89 @@ class Task:
     """Network inputs to calibrate with, without labels."""
     evaluation: Callable[[], Iterator[np.ndarray]]
     """Makes the batches of network inputs to evaluate on."""
-    labels: np.ndarray
-    """The class of each sample that is evaluated."""
+    num_evaluation: int
+    """How many they are."""
+    labels: np.ndarray | None
+    """The class of each sample that is evaluated; None where unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One line of the table."""
+class Cell:
+    """What one file is worth: a cell of a table, and a line of the JSON file."""
 
-    label: str
-    """What was measured."""
-    logits: np.ndarray
-    """The file's answer to the evaluation samples."""
+    network: str
+    """The network."""
+    row: str
+    """How it was quantized."""
+    column: str
+    """To which widths; "" for the float file."""
+    num_evaluation: int
+    """Samples that were evaluated."""
+    num_calibration: int
+    """Samples to calibrate with."""
+    measured: str
+    """Date, device and versions."""
     seconds: float | None = None
-    """What it took to make the file; None where there was nothing to do."""
+    """What it took to make the file."""
+    top1: float | None = None
+    """Share of samples whose class is right."""
+    top1_error: float | None = None
+    """Standard error of the difference of top-1 to the float file's, paired by sample."""
+    agreement: float | None = None
+    """Share of samples on which the file and the float file name the same class."""
+    sqnr_db: float | None = None
+    """SQNR of all logits."""
+    failure: str = ""
+    """Why there are no figures."""
 
 
-def pictures_task(model: Path, root: Path, preprocessing: Preprocessing, cache: Path, *, counts: list[int]) -> Task:
-    """Returns the task of a network that takes pictures; decoded once, kept as bytes under `cache`."""
-    calibration, evaluation = calibration_and_evaluation(root, num_calibration=counts[0], num_evaluation=counts[1])
-    decoded = [_decoded(part, preprocessing, cache) for part in (calibration, evaluation)]
+def pictures_task(model: Path, root: Path, preprocessing: Preprocessing, *, counts: Sequence[int | None]) -> Task:
+    """Returns the task of a network that takes pictures; `counts`: to calibrate with, to evaluate (None: the rest)."""
+    calibration, evaluation = calibration_and_evaluation(root, num_calibration=counts[0] or 0, num_evaluation=counts[1])
+    crop, short_side = preprocessing.crop, preprocessing.short_side
+    decoded = [
+        np.stack([decode(picture.path, crop=crop, short_side=short_side) for picture in part])
+        for part in (calibration, evaluation)
+    ]
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, len(evaluation), BATCH):
             yield to_input(decoded[1][start : start + BATCH], preprocessing)
 
     return Task(
-        model=model, calibration=to_input(decoded[0], preprocessing), evaluation=batches, labels=labels(evaluation)
+        model=model,
+        calibration=to_input(decoded[0], preprocessing),
+        evaluation=batches,
+        num_evaluation=len(evaluation),
+        labels=labels(evaluation),
     )
 
 
-def _decoded(pictures: tuple[Picture, ...], preprocessing: Preprocessing, cache: Path) -> np.ndarray:
-    crop, short_side = preprocessing.crop, preprocessing.short_side
-    key = repr(
-        (crop, short_side, [(str(picture.path.resolve()), picture.path.stat().st_mtime) for picture in pictures])
-    )
-    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if not file.is_file():
-        np.save(file, np.stack([decode(picture.path, crop=crop, short_side=short_side) for picture in pictures]))
-    return np.load(file, mmap_mode="r")
-
-
-def arrays_task(model: Path, root: Path, *, num_calibration: int) -> Task:
+def arrays_task(model: Path, root: Path, *, counts: Sequence[int | None]) -> Task:
     """Returns the task of a network whose samples are arrays: `calibration.npz` and `evaluation.npz` under `root`."""
     calibration, evaluation = (dict(np.load(root / f"{part}.npz")) for part in ("calibration", "evaluation"))
-    samples = evaluation["input"]
+    samples = evaluation["input"][: counts[1]]
     return Task(
         model=model,
-        calibration=calibration["input"][:num_calibration],
+        calibration=calibration["input"][: counts[0]],
         evaluation=lambda: (samples[start : start + BATCH] for start in range(0, len(samples), BATCH)),
-        labels=evaluation["labels"],
+        num_evaluation=len(samples),
+        labels=evaluation["labels"][: len(samples)],
     )
 
 
-def known_task(name: str, cache: Path, counts: list[int]) -> Task:
+def known_task(name: str, counts: Sequence[int | None]) -> Task:
     """Returns the task of one of `NETWORKS`."""
     model = SHARED / "models" / f"{name}.onnx"
     if name.endswith("cifar10"):
-        return arrays_task(model, SHARED / "data" / "cifar10", num_calibration=counts[0])
-    preprocessing = PREPROCESSINGS["caffe" if name.startswith("squeezenet") else "tf"]
-    return pictures_task(model, SHARED / "data" / "imagenet", preprocessing, cache, counts=counts)
+        return arrays_task(model, SHARED / "data" / "cifar10", counts=counts)
+    pictures = SHARED / "data" / "imagenet"
+    if "vww" in name:  # person or no person: ImageNet's pictures serve as inputs, their classes do not
+        preprocessing = Preprocessing(crop=96, short_side=96, normalize=to_unit)
+        return replace(pictures_task(model, pictures, preprocessing, counts=counts), labels=None)
+    return pictures_task(
+        model, pictures, PREPROCESSINGS["caffe" if name.startswith("squeezenet") else "tf"], counts=counts
+    )
 
 
 def run(path: Path, task: Task) -> np.ndarray:
@@ -141,14 +178,26 @@ def run(path: Path, task: Task) -> np.ndarray:
     return np.concatenate([np.asarray(session.run(None, {name: batch})[0]) for batch in task.evaluation()])
 
 
-def with_ptqjax(task: Task, folder: Path, **settings: str | bool) -> Path:
-    """Quantizes with ptqjax; returns the exported file."""
+def unfolded(task: Task, folder: Path, settings: Settings) -> Path:
+    """Quantizes the graph as it was read: batch norms are operators, computed in float; returns the file."""
     model = ptqjax.read(task.model)
-    name = model.graph.inputs[0].name
-    batches = [{name: task.calibration[i : i + BATCH]} for i in range(0, len(task.calibration), BATCH)]
-    result = ptqjax.quantize(model, batches, ptqjax.QuantizationConfig(**settings))  # pyright: ignore[reportArgumentType]
+    encodings = ptqjax.calibrate(model, _batches(model, task), ptqjax.QuantizationConfig(**settings))
+    ptqjax.export(model, encodings, folder, "model")
+    return folder / "model.onnx"
+
+
+def with_ptqjax(task: Task, folder: Path, settings: Settings, *, has_data: bool = True, **more: Any) -> Path:
+    """Quantizes with ptqjax's pipeline, `more` settings besides the column's; returns the exported file."""
+    model = ptqjax.read(task.model)
+    config = ptqjax.QuantizationConfig(**{**settings, **more})
+    result = ptqjax.quantize(model, _batches(model, task) if has_data else None, config)
     ptqjax.export(result.model, result.encodings, folder, "model")
     return folder / "model.onnx"
+
+
+def _batches(model: ptqjax.Model, task: Task) -> list[dict[str, np.ndarray]]:
+    name = model.graph.inputs[0].name
+    return [{name: task.calibration[i : i + BATCH]} for i in range(0, len(task.calibration), BATCH)]
 
 
 class _Reader(CalibrationDataReader):
@@ -159,8 +208,15 @@ class _Reader(CalibrationDataReader):
         return next(self._batches, None)
 
 
-def with_onnxruntime(task: Task, folder: Path, *, per_channel: bool) -> Path:
-    """Quantizes with ONNX Runtime's own tool, min-max ranges; returns the file."""
+def with_onnxruntime(task: Task, folder: Path, settings: Settings) -> Path:
+    """Quantizes with ONNX Runtime's own tool, min-max ranges; returns the file.
+
+    Raises:
+        ValueError: It has no weights of that width.
+    """
+    types = {"int8": QuantType.QInt8, "int4": QuantType.QInt4}
+    if settings["weights"] not in types:
+        raise ValueError(f"ONNX Runtime's tool has no {settings['weights']}")
     prepared, out = folder / "prepared.onnx", folder / "model.onnx"
     quant_pre_process(str(task.model), str(prepared))
     name = ort.InferenceSession(str(prepared), providers=["CPUExecutionProvider"]).get_inputs()[0].name
@@ -169,109 +225,240 @@ def with_onnxruntime(task: Task, folder: Path, *, per_channel: bool) -> Path:
         str(out),
         _Reader(name, task.calibration),
         quant_format=QuantFormat.QDQ,
-        per_channel=per_channel,
-        weight_type=QuantType.QInt8,
+        per_channel=settings["granularity"] == "channel",
+        weight_type=types[settings["weights"]],
         activation_type=QuantType.QUInt8,
     )
     return out
 
 
-def with_aimet(task: Task, folder: Path, *, python: Path, options: tuple[str, ...]) -> Path:
-    """Quantizes with AIMET, in its own environment; returns the file."""
+def with_aimet(task: Task, folder: Path, settings: Settings, *, python: Path, options: tuple[str, ...]) -> Path:
+    """Quantizes with AIMET, in its own environment; returns the file.
+
+    Raises:
+        RuntimeError: AIMET failed; the message is the last line that it wrote.
+    """
     samples, out = folder / "samples.npy", folder / "model.onnx"
     np.save(samples, task.calibration)
     side = Path(__file__).with_name("aimet_side.py")
     command = [str(python), str(side), "quantize", str(task.model), str(samples), str(out), *options]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command += ["--weights", settings["weights"]]
+    command += ["--per-channel"] if settings["granularity"] == "channel" else []
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(([line for line in done.stderr.splitlines() if line.strip()] or ["AIMET failed"])[-1])
     return out
 
 
-def measured(label: str, task: Task, quantize: Callable[[Task, Path], Path]) -> Row:
-    """Returns the row of one way to quantize."""
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        file = quantize(task, Path(folder))
-        seconds = time.perf_counter() - start
-        return Row(label=label, logits=run(file, task), seconds=seconds)
+def ways(*, scaling: str, onnxruntime: bool, aimet_python: Path | None) -> dict[str, Way]:
+    """Returns the ways to quantize, by the labels of their rows; `scaling`: what the rows after scaling build on."""
 
+    def ours(**settings: Any) -> Way:
+        return partial(with_ptqjax, **settings)
 
-def ways(arguments: argparse.Namespace) -> dict[str, Callable[[Task, Path], Path]]:
-    """Returns the ways to quantize that the command line asks for, by label."""
-    chosen: dict[str, Callable[[Task, Path], Path]] = {
-        f"ptqjax, {label}": partial(with_ptqjax, **settings) for label, settings in OURS.items()
+    def after_scaling(**settings: Any) -> Way:
+        return ours(**{"scaling": scaling, "absorb": "exact", "correct": "none", **settings})
+
+    chosen: dict[str, Way] = {
+        "none (batch norms not folded)": unfolded,
+        "fold": ours(equalize=False, correct="none"),
     }
-    if arguments.ort:
-        chosen |= {
-            "ONNX Runtime, per tensor": partial(with_onnxruntime, per_channel=False),
-            "ONNX Runtime, per channel": partial(with_onnxruntime, per_channel=True),
-        }
-    if arguments.aimet_python:
-        aimet = partial(with_aimet, python=arguments.aimet_python)
-        chosen |= {
-            "AIMET, per tensor, folded": partial(aimet, options=()),
-            "AIMET, per tensor, equalized": partial(aimet, options=("--equalize",)),
-            "AIMET, per channel, folded": partial(aimet, options=("--per-channel",)),
-        }
+    for objective in ("weights", "ranges", "noise"):
+        chosen[f"fold, scaling ({objective})"] = ours(scaling=objective, absorb="off", correct="none")
+    chosen |= {
+        f"fold, scaling ({scaling}), absorption (exact)": after_scaling(),
+        f"fold, scaling ({scaling}), absorption (statistics)": after_scaling(absorb="statistics"),
+        f"fold, scaling ({scaling}), absorption (exact), correction (analytic)": after_scaling(correct="analytic"),
+        f"fold, scaling ({scaling}), absorption (exact), correction (empirical)": after_scaling(correct="empirical"),
+        "learned scaling, otherwise defaults": ours(scaling="learned"),
+        "defaults": ours(),
+        "defaults, no data at all": ours(has_data=False),
+    }
+    if onnxruntime:
+        chosen["ONNX Runtime's quantize_static"] = with_onnxruntime
+    if aimet_python is not None:
+        aimet = partial(with_aimet, python=aimet_python)
+        chosen["AIMET, folded"] = partial(aimet, options=())
+        chosen["AIMET, equalized"] = partial(aimet, options=("--equalize",))
     return chosen
 
 
-def line(row: Row, reference: np.ndarray, task: Task) -> str:
-    """Returns a row of the table as Markdown."""
-    top1 = 100 * np.mean(row.logits.argmax(1) == task.labels)
-    if row.seconds is None:
-        return f"| {row.label} | {top1:.1f} | | | |"
-    agreement = 100 * np.mean(row.logits.argmax(1) == reference.argmax(1))
-    y, error = reference.astype(np.float64), reference.astype(np.float64) - row.logits
-    sqnr = 10 * np.log10(np.sum(y**2) / max(np.sum(error**2), np.finfo(np.float64).tiny))
-    return f"| {row.label} | {top1:.1f} | {agreement:.1f} | {sqnr:.1f} | {row.seconds:.0f} |"
+def figures(logits: np.ndarray, reference: np.ndarray, classes: np.ndarray | None) -> dict[str, float]:
+    """Returns the figures of a `Cell`, by its fields, from the logits of the file and of the float file."""
+    y, error = reference.astype(np.float64), reference.astype(np.float64) - logits
+    signal, noise = np.sum(y**2), np.sum(error**2)
+    found = {
+        "agreement": float(np.mean(logits.argmax(1) == reference.argmax(1))),
+        "sqnr_db": float(10 * np.log10(signal / noise)) if noise > 0 else float("inf"),
+    }
+    if classes is not None:
+        right, right_in_float = (each.argmax(1) == classes for each in (logits, reference))
+        difference = right.astype(np.float64) - right_in_float
+        found["top1"] = float(right.mean())
+        found["top1_error"] = float(difference.std(ddof=1) / np.sqrt(len(difference)))
+    return found
 
 
-def print_table(task: Task, chosen: dict[str, Callable[[Task, Path], Path]]) -> None:
-    """Measures and prints one network's table, row by row."""
-    print(f"\n**{task.model.stem}**, {len(task.labels)} samples, calibrated on {len(task.calibration)}\n")
-    print("| W8A8 | top-1 % | agreement % | SQNR dB | seconds |\n|---|---|---|---|---|")
+def measured(cell: Cell, task: Task, reference: np.ndarray, quantize: Way) -> Cell:
+    """Returns the cell with its figures, or why there are none."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        try:
+            file = quantize(task, Path(folder), COLUMNS[cell.column])
+            seconds = time.perf_counter() - start
+            logits = run(file, task)
+        except Exception as error:  # noqa: BLE001 - a way that fails is a result, and the others are still wanted
+            return replace(cell, failure=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    return replace(cell, seconds=seconds, **figures(logits, reference, task.labels))
+
+
+def cells(task: Task, chosen: Mapping[str, Way], columns: Sequence[str]) -> Iterator[Cell]:
+    """Measures one network, a cell at a time; the float file's comes first."""
+    empty = Cell(
+        network=task.model.stem,
+        row=FLOAT,
+        column="",
+        num_evaluation=task.num_evaluation,
+        num_calibration=len(task.calibration),
+        measured=header(),
+    )
     reference = run(task.model, task)
-    print(line(Row(label="float", logits=reference), reference, task), flush=True)
-    for label, quantize in chosen.items():
-        print(line(measured(label, task, quantize), reference, task), flush=True)
+    top1 = None if task.labels is None else float(np.mean(reference.argmax(1) == task.labels))
+    yield replace(empty, top1=top1)
+    for row, quantize in chosen.items():
+        for column in columns:
+            yield measured(replace(empty, row=row, column=column), task, reference, quantize)
+
+
+def markdown(found: Iterable[Cell]) -> str:
+    """Returns a table for each network; of cells that were measured twice, the later ones."""
+    latest = {(cell.network, cell.row, cell.column): cell for cell in found}
+    return "\n\n".join(
+        _table([cell for key, cell in latest.items() if key[0] == network])
+        for network in dict.fromkeys(key[0] for key in latest)
+    )
+
+
+def _table(found: Sequence[Cell]) -> str:
+    present = {cell.column for cell in found}
+    columns = [column for column in COLUMNS if column in present]
+    by_place = {(cell.row, cell.column): cell for cell in found}
+    one, failures = found[0], []
+    lines = [
+        f"**{one.network}**, {one.num_evaluation} samples, calibrated on {one.num_calibration}",
+        "",
+        f"| | {' | '.join(columns)} | seconds |",
+        f"|---|{'---|' * len(columns)}---|",
+    ]
+    for row in _in_order(cell.row for cell in found):
+        alone = by_place.get((row, ""))
+        if alone is not None:
+            lines.append(f"| {row} | {_text(alone, failures)} |{' |' * len(columns)}")
+            continue
+        places = [by_place.get((row, column)) for column in columns]
+        seconds = next((f"{cell.seconds:.0f}" for cell in places if cell and cell.seconds is not None), "")
+        lines.append(f"| {row} | {' | '.join(_text(cell, failures) for cell in places)} | {seconds} |")
+    notes = [f"[{i + 1}] {reason}" for i, reason in enumerate(dict.fromkeys(failures))]
+    return "\n".join(lines + ([""] if notes else []) + ["  \n".join(notes)] * bool(notes))
+
+
+def _in_order(rows: Iterable[str]) -> list[str]:
+    """Returns each row once: float first, then as they were measured."""
+    return sorted(dict.fromkeys(rows), key=lambda row: row != FLOAT)
+
+
+def _text(cell: Cell | None, failures: list[str]) -> str:
+    if cell is None:
+        return ""
+    if cell.failure:
+        failures.append(cell.failure)
+        return f"- [{list(dict.fromkeys(failures)).index(cell.failure) + 1}]"
+    error = "" if cell.top1_error is None else f" ± {100 * cell.top1_error:.1f}"
+    parts = [] if cell.top1 is None else [f"{100 * cell.top1:.1f}{error}"]
+    parts += [] if cell.agreement is None else [f"{100 * cell.agreement:.1f}"]
+    parts += [] if cell.sqnr_db is None else [f"{cell.sqnr_db:.1f}"]
+    return " / ".join(parts)
+
+
+def as_line(cell: Cell) -> str:
+    """Returns a cell as a line of JSON."""
+    return json.dumps({name: getattr(cell, name) for name in Cell.__dataclass_fields__}) + "\n"
+
+
+def from_lines(text: str) -> list[Cell]:
+    """Returns the cells of a JSON file; a last line that was cut off is left out."""
+    return [Cell(**json.loads(line)) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def matching(names: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
+    """Returns the names that are one of the wanted texts, or contain one that is no name; all where none is wanted."""
+    known = list(names)
+    return [name for name in known if not wanted or any(_matches(text, name, known) for text in wanted)]
+
+
+def _matches(text: str, name: str, known: Sequence[str]) -> bool:
+    return text == name if text in known else text in name
 
 
 def parse() -> argparse.Namespace:
     """Returns what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", nargs="+", choices=NETWORKS, help="which of ../shared/models (default: the first three)"
-    )
+    parser.add_argument("--models", nargs="+", choices=NETWORKS, help="which of ../shared/models (default: all)")
     parser.add_argument("--model", type=Path, help="a classifier of your own, with --images")
     parser.add_argument("--images", type=Path, help="folder with val/<class>/<picture>")
     parser.add_argument("--preprocessing", choices=PREPROCESSINGS, default="torch", help="for --model")
+    parser.add_argument("--crop", type=int, help="for --model: height and width of its input (default: 224 or 227)")
     parser.add_argument("--num-calibration", type=int, default=128)
-    parser.add_argument("--num-evaluation", type=int, help="pictures to evaluate on (default: all that are left)")
-    parser.add_argument("--rows", help="only the rows whose label contains this")
+    parser.add_argument("--num-evaluation", type=int, help="samples to evaluate on (default: all that are left)")
+    parser.add_argument("--rows", nargs="+", help="only the rows whose label is or contains one of these")
+    parser.add_argument("--columns", nargs="+", help="only the columns whose label contains one of these")
+    parser.add_argument(
+        "--scaling", default="weights", help="what the rows with absorption and correction scale for (default: weights)"
+    )
     parser.add_argument("--ort", action="store_true", help="also ONNX Runtime's own quantize_static")
     parser.add_argument("--aimet-python", type=Path, help="also AIMET: interpreter of an environment with aimet-onnx")
+    parser.add_argument("--json", type=Path, help="append each cell to this file as soon as it is measured")
+    parser.add_argument("--from-json", type=Path, help="measure nothing: print the tables of such a file")
     arguments = parser.parse_args()
     if (arguments.model is None) != (arguments.images is None):
         parser.error("--model and --images belong together")
     return arguments
 
 
+def tasks(arguments: argparse.Namespace) -> Iterator[Task]:
+    """Yields what is to be measured; pictures of one network at a time are in memory."""
+    counts = [arguments.num_calibration, arguments.num_evaluation]
+    if not arguments.model:
+        yield from (known_task(name, counts) for name in arguments.models or NETWORKS)
+        return
+    preprocessing = PREPROCESSINGS[arguments.preprocessing]
+    if arguments.crop:
+        short_side = round(arguments.crop * preprocessing.short_side / preprocessing.crop)
+        preprocessing = replace(preprocessing, crop=arguments.crop, short_side=short_side)
+    yield pictures_task(arguments.model, arguments.images, preprocessing, counts=counts)
+
+
 def main() -> None:
     """Measures and prints what the command line asks for."""
-    logging.disable(logging.WARNING)  # onnxruntime.quantization reports its every step
     arguments = parse()
-    cache = Path(tempfile.gettempdir()) / "ptqjax-bench"
-    cache.mkdir(exist_ok=True)
-    counts = [arguments.num_calibration, arguments.num_evaluation]
-    if arguments.model:
-        preprocessing = PREPROCESSINGS[arguments.preprocessing]
-        tasks = [partial(pictures_task, arguments.model, arguments.images, preprocessing, cache, counts=counts)]
-    else:
-        tasks = [partial(known_task, name, cache, counts) for name in arguments.models or NETWORKS[:3]]
-    chosen = {label: way for label, way in ways(arguments).items() if not arguments.rows or arguments.rows in label}
-    print(header())
-    for make in tasks:
-        print_table(make(), chosen)
+    if arguments.from_json:
+        found = from_lines(arguments.from_json.read_text(encoding="utf-8"))
+        print("  \n".join(dict.fromkeys(cell.measured for cell in found)), markdown(found), sep="\n\n")
+        return
+    logging.disable(logging.WARNING)  # onnxruntime.quantization reports its every step
+    chosen = ways(scaling=arguments.scaling, onnxruntime=arguments.ort, aimet_python=arguments.aimet_python)
+    chosen = {row: chosen[row] for row in matching(chosen, arguments.rows)}
+    columns = matching(COLUMNS, arguments.columns)
+    print(header(), flush=True)
+    for task in tasks(arguments):
+        found = []
+        for cell in cells(task, chosen, columns):
+            found.append(cell)
+            print(f"{cell.network}, {cell.row}, {cell.column}: {_text(cell, [])} {cell.failure}", file=sys.stderr)
+            if arguments.json:
+                with arguments.json.open("a", encoding="utf-8") as file:
+                    file.write(as_line(cell))
+        print(f"\n{markdown(found)}", flush=True)
 
 
 if __name__ == "__main__":
