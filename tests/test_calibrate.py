@@ -219,7 +219,7 @@ def test_batches_stream_and_each_size_is_compiled_once(model: Model, monkeypatch
     ("batches", "message"),
     [
         ([], r"batches is empty; expected at least one mapping \{'x': array\}"),
-        (None, "batches is None; expected an iterable .* statistics .* not yet available"),
+        (None, "no range is known of 6 of 6 activations: the graph input 'x', Relu .*; the model has no batch norms"),
         ({"x": DATA[0]["x"]}, "batches is a dict; expected an iterable of mappings"),
         (DATA[0]["x"], "batches is a ndarray"),
         ([DATA[0]["x"]], r"batch 0 is a ndarray; expected a mapping \{'x': array\}"),

@@ -16,7 +16,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("data",), {"ir"}),
     (("transforms",), {"ir", "kernels"}),
     (("lowering",), {"ir", "kernels", "ops"}),
-    (("quantize",), {"ir", "kernels", "config", "lowering"}),
+    (("quantize",), {"ir", "kernels", "config", "transforms", "lowering"}),
     (("simulate",), {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize"}),
     (("export",), {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize", "onnx_io"}),
     (("validate", "fit"), None),

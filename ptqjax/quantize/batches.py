@@ -21,10 +21,7 @@ def checked_batches(graph: Graph, batches: Iterable[Any] | None) -> Iterator[dic
     """
     if batches is None or isinstance(batches, Mapping | str | np.ndarray) or not isinstance(batches, Iterable):
         found = "None" if batches is None else f"a {type(batches).__name__}"
-        raise DataError(
-            f"batches is {found}; expected an iterable of mappings {_example(graph)}. "
-            "Working from statistics alone, without data, is not yet available"
-        )
+        raise DataError(f"batches is {found}; expected an iterable of mappings {_example(graph)}")
     index = -1
     for index, batch in enumerate(batches):
         yield _checked(graph, batch, f"batch {index}")

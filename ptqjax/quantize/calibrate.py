@@ -19,6 +19,7 @@ from ptqjax.kernels.ranges import GridKind, grid_of_range
 from ptqjax.lowering import compiled, interpret
 from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.quantize.bias import guard_biases
+from ptqjax.quantize.data_free import encode_from_statistics
 from ptqjax.quantize.encodings import Encoding, Encodings, make_encoding
 from ptqjax.quantize.observers import RangeScheme, find_scheme, stack_kinds
 from ptqjax.quantize.placement import ACTIVATION, Site, place
@@ -35,31 +36,31 @@ def calibrate_and_report(
 ) -> tuple[Encodings, Report]:
     """Returns the encodings, and a record for each weight whose scale was raised so that its bias fits into int32.
 
-    Activations are those of the float model. Batches are read once, one at a time, in any order and of any sizes (each
-    new size is compiled anew); memory does not grow with their number. Extremes are those of all values; the scheme
-    "sqnr" counts `observers.SAMPLES` values of each tensor and sample, always at the same places.
+    Activations are those of the float model; without batches, they are as batch norms tell, see
+    `data_free.encode_from_statistics`, and weights as with data. Batches are read once, one at a time, in any order and
+    of any sizes (each new size is compiled anew); memory does not grow with their number. Extremes are those of all
+    values; the scheme "sqnr" counts `observers.SAMPLES` values of each tensor and sample, always at the same places.
 
     Args:
         model: The model; nothing in it changes.
-        batches: An iterable of {input name: array}, first axis samples.
+        batches: An iterable of {input name: array}, first axis samples; None where there is no data.
         config: Types, granularity, scheme, target; None: the defaults.
 
     Raises:
         DataError: The batches do not fit the model, or a tensor takes a value that is not finite; the message names the
-            tensor or input and the batch.
+            tensor or input and the batch. Without batches: nothing is known of some activations; it names them.
         ConfigError: A pattern of `config.exclude` matches nothing, or the target cannot be read.
         ModelError: The model is quantized already, or a tensor to be rounded is not float32.
         UnsupportedOperatorError: A node has no lowering.
     """
     config = QuantizationConfig() if config is None else config
     placement, scheme = place(model, config), find_scheme(config.ranges)
-    data = checked_batches(model.graph, batches)
     constant = [site for site in placement.sites if site.kind != ACTIVATION]
     roots = [site for site in placement.sites if site.kind == ACTIVATION and site.root == site.tensor]
     own = encode_constants(constant, model.params, scheme)
     own |= {site.tensor: _fixed(site) for site in roots if site.fixed_range is not None}
     observed = [site for site in roots if site.fixed_range is None]
-    own |= _encode_observed(model, data, observed, scheme) if observed else _encode_nothing(data)
+    own |= encode_from_statistics(model, observed) if batches is None else _encode(model, batches, observed, scheme)
     return guard_biases(model, {site.tensor: own[site.root] for site in placement.sites})
 
 
@@ -73,6 +74,11 @@ class _Plan:
     """The tensors to observe."""
     scheme: RangeScheme
     """How."""
+
+
+def _encode(model: Model, batches: Iterable[Any], sites: Sequence[Site], scheme: RangeScheme) -> dict[str, Encoding]:
+    data = checked_batches(model.graph, batches)
+    return _encode_observed(model, data, sites, scheme) if sites else _encode_nothing(data)
 
 
 def _encode_observed(

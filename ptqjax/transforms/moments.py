@@ -132,9 +132,10 @@ def input_moments(model: Model) -> dict[str, Statistics]:
     A layer with `statistics` of its output tells how its input was distributed in training. Its mean, b + sum_i w_i
     mu_i with w_i the sum of a filter's taps, gives mu by least squares. Its variance is explained, by least squares
     with no negative parts, as a sum of four kinds of input: constant over the taps or independent from tap to tap, the
-    same in all channels or independent. The sum of their variances is the input's, alike for all channels. Each output counts
-    relative to its standard deviation. (MobileNetV2: mean -0.04 -0.09 -0.19 and deviation 0.58; on 32 calibration
-    pictures -0.02 -0.08 -0.21 and 0.53.) Where several layers read the input, the one with most outputs is asked.
+    same in all channels or independent. The sum of their variances is the input's, alike for all channels. Each output
+    counts relative to its standard deviation. (MobileNetV2: mean -0.04 -0.09 -0.19 and deviation 0.58; on 32
+    calibration pictures -0.02 -0.08 -0.21 and 0.53.) Where several layers read the input, the one with most outputs is
+    asked.
     """
     inputs = {spec.name for spec in model.graph.inputs}
     found: dict[str, tuple[int, Statistics]] = {}
