@@ -11,7 +11,7 @@ from ptqjax import onnx_io
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.fit import bias_correction, correct_biases
-from ptqjax.ir import Model
+from ptqjax.ir import Model, Statistics
 from ptqjax.lowering import interpret
 from ptqjax.quantize import calibrate
 from ptqjax.simulate import fake_quantization
@@ -162,7 +162,107 @@ def test_no_batches_is_an_error():
     with pytest.raises(DataError, match="batches is empty; expected at least one"):
         correct_biases(model, encodings, [])
     with pytest.raises(DataError, match="batches is None"):
+        correct_biases(model, encodings, None, method="empirical")
+
+
+def test_without_batch_norms_the_analytic_correction_names_the_layers_and_the_way_out():
+    model, _ = convolutions()
+    encodings = calibrate(model, [{"x": np.abs(normal(4, 3, 8, 8, seed=9))}], PER_TENSOR)
+    with pytest.raises(DataError, match=r"layers that produce 'a', 'b', 'y' is unknown.*empirical"):
         correct_biases(model, encodings, None)
+
+
+def test_an_unknown_method_is_an_error():
+    model, _ = convolutions()
+    with pytest.raises(ConfigError, match="method='exact' is unknown; expected one of empirical, analytic"):
+        correct_biases(model, {}, None, method="exact")
+
+
+def linear_kinds():
+    """One layer of each kind that reads `x`, of four channels."""
+    random = np.random.default_rng(0)
+
+    def weight(*shape):
+        return random.normal(size=shape).astype(np.float32)
+
+    return {
+        "Conv": ({}, weight(6, 4, 3, 3), True),
+        "Conv grouped": ({"group": 2}, weight(6, 2, 3, 3), True),
+        "Conv depthwise": ({"group": 4}, weight(4, 1, 3, 3), True),
+        "ConvTranspose": ({}, weight(4, 5, 1, 1), True),
+        "ConvTranspose grouped": ({"group": 2}, weight(4, 3, 1, 1), True),
+        "Gemm": ({"alpha": 0.5}, weight(4, 6), False),
+        "Gemm transposed": ({"transB": 1}, weight(6, 4), False),
+        "MatMul": ({}, weight(4, 6), False),
+    }
+
+
+@pytest.mark.parametrize("kind", linear_kinds())
+def test_the_analytic_correction_takes_out_the_mean_error_of_inputs_that_are_as_stated(kind):
+    """Constant inputs with the stated mean: the law holds for them exactly, whatever the layer."""
+    attributes, weight, is_image = linear_kinds()[kind]
+    operator = kind.partition(" ")[0]
+    nodes = [oh.make_node(operator, ["x", "w"], ["m" if operator == "MatMul" else "y"], **attributes)]
+    tensors = {"w": weight}
+    if operator == "MatMul":
+        nodes.append(oh.make_node("Add", ["m", "b"], ["y"]))
+        tensors["b"] = normal(6, seed=1)
+    model = read(nodes, tensors, shape=(4, 5, 5) if is_image else (4,))
+    mean = np.asarray([0.5, -1.0, 2.0, 4.0])
+    model = model.replace(statistics={"x": Statistics(mean=mean, std=np.ones(4))})
+    x = np.broadcast_to(mean.reshape(1, 4, 1, 1), (2, 4, 5, 5)) if is_image else np.tile(mean, (2, 1))
+    batch = {"x": np.ascontiguousarray(x, np.float32)}
+    encodings = calibrate(model, [batch], PER_TENSOR)
+    corrected, (record,) = correct_biases(model, encodings, None)
+    weights_alone = {"w": encodings["w"]}
+    exact = outputs_of(model.graph, model.params, batch, ["y"], {})["y"]
+    before = outputs_of(model.graph, model.params, batch, ["y"], weights_alone)["y"]
+    after = outputs_of(corrected.graph, corrected.params, batch, ["y"], weights_alone)["y"]
+    assert np.abs(before - exact).max() > 1e-2
+    np.testing.assert_allclose(after, exact, atol=2e-5)  # float32 sums of values near 10
+    np.testing.assert_allclose(record.before["mean error, largest channel"], np.abs(before - exact).max(), rtol=1e-3)
+
+
+def test_the_analytic_correction_agrees_with_the_empirical_one_on_data_that_are_as_stated():
+    """Behind a Relu and a residual sum, with batch norms that tell the truth about their outputs."""
+    nodes = [
+        oh.make_node("Conv", ["x", "w1"], ["a"]),
+        oh.make_node("Relu", ["a"], ["r"]),
+        oh.make_node("Conv", ["r", "w2"], ["b"]),
+        oh.make_node("Add", ["r", "b"], ["s"]),
+        oh.make_node("Conv", ["s", "w3"], ["y"]),
+    ]
+    tensors = {name: normal(8, 8, 1, 1, seed=seed) for seed, name in enumerate(("w1", "w2", "w3"))}
+    model = read(nodes, tensors, shape=(8, 6, 6))
+    batch = {"x": normal(400, 8, 6, 6, seed=9) + np.float32(0.5)}
+    values = outputs_of(model.graph, model.params, batch, ["a", "b"], {})
+    told = {name: np.moveaxis(np.asarray(value, np.float64), 1, 0).reshape(8, -1) for name, value in values.items()}
+    model = model.replace(
+        statistics={name: Statistics(mean=value.mean(1), std=value.std(1)) for name, value in told.items()}
+        | {"x": Statistics(mean=np.full(8, 0.5), std=np.ones(8))}
+    )
+    encodings = calibrate(model, [batch], QuantizationConfig(granularity="tensor", activations="int16"))
+    empirical, _ = correct_biases(model, encodings, [batch])
+    analytic, _ = correct_biases(model, encodings, [batch], method="analytic")
+    for first, second in zip(empirical.graph.nodes, analytic.graph.nodes, strict=True):
+        if first.op_type == "Conv":
+            shift, expected = analytic.params[second.inputs[2]], empirical.params[first.inputs[2]]
+            # of the largest shift: sampling errors, and what earlier rounding made of variances
+            np.testing.assert_allclose(shift, expected, atol=0.1 * np.abs(expected).max())
+
+
+def test_layers_of_which_nothing_is_known_are_left_alone_among_others():
+    nodes = [
+        oh.make_node("Conv", ["x", "w1"], ["a"]),
+        oh.make_node("Sigmoid", ["a"], ["s"]),
+        oh.make_node("Conv", ["s", "w2"], ["y"]),
+    ]
+    model = read(nodes, {"w1": normal(3, 3, 1, 1, seed=0), "w2": normal(3, 3, 1, 1, seed=1)}, shape=(3, 2, 2))
+    encodings = calibrate(model, [{"x": normal(4, 3, 2, 2, seed=9)}], PER_TENSOR)
+    model = model.replace(statistics={"x": Statistics(mean=np.ones(3), std=np.ones(3))})
+    _, report = correct_biases(model, encodings, None)
+    assert [(record.where[0], record.done) for record in report] == [("a", True), ("y", False)]
+    assert "does not follow from batch norms" in report[1].reason
 
 
 X = np.abs(normal(4, 3, 8, 8, seed=9))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ptqjax.errors import DataError
+from ptqjax.errors import ConfigError, DataError
+from ptqjax.fit.analytic_correction import expected_errors
 from ptqjax.ir import (
     Graph,
     Model,
@@ -32,6 +33,7 @@ from ptqjax.quantize.encodings import Encodings
 from ptqjax.quantize.qdq import check_tensors
 from ptqjax.simulate import fake_quantization
 
+_METHODS = ("empirical", "analytic")
 _BIAS_INPUT = 2  # of Conv, ConvTranspose and Gemm
 
 
@@ -51,38 +53,60 @@ class _Layer:
     """Whether the output's channels are its last axis (MatMul) or axis 1."""
 
 
-def correct_biases(model: Model, encodings: Encodings, batches: Iterable[Any] | None) -> tuple[Model, Report]:
+def correct_biases(
+    model: Model, encodings: Encodings, batches: Iterable[Any] | None, *, method: str | None = None
+) -> tuple[Model, Report]:
     """Returns the model with biases that take out the mean error which quantization leaves in each layer's output.
 
-    b <- b - E[y_q - y], y the layer's float output before its activation function, y_q that of the simulated model in
-    which every earlier layer is corrected already (sequential). One pass over the data: within a batch each layer's
-    error is subtracted as the program runs, so that the next layer sees it corrected; the error that goes into the
-    bias is the mean over all batches, weighted by their size. Memory is that of one batch.
+    b <- b - E[y_q - y], y the layer's float output before its activation function, y_q that of the quantized model in
+    which every earlier layer is corrected already.
+
+    "empirical": the mean over the data, sequential. One pass: within a batch each layer's error is subtracted as the
+    program runs, so that the next layer sees it corrected; the error that goes into the bias is the mean over all
+    batches, weighted by their size. Memory is that of one batch.
+
+    "analytic": the mean that batch norms imply, without data, see `analytic_correction.expected_errors`.
 
     Args:
         model: The float model that `encodings` belong to.
         encodings: Of weights and activations.
-        batches: Arrays by input name; samples along the first axis. Checked one by one as they come.
+        batches: Arrays by input name; samples along the first axis. Checked one by one as they come. None where there
+            is no data.
+        method: "empirical" or "analytic"; None for the empirical one where there is data, else the analytic one.
 
     Returns:
         The corrected model, and a record per layer with the mean error of its worst channel, in the output's units.
 
     Raises:
-        DataError: There is no batch (the correction from statistics alone is not available yet); one does not fit the
-            model, is empty, or holds NaN or infinity; or a layer's output becomes NaN or infinite. The message names
-            the input or tensor, and the batch.
-        ConfigError: An encoding is for a tensor that the model has not.
+        DataError: "empirical": there is no batch; one does not fit the model, is empty, or holds NaN or infinity; or a
+            layer's output becomes NaN or infinite. The message names the input or tensor, and the batch. "analytic":
+            nothing is known of what the layers read; the message names them.
+        ConfigError: An encoding is for a tensor that the model has not, or `method` is unknown.
         ModelError: The model is quantized already.
-        UnsupportedOperatorError: A node has no lowering.
+        UnsupportedOperatorError: A node has no lowering ("empirical").
 
     Source:
         Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2
-        and appendix D. There the correction is measured layer by layer with a forward pass each.
+        and appendices B to D. There the empirical correction is measured layer by layer with a forward pass each.
     """
+    if method not in (None, *_METHODS):
+        raise ConfigError(f"method={method!r} is unknown; expected one of {', '.join(_METHODS)}, or None")
     check_not_quantized(model)
     check_tensors(model.graph, encodings)
     layers, left_alone = _find_layers(model, encodings)
-    errors = _mean_errors(model, encodings, layers, checked_batches(model.graph, batches))
+    if method == "analytic" or (method is None and batches is None):
+        errors, unknown = expected_errors(model, encodings, [layer.output for layer in layers])
+        left_alone = (*left_alone, *(_left(output, reason) for output, reason in unknown.items()))
+        layers = tuple(layer for layer in layers if layer.output in errors)
+    else:
+        errors = _mean_errors(model, encodings, layers, checked_batches(model.graph, batches))
+    corrected, records = _corrected_model(model, layers, errors)
+    return corrected, (*records, *left_alone)
+
+
+def _corrected_model(
+    model: Model, layers: tuple[_Layer, ...], errors: Mapping[str, np.ndarray]
+) -> tuple[Model, list[Record]]:
     params = dict(model.params)
     nodes = {node.output: node for node in model.graph.nodes}
     records = []
@@ -95,7 +119,7 @@ def correct_biases(model: Model, encodings: Encodings, batches: Iterable[Any] | 
             params[bias] = np.zeros(error.shape, np.asarray(params[layer.weight]).dtype)
         params[bias] = _shifted(np.asarray(params[bias]), error)
         records.append(_corrected(layer, bias, error))
-    return rebuild(model, nodes=nodes.values(), params=params), (*records, *left_alone)
+    return rebuild(model, nodes=nodes.values(), params=params), records
 
 
 def _shifted(bias: np.ndarray, error: np.ndarray) -> np.ndarray:
@@ -114,6 +138,10 @@ def _corrected(layer: _Layer, bias: str, error: np.ndarray) -> Record:
     )
 
 
+def _left(output: str, reason: str) -> Record:
+    return Record(transform="correct_biases", done=False, what="left as it is", where=(output,), reason=reason)
+
+
 def _find_layers(model: Model, encodings: Encodings) -> tuple[tuple[_Layer, ...], Report]:
     """Returns the layers to correct, in topological order, and records of those that are left alone."""
     layers: list[_Layer] = []
@@ -126,15 +154,7 @@ def _find_layers(model: Model, encodings: Encodings) -> tuple[tuple[_Layer, ...]
         if layer is not None and not reason:
             layers.append(layer)
         else:
-            left_alone.append(
-                Record(
-                    transform="correct_biases",
-                    done=False,
-                    what="left as it is",
-                    where=(node.output,),
-                    reason=reason,
-                )
-            )
+            left_alone.append(_left(node.output, reason))
     return tuple(layers), tuple(left_alone)
 
 
