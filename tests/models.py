@@ -1,6 +1,7 @@
 """Small models for tests, built by hand: chains of layers with every setting that transforms must heed."""
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 from onnx.reference import ReferenceEvaluator
@@ -78,7 +79,7 @@ class Chain:
         self.random = np.random.default_rng(seed)
         self.input_shape = (2, channels) + (size,) * rank
 
-    def add(self, op_type: str, *others: str, **attributes: object) -> "Chain":
+    def add(self, op_type: str, *others: str, **attributes: object) -> Self:
         output = f"t{len(self.nodes)}"
         self.nodes.append(node(op_type, (self.tensor, *others), output, **attributes))
         self.tensor = output
@@ -98,7 +99,7 @@ class Chain:
         pad: int = 0,
         bias: bool = False,
         **more: object,
-    ) -> "Chain":
+    ) -> Self:
         """A convolution whose output channels differ in range by orders of magnitude."""
         spread = np.exp(self.random.normal(size=(channels,) + (1,) * (self.rank + 1)))
         shape = (channels, self.channels // (group or 1), *(kernel,) * self.rank)
@@ -109,10 +110,10 @@ class Chain:
         self.channels = channels
         return self.add("Conv", *names, **settings, **more)
 
-    def depthwise(self, **settings: object) -> "Chain":
+    def depthwise(self, **settings: object) -> Self:
         return self.conv(self.channels, group=self.channels, **settings)
 
-    def conv_transpose(self, channels: int, *, kernel: int = 3, group: int = 1, bias: bool = False) -> "Chain":
+    def conv_transpose(self, channels: int, *, kernel: int = 3, group: int = 1, bias: bool = False) -> Self:
         shape = (self.channels, channels // group, *(kernel,) * self.rank)
         names = [self.param("w", self.random.normal(size=shape))]
         names += [self.param("b", self.random.normal(size=channels))] if bias else []
@@ -121,7 +122,7 @@ class Chain:
 
     def gemm(
         self, channels: int, *, trans_b: int = 1, alpha: float = 1.0, beta: float = 1.0, bias: bool = True
-    ) -> "Chain":
+    ) -> Self:
         weight = self.random.normal(size=(channels, self.channels))
         weight *= np.exp(self.random.normal(size=(channels, 1)))
         names = [self.param("w", weight if trans_b else weight.T)]
@@ -129,12 +130,12 @@ class Chain:
         self.channels = channels
         return self.add("Gemm", *names, alpha=alpha, beta=beta, transB=trans_b)
 
-    def matmul(self, channels: int, *, bias: bool = False) -> "Chain":
+    def matmul(self, channels: int, *, bias: bool = False) -> Self:
         self.add("MatMul", self.param("w", self.random.normal(size=(self.channels, channels))))
         self.channels = channels
         return self.add("Add", self.param("b", self.random.normal(size=channels))) if bias else self
 
-    def norm(self, *, epsilon: float = 1.0, **more: object) -> "Chain":
+    def norm(self, *, epsilon: float = 1.0, **more: object) -> Self:
         """A batch norm in which every term matters: an epsilon as large as the variance, negative gammas."""
         c = self.channels
         gamma = self.param("gamma", self.random.normal(size=c))
@@ -143,12 +144,12 @@ class Chain:
         variance = self.param("variance", self.random.uniform(0.5, 1.5, size=c))
         return self.add("BatchNormalization", gamma, beta, mean, variance, epsilon=epsilon, **more)
 
-    def clip(self, low: float | None = 0.0, high: float | None = 6.0) -> "Chain":
+    def clip(self, low: float | None = 0.0, high: float | None = 6.0) -> Self:
         """A Clip with its bounds as initializers, as after constant folding."""
         names = ["" if limit is None else self.param(name, limit) for name, limit in (("lo", low), ("hi", high))]
         return self.add("Clip", *names)
 
-    def prelu(self) -> "Chain":
+    def prelu(self) -> Self:
         return self.add("PRelu", self.param("slope", self.random.normal(size=(self.channels,) + (1,) * self.rank)))
 
     def build(self, *outputs: str) -> Model:

@@ -38,6 +38,18 @@ def assert_leaves(model: Model, reason: str) -> None:
     assert_same_function(folded, model, 1e-12)
 
 
+def assert_becomes_affine(model: Model, reason: str, tolerance: float = 1e-12) -> Model:
+    before = text(model)
+    folded, report = fold_batch_norms(model)
+    assert num_norms(folded) == 0
+    assert [(record.done, record.what) for record in report] == [(True, "became a per-channel affine")]
+    assert reason in report[0].reason
+    assert text(model) == before, "the caller's model is unchanged"
+    assert_same_function(folded, model, tolerance)
+    assert fold_batch_norms(folded)[1] == (), "a second run has nothing to do"
+    return folded
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("group", "pad"), [(None, 0), (1, 1), (2, 1), (4, 1)])
@@ -81,7 +93,7 @@ def test_fold_ahead_of_a_gemm_preserves_the_function() -> None:
 
 @pytest.mark.parametrize("settings_", [{"pad": 1}, {"auto_pad": "SAME_UPPER"}, {"auto_pad": "SAME_LOWER"}])
 def test_fold_ahead_leaves_a_convolution_that_pads(settings_: dict) -> None:
-    assert_leaves(Chain(4).norm().conv(8, **settings_).build(), "pads with zeros")
+    assert_becomes_affine(Chain(4).norm().conv(8, **settings_).build(), "pads with zeros")
 
 
 def test_fold_ahead_of_padding_is_exact_where_the_shift_is_zero() -> None:
@@ -103,12 +115,13 @@ def test_norms_on_both_sides_fold_into_one_layer() -> None:
 
 def test_fold_leaves_a_layer_whose_output_is_a_graph_output() -> None:
     chain = Chain(4).conv(4)
-    assert_leaves(chain.norm().build(chain.nodes[0].output), "is a graph output")
+    after = assert_becomes_affine(chain.norm().build(chain.nodes[0].output), "is a graph output")
+    assert [found.op_type for found in after.graph.nodes] == ["Conv", "Mul", "Add"]
 
 
 def test_fold_leaves_a_layer_with_another_reader() -> None:
     chain = Chain(4).conv(4).norm()
-    assert_leaves(chain.add("Add", chain.nodes[0].output).build(), "read elsewhere")
+    assert_becomes_affine(chain.add("Add", chain.nodes[0].output).build(), "read elsewhere")
 
 
 def test_fold_does_not_touch_a_shared_weight() -> None:

@@ -19,7 +19,8 @@ from ptqjax.kernels.namespace import array_namespace
 from ptqjax.kernels.precision import widened
 from ptqjax.transforms.rank import ranks_of
 
-_HOSTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+HOSTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators that are linear layers, or part of one, where their weight is a parameter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,10 @@ class Linear:
     """Number of spatial axes; 0 for a Gemm or MatMul."""
     channels_at_1: bool
     """Whether axis 1 of input and output counts the channels that the weight connects."""
+    input_axis: int
+    """The axis of the input that counts its channels; -1 for the last."""
+    output_axis: int
+    """The axis of the output that counts its channels; -1 for the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +86,7 @@ def edited(model: Model, edits: Sequence[Edit], statistics: Mapping[str, Statist
 def linear_layers(model: Model) -> dict[str, Linear]:
     """Returns the linear layers with a weight among the parameters, by the tensor that they produce, in graph order."""
     ranks = ranks_of(model)
-    found = (_linear_at(model, node, ranks) for node in model.graph.nodes if node.op_type in _HOSTS and not node.domain)
+    found = (_linear_at(model, node, ranks) for node in model.graph.nodes if node.op_type in HOSTS and not node.domain)
     return {layer.output: layer for layer in found if layer is not None}
 
 
@@ -114,7 +119,8 @@ def rewrite(model: Model, layer: Linear, view: Any, bias: Any | None = None, *, 
 
     Args:
         model: Where the layer is.
-        layer: The layer; must be rewritable, and a MatMul without a bias that gets one must read a matrix.
+        layer: The layer; must be rewritable. A MatMul without a bias that gets one becomes a Gemm where it reads a
+            matrix, else an Add follows it.
         view: The new weight, as `weight_view` returns it.
         bias: The new bias, as `bias_of` returns it; None where it stays as it is.
         output: The tensor to produce; "" for the present one.
@@ -130,6 +136,10 @@ def rewrite(model: Model, layer: Linear, view: Any, bias: Any | None = None, *, 
     output = output or layer.output
     if layer.bias_node is not None:
         return Edit(params=params, nodes={layer.output: (replace(layer.bias_node, outputs=(output,)),)})
+    if layer.node.op_type == "MatMul" and name and not layer.channels_at_1:
+        product = layer.output if output != layer.output else fresh_name(model.graph, f"{layer.output}_product")
+        add = Node(op_type="Add", inputs=(product, name), outputs=(output,))
+        return Edit(params=params, nodes={layer.output: (replace(layer.node, outputs=(product,)), add)})
     return Edit(params=params, nodes={layer.output: (_adding(layer.node, name, bias is not None, output),)})
 
 
@@ -181,6 +191,8 @@ def _convolution(model: Model, node: Node, shape: tuple[int, ...]) -> Linear | N
         pads=_some_outputs_see_less(node, shape[2:]),
         kernel_rank=len(shape) - 2,
         channels_at_1=True,
+        input_axis=1,
+        output_axis=1,
     )
 
 
@@ -213,6 +225,8 @@ def _gemm(model: Model, node: Node, shape: tuple[int, ...]) -> Linear | None:
         pads=False,
         kernel_rank=0,
         channels_at_1=not node.attribute("transA", 0),
+        input_axis=0 if node.attribute("transA", 0) else 1,
+        output_axis=1,
     )
 
 
@@ -234,4 +248,6 @@ def _matmul(model: Model, node: Node, shape: tuple[int, ...], ranks: Mapping[str
         pads=False,
         kernel_rank=0,
         channels_at_1=ranks.get(node.inputs[0]) == 2,  # noqa: PLR2004  a matrix
+        input_axis=-1,
+        output_axis=-1,
     )
