@@ -14,9 +14,14 @@ from ptqjax.config import QuantizationConfig
 from ptqjax.ir import Graph, Model, Node, Record, TensorSpec
 from ptqjax.quantize import make_encoding
 from ptqjax.report import MeasuredStage, Row, facts, inspect, measure, page, tables, to_json
+from ptqjax.report.facts import activation_ranges, weight_ranges
+from ptqjax.report.page import figure_texts
 from ptqjax.report.plots import channel_plot, range_bar, spread
+from ptqjax.transforms import equalize, fold_batch_norms
+from tests.models import mobile_block
 
-VOID = {"meta", "link", "br", "line", "rect", "circle"}
+VOID = {"meta", "link", "br", "line", "rect", "path"}
+MARK = re.compile(r"M[\d.]+ ([\d.]+)V([\d.]+)")  # from the widest of the channels that share it to the narrowest
 
 
 def model(scale: float = 1.0) -> Model:
@@ -100,6 +105,7 @@ def test_json_is_the_same_for_the_same_run_and_holds_everything(found):
         "records",
         "encodings",
         "weight_ranges",
+        "activation_ranges",
     ]
     assert data["stages"][1]["metrics"]["float_sqnr_db"] == "inf"  # JSON has no infinity
     assert data["records"][1]["reason"] == "it has <two> readers & more"
@@ -140,15 +146,26 @@ def test_page_of_a_run_without_samples_or_transforms(found):
 
 def test_plot_draws_every_channel_twice_even_dead_ones():
     svg = channel_plot([0.0, 1.0, 1e-30], [1.0, 1.0, 0.0], label="a < b")
-    assert svg.count("<circle") == 6
+    assert len(MARK.findall(svg)) == 6
     assert "nan" not in svg
     assert "a &lt; b" in svg
 
 
 @pytest.mark.parametrize("ranges", [[0.0], [0.0, 0.0], [1e-38, 1e38], [5.0]])
 def test_plot_of_any_ranges_stays_inside_its_frame(ranges):
-    heights = [float(y) for y in re.findall(r'cy="([^"]+)"', channel_plot(ranges, ranges, label=""))]
+    marks = MARK.findall(channel_plot(ranges, ranges, label=""))
+    heights = [float(height) for mark in marks for height in mark]
+    assert len(heights) == 4 * len(ranges)
     assert all(0 <= height <= 132 for height in heights)
+
+
+def test_plot_of_many_channels_stays_small_and_keeps_the_outliers():
+    ranges = [1.0] * 5000
+    ranges[1234] = 1000.0
+    svg = channel_plot([1.0] * 5000, ranges, label="")
+    assert len(svg) < 12000
+    tops = [float(top) for top, _ in MARK.findall(svg)]
+    assert tops.count(min(tops)) == 1  # one mark reaches up to the outlier
 
 
 def test_spread_leaves_dead_channels_out():
@@ -258,3 +275,53 @@ def test_a_bias_has_as_many_scales_as_its_weight(capsys, granularity, per):
     tables.print_inspection(Path("net.onnx"), inspect(biased, QuantizationConfig(granularity=granularity)))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[1 : 2 + len(per)] for line in lines if line[:1] == ["b"]] == [["int32", *per]]
+
+
+def test_a_weight_is_found_by_what_it_produces_where_its_name_is_another():
+    before, after = model(2.0), model()
+    graph = dataclasses.replace(
+        after.graph,
+        nodes=(dataclasses.replace(after.graph.nodes[0], inputs=("x", "w_copy")),),
+        parameters=("w_copy",),
+    )
+    renamed = Model(graph=graph, params={"w_copy": after.params["w"]})
+    assert weight_ranges(before, renamed) == {
+        "w_copy": {"before": [6.0, 12.0, 18.0, 24.0], "after": [3.0, 6.0, 9.0, 12.0]}
+    }
+
+
+def test_every_scaled_place_has_its_plots_and_the_most_changed_come_first():
+    folded, _ = fold_batch_norms(mobile_block(dtype=np.float32))
+    scaled, records = equalize(folded)
+    names = {
+        name for record in records if record.transform == "scale_channels" and record.done for name in record.where
+    }
+    grids = {name: make_encoding(np.float32(1), np.float32(0), dtype="uint8") for name in scaled.graph.producers}
+    ranges = weight_ranges(folded, scaled)
+    assert names & set(scaled.params) == set(ranges)
+    activations = activation_ranges(folded, scaled, grids)
+    assert activations
+    assert any(pair["before"] != pytest.approx(pair["after"]) for pair in activations.values())
+
+
+def test_only_the_most_changed_tensors_are_shown_at_once(found):
+    same = {"before": [1.0, 2.0], "after": [1.0, 2.0]}
+    ranges = {f"same{i}": same for i in range(20)} | {"changed": {"before": [1.0, 8.0], "after": [1.0, 1.0]}}
+    html = page(found | {"weight_ranges": ranges, "activation_ranges": {}})
+    assert "1 of 21 tensors changed" in html
+    shown, folded = html.partition("<h2>Ranges of the weights")[2].split("<summary>The others", 1)
+    assert shown.count("<figure>") == 12
+    assert shown.index("changed</code>") < shown.index("same0</code>")
+    assert folded.partition("</details>")[0].count("<figure>") == 9
+
+
+def test_inspection_says_of_each_place_what_and_why_with_figures_before_and_after(capsys):
+    tables.print_inspection(Path("net.onnx"), inspect(mobile_block(dtype=np.float32)))
+    printed = capsys.readouterr().out
+    assert re.search(r"scale_channels: 2 places it would change, \d it would leave alone", printed)
+    assert re.search(r"\d → \d", printed)
+    assert "graph output" in printed
+
+
+def test_figures_known_on_one_side_are_stated_plainly():
+    assert figure_texts({"ratio": 8.0}, {"ratio": 2.0, "channels": 3.0}) == ["ratio: 8 → 2", "channels: 3"]

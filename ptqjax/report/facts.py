@@ -14,7 +14,9 @@ import numpy as np
 
 from ptqjax.ir import Model, Node, Record, TensorSpec, all_nodes
 from ptqjax.quantize import Encoding
+from ptqjax.transforms.moments import channel_ranges
 
+_NUM_STD = 3.0  # around the mean: 99.7 % of a normal channel
 _PACKAGES = ("ptqjax", "jax", "jaxlib", "numpy", "onnx", "flax", "onnxruntime", "onnxruntime-gpu")
 _WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}  # operator -> axis of the weight's output channels
 
@@ -63,6 +65,7 @@ def facts(
         "records": [_record(record) for record in records],
         "encodings": {name: encoding_facts(name, encodings[name], after) for name in sorted(encodings)},
         "weight_ranges": weight_ranges(before, after),
+        "activation_ranges": activation_ranges(before, after, encodings),
     }
 
 
@@ -119,19 +122,54 @@ def encoding_facts(name: str, encoding: Encoding, model: Model) -> dict[str, Any
 
 
 def weight_ranges(before: Model, after: Model) -> dict[str, dict[str, list[float]]]:
-    """Returns the largest magnitude in each output channel of each weight that both models have, before and after."""
+    """Returns the largest magnitude in each output channel of each weight, before and after, by its name after.
+
+    A weight's counterpart is what the same operator multiplied with before, told by its result: transforms give a
+    weight that several read a copy for each, under another name. Weights without one, or of another shape, are left
+    out.
+    """
     found = {}
     for node in after.graph.nodes:
         name = node.inputs[1] if node.op_type in _WEIGHTED else ""
-        if name not in after.params or name not in before.params:
+        old_name = _counterpart(before, node, name) if name in after.params else None
+        if old_name is None:
             continue
         axis = _WEIGHTED[node.op_type]
         if node.op_type == "Gemm" and node.attribute("transB", 0):
             axis = 0
-        old, new = np.asarray(before.params[name]), np.asarray(after.params[name])
+        old, new = np.asarray(before.params[old_name]), np.asarray(after.params[name])
         if new.ndim > axis and old.shape == new.shape:
             found[name] = {"before": _channel_ranges(old, axis), "after": _channel_ranges(new, axis)}
     return found
+
+
+def activation_ranges(
+    before: Model, after: Model, encodings: Mapping[str, Encoding]
+) -> dict[str, dict[str, list[float]]]:
+    """Returns how large each channel of an activation becomes, before and after, where batch norms tell.
+
+    The larger magnitude of the ends of `transforms.moments.channel_ranges`, three standard deviations around the mean
+    and within what is provable, of quantized tensors that both models have.
+    """
+    old, new = (channel_ranges(model, num_std=_NUM_STD) for model in (before, after))
+    found = {}
+    for name in sorted(set(old) & set(new) & set(encodings)):
+        pair = {"before": _reach(*old[name]), "after": _reach(*new[name])}
+        if len(pair["before"]) == len(pair["after"]) and np.all(np.isfinite(pair["before"] + pair["after"])):
+            found[name] = pair
+    return found
+
+
+def _counterpart(before: Model, node: Node, weight: str) -> str | None:
+    """Returns the weight that the operator with the same result had, or else the one of the same name."""
+    same = before.graph.producers.get(node.output)
+    if same is not None and same.op_type == node.op_type and same.inputs[1] in before.params:
+        return same.inputs[1]
+    return weight if weight in before.params else None
+
+
+def _reach(low: Any, high: Any) -> list[float]:
+    return np.maximum(np.abs(np.asarray(low, np.float64)), np.abs(np.asarray(high, np.float64))).tolist()
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
-from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from ptqjax.report.plots import channel_plot, range_bar, spread
 
-_MOST_PLOTS = 9
+_MOST_PLOTS = 12  # at a glance; the others are folded away
+_CHANGED = 1.001  # ranges that differ by less are drawn as what stayed
+_Record = TypeVar("_Record")
 _METRICS = {  # metric -> (heading, factor, format)
     "float_sqnr_db": ("in float: SQNR, dB", 1.0, "{:.0f}"),
     "top1": ("top-1, %", 100.0, "{:.1f}"),
@@ -77,16 +78,32 @@ def _stages(report: Mapping[str, Any]) -> str:
     )
 
 
+def figure_texts(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """Returns a record's figures, one text each: "ratio: 8 → 2", or "channels: 3" where but one side is known."""
+    texts = []
+    for name in dict.fromkeys((*before, *after)):
+        known = [_figure(side[name]) for side in (before, after) if name in side]
+        texts.append(f"{name}: {' → '.join(known)}")
+    return texts
+
+
+def by_transform(records: Iterable[_Record], name_of: Callable[[_Record], str]) -> dict[str, list[_Record]]:
+    """Returns the records of each transform, in the order in which transforms first ran."""
+    groups: dict[str, list[_Record]] = {}
+    for record in records:
+        groups.setdefault(name_of(record), []).append(record)
+    return groups
+
+
 def _transforms(report: Mapping[str, Any]) -> str:
     groups = []
-    for transform, found in groupby(report["records"], key=lambda record: record["transform"]):
-        records = list(found)
+    for transform, records in by_transform(report["records"], lambda record: record["transform"]).items():
         num_done = sum(record["done"] for record in records)
         rows = [_record_row(record) for record in sorted(records, key=lambda record: record["done"])]
         count = f"{num_done} done, {len(records) - num_done} left alone"
         groups.append(
             f'<details><summary>{_code(transform)}<span class="count">{count}</span></summary>'
-            f"{_table(['', 'what', 'where', 'why', 'before → after'], rows)}</details>"
+            f"{_table(['', 'what', 'where', 'before → after', 'why'], rows, leave_out_empty=True)}</details>"
         )
     return _section(
         "What each transform did, and what it left alone",
@@ -97,33 +114,57 @@ def _transforms(report: Mapping[str, Any]) -> str:
 
 def _record_row(record: Mapping[str, Any]) -> list[str]:
     mark = '<span class="done">done</span>' if record["done"] else '<span class="alone">left alone</span>'
-    names = list(dict.fromkeys((*record["before"], *record["after"])))
-    figures = "<br>".join(
-        f"{escape(name)}: {_figure(record['before'].get(name))} → {_figure(record['after'].get(name))}"
-        for name in names
-    )
+    figures = "<br>".join(map(escape, figure_texts(record["before"], record["after"])))
     where = " ".join(_code(name) for name in record["where"])
-    return [mark, escape(record["what"]), where, escape(record["reason"]), f'<span class="figures">{figures}</span>']
+    figures = f'<span class="figures">{figures}</span>' if figures else ""
+    return [mark, escape(record["what"]), where, figures, escape(record["reason"])]
 
 
 def _plots(report: Mapping[str, Any]) -> str:
-    ranges = report["weight_ranges"]
-    widest = sorted(ranges, key=lambda name: -spread(ranges[name]["before"]))[:_MOST_PLOTS]
-    figures = "".join(
-        f"<figure><figcaption>{_code(name)}<br>widest ÷ narrowest: {_figure(spread(ranges[name]['before']))} → "
-        f"{_figure(spread(ranges[name]['after']))}</figcaption>"
-        f"{channel_plot(ranges[name]['before'], ranges[name]['after'], label=f'channel ranges of {name}')}</figure>"
-        for name in widest
-    )
-    shown = f"The {len(widest)} most uneven of {len(ranges)} weights" if len(ranges) > len(widest) else "All weights"
     key = '<span class="key"><i class="before"></i>batch norms folded<i class="after"></i>as exported</span>'
-    return _section(
+    weights = _section(
         "Ranges of the weights, channel by channel",
-        f"{shown}: largest magnitude of each output channel. One step of a grid for the whole tensor is the widest "
-        f"channel over 127; channels far below it lose their digits.<br>{key}",
-        f'<div class="plots">{figures}</div>',
+        "Largest magnitude of each output channel. One step of a grid for the whole tensor is the widest channel over "
+        f"half the number of steps; channels far below it lose their digits.<br>{key}",
+        _gallery(report["weight_ranges"]),
         escape_text=False,
     )
+    if not report["activation_ranges"]:
+        return weights
+    return weights + _section(
+        "Ranges of the activations, channel by channel",
+        "What the batch norms tell without data: three standard deviations around the mean, within what is provable. "
+        f"An activation has one grid for all channels.<br>{key}",
+        _gallery(report["activation_ranges"]),
+        escape_text=False,
+    )
+
+
+def _gallery(ranges: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Returns the plots of all tensors, the most changed ones first and at a glance, the others folded away."""
+    order = sorted(ranges, key=lambda name: -_change(ranges[name]))
+    figures = [_figure_of(name, ranges[name]) for name in order]
+    shown, folded = figures[:_MOST_PLOTS], figures[_MOST_PLOTS:]
+    changed = sum(_change(ranges[name]) > _CHANGED for name in order)
+    text = f"<p>{changed} of {len(order)} tensors changed; the most changed come first.</p>"
+    rest = (
+        f'<details><summary>The others<span class="count">{len(folded)}</span></summary>'
+        f'<div class="plots">{"".join(folded)}</div></details>'
+    )
+    return f'{text}<div class="plots">{"".join(shown)}</div>{rest if folded else ""}'
+
+
+def _figure_of(name: str, pair: Mapping[str, Sequence[float]]) -> str:
+    before, after = pair["before"], pair["after"]
+    spreads = f"widest ÷ narrowest: {_figure(spread(before))} → {_figure(spread(after))}"
+    plot = channel_plot(before, after, label=f"channel ranges of {name}")
+    return f"<figure><figcaption>{_code(name)}<br>{spreads}</figcaption>{plot}</figure>"
+
+
+def _change(pair: Mapping[str, Sequence[float]]) -> float:
+    """Returns by what factor the spread of the channels changed; 1 where it did not."""
+    ratio = spread(pair["before"]) / spread(pair["after"])
+    return max(ratio, 1 / ratio)
 
 
 def _grids(report: Mapping[str, Any]) -> str:
@@ -186,9 +227,17 @@ def _section(title: str, text: str, content: str, *, escape_text: bool = True) -
 
 
 def _table(
-    headings: Iterable[str], rows: Sequence[Sequence[str]], *, numbers_from: int | None = None, mark_last: bool = False
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers_from: int | None = None,
+    mark_last: bool = False,
+    leave_out_empty: bool = False,
 ) -> str:
     """Returns a table; cells are HTML already; columns from `numbers_from` on are aligned right."""
+    if leave_out_empty:
+        kept = [i for i in range(len(headings)) if any(row[i] for row in rows)]
+        headings, rows = [headings[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
     def kind(column: int) -> str:
         return ' class="number"' if numbers_from is not None and column >= numbers_from else ""

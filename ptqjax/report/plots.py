@@ -10,21 +10,23 @@ import numpy as np
 _WIDTH, _HEIGHT = 320, 132
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 8, 8, 18
 _MOST_TICKS = 5
+_MOST_BINS = 272  # one a pixel: more channels than the picture can tell apart share a mark, which spans them
 _DEAD = 1e-6  # of the widest channel: what is narrower is no channel any more, and would stretch the axis
 
 
 def channel_plot(before: Sequence[float], after: Sequence[float], *, label: str) -> str:
     """Returns a plot of per-channel ranges on a logarithmic axis, channels sorted by their range before.
 
-    Dead channels (removed ones, and those below a millionth of the widest) are drawn on the bottom line.
+    Dead channels (removed ones, and those below a millionth of the widest) are drawn on the bottom line. A mark is a
+    channel; with many, some neighbours, from the narrowest to the widest of them.
     """
     order = np.argsort(np.asarray(before), kind="stable")
     series = {"before": _live(before)[order], "after": _live(after)[order]}
     low, high = _decades(np.concatenate(list(series.values())))
-    dots = "".join(_dots(values, low, high, name) for name, values in series.items())
+    marks = "".join(_marks(values, low, high, name) for name, values in series.items())
     return (
         f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"{_axis(low, high)}{dots}"
+        f"{_axis(low, high)}{marks}"
         f'<text class="tick" x="{_LEFT}" y="{_HEIGHT - 4}">{len(before)} channels, narrowest to widest before</text>'
         "</svg>"
     )
@@ -75,11 +77,13 @@ def _axis(low: int, high: int) -> str:
     return "".join(lines)
 
 
-def _dots(values: np.ndarray, low: int, high: int, name: str) -> str:
-    step = (_WIDTH - _LEFT - _RIGHT) / len(values)
+def _marks(values: np.ndarray, low: int, high: int, name: str) -> str:
     exponents = np.log10(np.where(values > 0, values, 10.0**low))
-    points = [
-        f'<circle cx="{_LEFT + (i + 0.5) * step:.1f}" cy="{_height_of(exponent, low, high):.1f}" r="1.7"/>'
-        for i, exponent in enumerate(exponents.tolist())
-    ]
-    return f'<g class="{name}">{"".join(points)}</g>'
+    width = max(1, -(-len(values) // _MOST_BINS))
+    bins = [exponents[start : start + width] for start in range(0, len(values), width)]
+    step = (_WIDTH - _LEFT - _RIGHT) * width / max(len(values), 1)
+    lines = []
+    for i, neighbours in enumerate(bins):
+        top, bottom = (_height_of(float(end), low, high) for end in (neighbours.max(), neighbours.min()))
+        lines.append(f"M{_LEFT + (i + 0.5) * step:.1f} {top:.1f}V{bottom:.1f}")
+    return f'<path class="{name}" d="{"".join(lines)}"/>'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ptqjax.evaluate import Evaluation
 from ptqjax.ir import Record
 from ptqjax.quantize import BiasSite, Placement, Site
 from ptqjax.report.inspection import Inspection, Unknown
-from ptqjax.report.page import metric_headings, metric_text
+from ptqjax.report.page import by_transform, figure_texts, metric_headings, metric_text
 from ptqjax.validate import Validation
 
 _NODES = 5  # named of each operator without a lowering
@@ -114,11 +113,21 @@ def _nodes(entry: Unknown) -> str:
 
 
 def _print_transforms(records: Sequence[Record]) -> None:
-    done = Counter((record.transform, record.what.partition(" (")[0]) for record in records if record.done)
-    rows = [[transform, what, str(count)] for (transform, what), count in done.items()]
-    _table("What the transforms would do", ["transform", "what", "places"], rows, numbers_from=2)
-    rows = [[record.transform, record.where[0], record.reason] for record in records if not record.done]
-    _table("What they would leave alone", ["transform", "where", "why"], rows)
+    """Prints a table for each transform, a line for each place; columns that would be empty are left out."""
+    for transform, found in by_transform(records, lambda record: record.transform).items():
+        num_done = sum(record.done for record in found)
+        rows = [_record_row(record) for record in found]
+        headings = ["", "where", "what", "before → after", "why"]
+        kept = [i for i in range(len(headings)) if any(row[i] for row in rows)]
+        title = f"{transform}: {num_done} places it would change, {len(found) - num_done} it would leave alone"
+        _table(title, [headings[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _record_row(record: Record) -> list[str]:
+    mark = "done" if record.done else "left"
+    what = "" if record.what == "left alone" else record.what
+    figures = "; ".join(figure_texts(record.before, record.after))
+    return [mark, record.where[0], what, figures, record.reason]
 
 
 def _print_placement(placement: Placement) -> None:
