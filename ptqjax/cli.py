@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ptqjax.report import Row
 
 _BATCH = 32  # samples at a time
+_NO_DATA = "none"  # instead of DATA.npz
 _FILES = ("model.onnx", "model.encodings", "report.json", "report.html")
 
 
@@ -75,8 +76,8 @@ def commands() -> None:
     "--calibration",
     required=True,
     metavar="DATA.npz|none",
-    help="Samples to find ranges on, one array per model input. 'none' (ranges from the model's batch norms alone) is "
-    "not available yet.",
+    help="Samples to find ranges on, one array per model input; or 'none': ranges from the model's batch norms, which "
+    "it must still have.",
 )
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
 @click.option("--weights", default="int8", show_default=True, metavar="TYPE", help="int8, uint8, int4, uint4, int16.")
@@ -109,10 +110,27 @@ def commands() -> None:
     help="Move biases on where that is exact; a part of equalization.",
 )
 @click.option(
+    "--scaling",
+    default="auto",
+    show_default=True,
+    metavar="auto|off|weights|ranges|noise|learned",
+    help="What channels are scaled for: equal weights, weights and activations together, the least predicted noise, "
+    "the output itself (by learning), or what turns out best.",
+)
+@click.option(
+    "--bounds",
+    default="exact",
+    show_default=True,
+    metavar="exact|relu|leave|auto",
+    help="What becomes of a Clip (ReLU6) between scaled channels: a bound per channel, a Relu, nothing is scaled "
+    "there, or one of the last two, layer by layer.",
+)
+@click.option(
     "--correct",
     default=None,
-    metavar="none|empirical",
-    help="Take out the mean error that quantization leaves in each layer.  [default: empirical, where there is data]",
+    metavar="none|analytic|empirical",
+    help="Take out the mean error that quantization leaves in each layer: as batch norms tell, or as measured on the "
+    "samples.  [default: empirical; analytic without samples]",
 )
 @click.option(
     "--exclude",
@@ -141,27 +159,33 @@ def quantize(model: Path, calibration: str, out: Path, device: str, **settings: 
         ptqjax quantize net.onnx --calibration data.npz --out q --weights int4
         ptqjax quantize net.onnx --calibration data.npz --out q --no-equalize --correct none
         ptqjax quantize net.onnx --calibration data.npz --out q --exclude 'head/*' --exclude logits
+        ptqjax quantize net.onnx --calibration none --out q
 
-    With 'labels' in DATA.npz, the table at the end shows top-1 accuracy as well.
+    With 'labels' in DATA.npz, the table at the end shows top-1 accuracy as well. Without samples nothing is measured:
+    the table is left out.
     """
     import ptqjax
     from ptqjax import report
     from ptqjax.report import tables
 
     _require_consistent(calibration, **settings)
-    settings["correct"] = settings["correct"] or "empirical"
+    has_data = calibration != _NO_DATA
+    settings["correct"] = settings["correct"] or ("empirical" if has_data else "analytic")
     config = ptqjax.QuantizationConfig(**settings)
-    device_name, path = _use_device(device), Path(calibration)
+    device_name, path = _use_device(device), Path(calibration) if has_data else None
     source = ptqjax.read(model)
-    samples, batches = _load(path, source.graph)
+    samples, batches = (None, None) if path is None else _load(path, source.graph)
     with published(out, _FILES) as folder, _progress() as follow:
-        result = ptqjax.quantize(source, follow(batches, "quantizing"), config)
+        result = ptqjax.quantize(source, None if batches is None else follow(batches, "quantizing"), config)
         ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config))
+        rows: Sequence[Row] = ()
+        if samples is not None:
+            rows = _measured(source, result, follow(batches, "measuring"), samples, config)
         facts = report.facts(
-            source=_provenance(model, path) | {"num_samples": samples.num_samples},
+            source=_provenance(model, path) | {"num_samples": 0 if samples is None else samples.num_samples},
             settings=asdict(config),
             device=device_name,
-            rows=_measured(source, result, follow(batches, "measuring"), samples, config),
+            rows=rows,
             records=[record for records in result.reports.values() for record in records],
             encodings=result.encodings,
             before=result.stages[0].model,
@@ -170,20 +194,30 @@ def quantize(model: Path, calibration: str, out: Path, device: str, **settings: 
         write_text(folder / "report.json", report.to_json(facts))
         write_text(folder / "report.html", report.page(facts))
     tables.print_stages(facts["stages"])
+    if not has_data:
+        click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")
     click.echo(f"wrote {out / 'model.onnx'}; what was done and why: {out / 'report.html'}")
     click.echo(f"what the file is worth: ptqjax evaluate {out / 'model.onnx'} --data TEST.npz --reference {model}")
 
 
-def _require_consistent(calibration: str, *, equalize: bool, absorb: str, **_: Any) -> None:
+def _require_consistent(
+    calibration: str, *, equalize: bool, absorb: str, correct: str | None, scaling: str, **_: Any
+) -> None:
     """Refuses what cannot be done, before any work.
 
     Raises:
-        ConfigError: There are to be no samples; or absorption is asked for by name, and equalization is off.
+        ConfigError: What needs samples is asked for by name, and there are none; or absorption is asked for by name,
+            and equalization is off.
     """
-    if calibration == "none":
+    if calibration == _NO_DATA and correct == "empirical":
         raise ConfigError(
-            "--calibration none is not available yet: ranges without data need the model's batch norms carried through "
-            "the graph; give a DATA.npz with samples (a hundred will do, no labels needed)"
+            "--correct empirical with --calibration none: the empirical correction is measured on samples; give a "
+            "DATA.npz (a hundred will do, no labels needed), or take --correct analytic"
+        )
+    if calibration == _NO_DATA and scaling == "learned":
+        raise ConfigError(
+            "--scaling learned with --calibration none: scales are learned on samples; give a DATA.npz, or take "
+            "--scaling noise"
         )
     by_name = click.get_current_context().get_parameter_source("absorb") is click.core.ParameterSource.COMMANDLINE
     if by_name and absorb != "off" and not equalize:
@@ -371,7 +405,7 @@ def _fitting(config: QuantizationConfig, model: Model) -> QuantizationConfig:
     return replace(config, exclude=tuple(pattern for pattern in config.exclude if fnmatch.filter(names, pattern)))
 
 
-def _provenance(model: Path, data: Path) -> dict[str, Any]:
-    files = {"model": model, "data": data}
+def _provenance(model: Path, data: Path | None) -> dict[str, Any]:
+    files = {"model": model} | ({} if data is None else {"data": data})
     hashes = {f"{key}_sha256": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()}
     return {key: path.name for key, path in files.items()} | hashes

@@ -229,18 +229,62 @@ def test_data_that_is_no_archive(place, tmp_path, content):
     assert_fault(quantize(place, tmp_path / "q", data=path), "data.npz", ".npz")
 
 
-def test_calibration_without_data_is_refused_before_any_work(tmp_path):
-    result = run("quantize", tmp_path / "absent.onnx", "--calibration", "none", "--out", tmp_path / "q")
-    assert result.exit_code == 2
-    assert "--calibration none is not available yet" in result.stderr
-    assert "give a DATA.npz" in result.stderr
+def data_free(place, tmp_path, *options, model="bn.onnx"):
+    return run("quantize", tmp_path / model, "--calibration", "none", "--out", tmp_path / "q", *options)
+
+
+def test_quantizing_without_data_writes_all_files_and_says_that_nothing_was_measured(place, tmp_path):
+    onnx.save(network(), tmp_path / "bn.onnx")
+    result = data_free(place, tmp_path)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "q").iterdir()} == FILES
+    assert "nothing was measured" in result.stdout
+    assert "After each stage" not in result.stdout
+    found = json.loads((tmp_path / "q" / "report.json").read_text())
+    assert found["settings"]["correct"] == "analytic"
+    assert (found["source"]["num_samples"], found["stages"]) == (0, [])
+    assert [record for record in found["records"] if record["transform"] == "correct_biases" and record["done"]]
+    worth = run(
+        "evaluate", tmp_path / "q" / "model.onnx", "--data", place / "data.npz", "--reference", tmp_path / "bn.onnx"
+    )
+    sqnr = float(worth.stdout.split("SQNR")[1].split()[-1])
+    assert sqnr > 10, worth.stdout  # dB; random inputs of other statistics than those that the batch norm states
+
+
+def test_without_data_and_batch_norms_the_error_names_tensors_and_the_way_out(place, tmp_path):
+    model = network()
+    norm = model.graph.node[1]
+    model.graph.node[2].input[0] = "conv1"
+    model.graph.node.remove(norm)
+    onnx.save(model, tmp_path / "bn.onnx")
+    assert_fault(data_free(place, tmp_path), "the graph input 'input'", "has no batch norms", "--calibration DATA.npz")
     assert not (tmp_path / "q").exists()
 
 
-@pytest.mark.parametrize(("option", "words"), [("--calibration", "not available yet"), ("--seed", "nothing is random")])
-def test_help_does_not_promise_what_is_not_there(option, words):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--correct", "empirical"), ("--correct empirical with --calibration none", "--correct analytic")),
+        (("--scaling", "learned"), ("--scaling learned with --calibration none", "--scaling noise")),
+    ],
+)
+def test_what_needs_samples_is_refused_without_them_before_any_work(place, tmp_path, options, words):
+    result = data_free(place, tmp_path, *options, model="absent.onnx")
+    assert result.exit_code == 2
+    assert [word for word in words if word not in result.stderr] == [], result.stderr
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("scaling", "ranges"), ("bounds", "leave")])
+def test_scaling_and_bounds_reach_the_settings(place, tmp_path, option, value):
+    onnx.save(network(), tmp_path / "bn.onnx")
+    assert data_free(place, tmp_path, f"--{option}", value).exit_code == 0
+    assert json.loads((tmp_path / "q" / "report.json").read_text())["settings"][option] == value
+
+
+def test_help_does_not_promise_what_is_not_there():
     lines = run("quantize", "--help").stdout
-    assert words in " ".join(lines[lines.index(f"  {option}") :].split()).partition(" --")[0]
+    assert "nothing is random" in " ".join(lines[lines.index("  --seed") :].split()).partition(" --")[0]
 
 
 def test_absorption_without_equalization_is_refused_where_it_is_asked_for(place, tmp_path):
