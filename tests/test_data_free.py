@@ -83,7 +83,7 @@ def test_what_batch_norms_do_not_reach_is_an_error_that_names_it():
     params = {"w": np.random.default_rng(0).normal(size=(4, 3, 1, 1)).astype(np.float32)}
     model = build(nodes, params, input_shape=("N", 3, 4, 4), outputs=["y"])
     model = model.replace(statistics={"a": Statistics(mean=np.zeros(4), std=np.ones(4))})
-    with pytest.raises(DataError, match=r"1 of 3 activations: Erf \(producing 'y'\); batch norms tell nothing"):
+    with pytest.raises(DataError, match=r"1 of 3 activations: Erf \(producing 'y'\); batch norms do not tell"):
         calibrate(model, None)
     assert calibrate(model, None, QuantizationConfig(exclude=("y",))).keys() == {"x", "a", "w"}
 

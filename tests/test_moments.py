@@ -324,3 +324,23 @@ def test_ranges_hold_what_they_should_and_stay_within_what_is_provable():
     np.testing.assert_allclose(high, np.clip(known.mean + 4 * known.std, 0, 6))
     averaged = with_input(chain().conv(5).add("Relu").add("GlobalAveragePool"))
     assert (channel_ranges(averaged)["t2"][0] >= 0).all()  # the mean of what is never negative
+
+
+@pytest.mark.parametrize("damage", ["a weight is nan", "nothing varies"])
+def test_an_input_that_cannot_be_explained_stays_unknown(damage):
+    model, _ = fold_batch_norms(Chain(3).conv(6).norm().build())
+    name, known = next(iter(model.statistics.items()))
+    weight = next(name for name in model.params if name.startswith("w"))
+    if damage == "nothing varies":
+        model = model.replace(statistics={name: Statistics(mean=known.mean, std=0 * known.std)})
+    else:
+        model = model.replace(params=model.params | {weight: np.full_like(model.params[weight], np.nan)})
+    assert input_moments(model) == {}
+
+
+def test_moments_follow_under_jit_where_the_input_is_stated():
+    model = with_input(chain(dtype=np.float32).clip().conv(5, bias=True))
+    expected = channel_moments(model)["t1"]
+    found = jax.jit(lambda params: channel_moments(model.replace(params=params))["t1"])(model.params)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-4)  # float32
+    np.testing.assert_allclose(found.std, expected.std, rtol=1e-4)

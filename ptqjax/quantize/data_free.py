@@ -58,18 +58,16 @@ def _check_known(model: Model, tensors: Sequence[str], known: Mapping[str, Any])
     if not unknown:
         return
     producers = model.graph.producers
-    shown = [place_of(producers[name]) if name in producers else f"the graph input '{name}'" for name in unknown]
+    named = [place_of(producers[name]) if name in producers else f"the graph input '{name}'" for name in unknown]
     more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
     raise DataError(
-        f"without data, no range is known of {len(unknown)} of {len(tensors)} activations: {', '.join(shown[:_SHOWN])}"
-        f"{more}; {_cause(model)}. Give samples (batches; on the command line --calibration DATA.npz, a hundred will "
+        f"without data, no range is known of {len(unknown)} of {len(tensors)} activations: {', '.join(named[:_SHOWN])}"
+        f"{more}; {_cause(model)}. Give samples (batches; on the command line --calibration DATA.npz: a hundred will "
         "do, no labels needed), or exclude these tensors"
     )
 
 
 def _cause(model: Model) -> str:
     if model.statistics:
-        return "batch norms tell nothing of what these operators make of their inputs"
-    return (
-        "the model has no batch norms to take ranges from, or they were folded before it was saved: give it with them"
-    )
+        return "batch norms do not tell what these operators make of their inputs"
+    return "the model has no batch norms, or they were folded before it was saved (then it is best given with them)"

@@ -145,16 +145,22 @@ def input_moments(model: Model) -> dict[str, Statistics]:
             continue
         if layer.num_outputs > found.get(layer.input, (0, None))[0]:
             explained = _explained(weight_view(model, layer)[0], bias_of(model, layer), known)
-            found[layer.input] = layer.num_outputs, explained
+            found |= {layer.input: (layer.num_outputs, explained)} if explained is not None else {}
     return {name: statistics for name, (_, statistics) in found.items()}
 
 
-def _explained(weight: Any, bias: Any, output: Statistics) -> Statistics:
-    """Returns the input's moments that explain a layer's output; `weight` is [outputs, inputs, taps]."""
-    if any(is_traced(array) for array in (weight, bias, output.mean, output.std)):
-        raise TypeError("the moments of inputs are estimated from concrete arrays alone")
-    weight, bias, mean, std = (np.asarray(array, np.float64) for array in (weight, bias, output.mean, output.std))
+def _explained(weight: Any, bias: Any, output: Statistics) -> Statistics | None:
+    """Returns the input's moments that explain a layer's output; `weight` is [outputs, inputs, taps].
+
+    None where that cannot be: arrays are traced or not finite, or no output varies.
+    """
+    arrays = weight, bias, output.mean, output.std
+    if any(is_traced(array) for array in arrays):
+        return None
+    weight, bias, mean, std = (np.asarray(array, np.float64) for array in arrays)
     lives = std > _VANISHED * std.max(initial=0.0)
+    if not (lives.any() and all(np.isfinite(array).all() for array in (weight, bias, mean, std))):
+        return None
     weight, mean, std = weight[lives], (mean - bias)[lives], std[lives]
     sums = weight.sum(axis=2)
     mu = np.linalg.lstsq(sums / std[:, None], mean / std)[0]
