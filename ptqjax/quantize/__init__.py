@@ -3,6 +3,7 @@
 from ptqjax.quantize.bias import BiasSite, bias_encoding, bias_sites, guard_biases
 from ptqjax.quantize.calibrate import calibrate, calibrate_and_report
 from ptqjax.quantize.encodings import Encoding, Encodings, make_encoding
+from ptqjax.quantize.fold_to_scale import fold_to_scale
 from ptqjax.quantize.placement import Placement, Site, Skipped, place
 from ptqjax.quantize.search import choose_encoding
 from ptqjax.quantize.tensors import check_not_quantized
@@ -20,6 +21,7 @@ __all__ = [
     "calibrate_and_report",
     "check_not_quantized",
     "choose_encoding",
+    "fold_to_scale",
     "guard_biases",
     "make_encoding",
     "place",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -54,6 +54,8 @@ class Fold:
     """The layer before it or behind it."""
     factor: Any
     """What multiplies the layer's outputs (before it), or its inputs (behind it), channel by channel."""
+    between: tuple[str, ...]
+    """The tensors between the two, from the batch norm to the layer."""
     edit: Edit
     """What becomes of nodes and parameters."""
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
@@ -87,8 +89,8 @@ def fold_batch_norms(model: Model) -> tuple[Model, Report]:
         check_values(model, node)
     order = [node.output for node in norms_of(model)]
     model = model.replace(statistics=implied_statistics(model) | model.statistics)
-    model, behind = fold_while_possible(model, fold_behind)
-    model, ahead = fold_while_possible(model, fold_ahead)
+    model, behind = _repeat(model, fold_behind)
+    model, ahead = _repeat(model, fold_ahead)
     model, rest = _written_out(model)
     return model, tuple(sorted((*behind, *ahead, *rest), key=lambda record: order.index(record.where[0])))
 
@@ -103,28 +105,23 @@ def survey_of(model: Model) -> Survey:
     return Survey(model=model, layers=linear_layers(model), shapes=shapes_of(model))
 
 
-def fold_while_possible(
-    model: Model, attempt: _Attempt, seen: Callable[[Model, Fold], None] | None = None
-) -> tuple[Model, list[Record]]:
-    """Folds what can be folded until nothing can: one batch norm that goes may make way for another.
-
-    Args:
-        model: The model.
-        attempt: `fold_behind`, `fold_ahead`, or one that asks for more.
-        seen: Is told of each fold, with the model before it.
-    """
+def _repeat(model: Model, attempt: _Attempt) -> tuple[Model, list[Record]]:
+    """Folds what can be folded until nothing can: one batch norm that goes may make way for another."""
     records: list[Record] = []
     while True:
         survey = survey_of(model)
         folds = [fold for node in norms_of(model) if isinstance(fold := attempt(survey, node), Fold)]
         if not folds:
             return model, records
-        for fold in folds:
-            records.append(_folded(fold))
-            if seen is not None:
-                seen(model, fold)
-        statistics = {name: value for fold in folds for name, value in fold.statistics.items()}
-        model = edited(model, [fold.edit for fold in folds], statistics)
+        records += [_folded(fold) for fold in folds]
+        model = with_folds(model, folds)
+
+
+def with_folds(model: Model, folds: Iterable[Fold]) -> Model:
+    """Returns the model after folds that were found in it; of each batch norm and layer there may be one."""
+    folds = tuple(folds)
+    statistics = {name: value for fold in folds for name, value in fold.statistics.items()}
+    return edited(model, [fold.edit for fold in folds], statistics)
 
 
 def fold_behind(survey: Survey, norm: Node) -> Fold | str:
@@ -149,9 +146,9 @@ def fold_behind(survey: Survey, norm: Node) -> Fold | str:
     if passages and layer.channels_at_1 and channels.repeats == ONE and channels.count == layer.num_outputs:
         is_averaged = any("Pool" in node.op_type for node in passages)
         known = {} if is_averaged else {layer.output: model.statistics[norm.output]}
-    return _checked(
-        model, Fold(norm=norm, layer=layer, factor=scale, edit=replace(edit, nodes=nodes), statistics=known)
-    )
+    between = tuple(dict.fromkeys((norm.inputs[0], *(node.inputs[0] for node in passages))))
+    edit = replace(edit, nodes=nodes)
+    return _checked(model, Fold(norm=norm, layer=layer, factor=scale, between=between, edit=edit, statistics=known))
 
 
 def fold_ahead(survey: Survey, norm: Node) -> Fold | str:
@@ -173,7 +170,9 @@ def fold_ahead(survey: Survey, norm: Node) -> Fold | str:
     first = passages[0] if passages else layer.node
     nodes = {first.output: (first,), **edit.nodes, norm.output: ()}
     nodes = {output: tuple(_reading(node, norm) for node in new) for output, new in nodes.items()}
-    return _checked(model, Fold(norm=norm, layer=layer, factor=scale, edit=replace(edit, nodes=nodes)))
+    between = (norm.output, *(node.output for node in passages))
+    edit = replace(edit, nodes=nodes)
+    return _checked(model, Fold(norm=norm, layer=layer, factor=scale, between=between, edit=edit))
 
 
 def _layer_before(survey: Survey, norm: Node) -> tuple[Linear, list[Node], Channels] | str:
