@@ -25,8 +25,9 @@ class Groups:
 def find_groups(model: Model, target: Target) -> Groups:
     """Returns the tensors inside the supergroups of `model`: a head with what follows it, and decomposed GELUs.
 
-    A head is a product, a sum or a normalization; a bias, a batch norm, clamps, constant bounds and one activation
-    function may follow, each the only reader of the one before. Source: the fusions that `target` names.
+    A head is a product, a sum or a normalization; a bias, the shift of an affine map per channel, a batch norm, clamps,
+    constant bounds and one activation function may follow, each the only reader of the one before. Source: the fusions
+    that `target` names.
     """
     inside: dict[str, str] = dict(_find_gelus(model))
     bounded: dict[str, str] = {}
@@ -51,6 +52,7 @@ def _chain(model: Model, head: Node, target: Target) -> list[Node]:
     while (node := only_reader(model.graph, chain[-1].output)) is not None and not node.domain:
         previous = chain[-1]
         is_bias = previous.op_type == "MatMul" and _has_vector_behind(model, previous)
+        is_bias |= shift_of(model, previous) == node.output
         is_normalization = node.op_type == "BatchNormalization" and previous.op_type not in target.clamps
         is_bound = node.op_type in ("Min", "Max") and _other_is_parameter(model, node, previous.output)
         is_curve = node.op_type in target.activations and not has_curve and node.inputs[0] == previous.output
@@ -60,6 +62,19 @@ def _chain(model: Model, head: Node, target: Target) -> list[Node]:
         has_curve = has_curve or is_curve
         chain.append(node)
     return chain
+
+
+def shift_of(model: Model, product: Node) -> str:
+    """Returns the result of the Add that makes a Mul an affine map per channel, k x + t; "" where there is none.
+
+    So a batch norm that could not be folded is written: k and t are parameters of one shape [c, 1, ...].
+    """
+    add = only_reader(model.graph, product.output)
+    if product.op_type != "Mul" or product.domain or add is None or add.op_type != "Add" or add.domain:
+        return ""
+    shapes = [np.shape(model.params[name]) for node in (product, add) for name in node.inputs if name in model.params]
+    is_per_channel = len(shapes) == 2 and len(shapes[0]) > 1 and shapes[0][0] > 1 and set(shapes[0][1:]) == {1}  # noqa: PLR2004
+    return add.output if is_per_channel and shapes[0] == shapes[1] else ""
 
 
 def _other_is_parameter(model: Model, node: Node, tensor: str) -> bool:

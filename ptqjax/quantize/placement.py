@@ -16,7 +16,7 @@ from ptqjax.config import QuantizationConfig, near_names
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model, Node, scalar_of
 from ptqjax.quantize.bias import BiasSite, bias_sites
-from ptqjax.quantize.groups import Groups, find_groups
+from ptqjax.quantize.groups import Groups, find_groups, shift_of
 from ptqjax.quantize.target import Target, load_target
 from ptqjax.quantize.tensors import check_not_quantized, check_types, floating_tensors
 
@@ -224,6 +224,10 @@ def _constant(model: Model, tensor: str, config: QuantizationConfig, target: Tar
         return Skipped(tensor=tensor, reason=f"parameter of {', '.join(operators)}")
     if _is_bound(model, tensor):
         return Skipped(tensor=tensor, reason="bounds of an activation, one per channel")
+    if all(_is_of_affine(model, node) for node in readers):
+        return Skipped(
+            tensor=tensor, reason="parameter of an affine map per channel, like that of a BatchNormalization"
+        )
     return Site(
         tensor=tensor,
         kind=CONSTANT,
@@ -232,6 +236,13 @@ def _constant(model: Model, tensor: str, config: QuantizationConfig, target: Tar
         root=tensor,
         reason=f"constant operand of {', '.join(operators)}",
     )
+
+
+def _is_of_affine(model: Model, node: Node) -> bool:
+    """Tells whether the node is the Mul or the Add of an affine map per channel."""
+    producers = (model.graph.producers.get(name) for name in node.inputs)
+    products = [node, *(found for found in producers if found is not None and node.op_type == "Add")]
+    return any(shift_of(model, product) for product in products)
 
 
 def _is_bound(model: Model, tensor: str) -> bool:
