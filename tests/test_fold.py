@@ -60,9 +60,11 @@ def test_fold_behind_a_convolution_preserves_the_function(
     assert_folds(Chain(4, rank=rank, size=size).conv(8, group=group, pad=pad, bias=bias).norm().build())
 
 
-@pytest.mark.parametrize(("group", "channels", "rank"), [(1, 6, 2), (2, 6, 2), (4, 8, 2), (4, 4, 1)])
+@pytest.mark.parametrize(
+    ("group", "channels", "rank"), [(1, 6, 2), (2, 6, 2), (4, 8, 2), (4, 4, 1), (1, 3, 3), (4, 8, 3)]
+)
 def test_fold_behind_a_transposed_convolution_preserves_the_function(group: int, channels: int, rank: int) -> None:
-    assert_folds(Chain(4, rank=rank).conv_transpose(channels, group=group, bias=group == 2).norm().build())
+    assert_folds(Chain(4, rank=rank, size=4).conv_transpose(channels, group=group, bias=group == 2).norm().build())
 
 
 @pytest.mark.parametrize("trans_b", [0, 1])
