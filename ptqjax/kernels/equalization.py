@@ -10,7 +10,7 @@ equations 9 to 11. We differ: a channel may not outgrow the others' activations 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from ptqjax.kernels.grouped import (
     Inputs,
@@ -25,6 +25,7 @@ from ptqjax.kernels.grouped import (
 from ptqjax.kernels.namespace import array_namespace
 
 Channels = Float[Array | np.ndarray, " c"]
+Magnitudes = Float[Array | np.ndarray, "t c"]
 Mask = Bool[Array | np.ndarray, " c"]
 TapRanges = Float[Array | np.ndarray, "g o i"]
 Scalar = Float[Array | np.ndarray | np.floating, ""]  # a sum in NumPy is no array
@@ -55,19 +56,23 @@ def ranges_of_inputs(ranges: TapRanges, log_output_scale: Outputs | None) -> Inp
     return ranges.max(axis=1).reshape(-1)
 
 
-def log_scales(r1: Channels, r2: Channels, magnitude: Channels | None = None, *, limit: float = 2.0) -> Channels:
+def log_scales(
+    r1: Channels, r2: Channels, magnitude: Channels | Magnitudes | None = None, *, limit: float = 2.0
+) -> Channels:
     """Returns log s per channel: s = max(sqrt(r1 / r2), A / T), with T = limit * median of A / sqrt(r1 / r2).
 
     The first term alone makes the weight ranges r1 / s and r2 s equal. It blows up the activations of a channel with
     small weights and a large bias, and one quantizer must hold all channels; so none may exceed T, which is `limit`
-    times the median over the channels that live. A factor common to all channels of r1 or r2 comes out as a factor of
-    s, and dead channels get the mean of the others. Scales are not rounded to powers of two: rounding would cost
-    balance, and gain nothing but exact float weights.
+    times the median over the channels that live. Where several tensors hold the channels, each has a T of its own, and
+    the largest A / T counts. A factor common to all channels of r1 or r2 comes out as a factor of s, and dead channels
+    get the mean of the others. Scales are not rounded to powers of two: rounding would cost balance, and gain nothing
+    but exact float weights.
 
     Args:
         r1: Weight range of the channel in the layer that produces it.
         r2: Weight range of the channel in the layer that reads it.
-        magnitude: A, the largest magnitude of the channel's activation; None to look at the weights alone.
+        magnitude: A, the largest magnitude of the channel's activation, or a row of them for each tensor that holds
+            the channels; None to look at the weights alone.
         limit: How far above the median a channel's activation may reach.
     """
     xp = array_namespace(r1, r2, magnitude)
@@ -75,12 +80,18 @@ def log_scales(r1: Channels, r2: Channels, magnitude: Channels | None = None, *,
     balanced = xp.where(is_live, _log(r1) - _log(r2), 0.0) / 2
     if magnitude is None:
         return _filled(balanced, is_live)
-    is_counted = is_live & (magnitude > 0)
-    of_counted = xp.where(is_counted, _log(magnitude) - balanced, xp.where(is_counted.any(), xp.nan, 0.0))
-    at_limit = _log(magnitude) - (np.log(limit) + xp.nanmedian(of_counted))
+    sizes = magnitude.reshape(-1, len(r1))
+    is_counted = is_live[None] & (sizes > 0)
+    has_any = is_counted.any(axis=1, keepdims=True)
+    of_counted = xp.where(is_counted, _log(sizes) - balanced[None], xp.where(has_any, xp.nan, 0.0))
+    medians = xp.stack([xp.nanmedian(row) for row in of_counted]).reshape(-1, 1)  # along an axis it is ten times slower
+    at_limits = _log(sizes) - (np.log(limit) + medians)
+    at_limit = xp.where((sizes > 0) & has_any, at_limits, -xp.inf).max(axis=0)
     # A channel of constant value has r1 = 0: nothing is to be balanced, its activation alone decides.
-    is_held = (r1 == 0) & (r2 > 0) & (magnitude > 0) & is_counted.any()
-    limited = xp.where(is_counted, xp.maximum(balanced, at_limit), xp.where(is_held, at_limit, balanced))
+    is_known = (at_limit > -xp.inf) & (r2 > 0)
+    at_limit = xp.where(is_known, at_limit, 0.0)
+    is_held = is_known & (r1 == 0)
+    limited = xp.where(is_held, at_limit, xp.where(is_known & is_live, xp.maximum(balanced, at_limit), balanced))
     return _filled(limited, is_live | is_held)
 
 
@@ -93,7 +104,7 @@ def level(r1: Channels, r2: Channels, log_scale: Channels) -> Scalar:
 
 
 def common_factors(
-    levels: Float[Array | np.ndarray, " n"], neighbours: Bool[np.ndarray, "n n"]
+    levels: Float[Array | np.ndarray, " n"], neighbours: Shaped[np.ndarray, "n n"]
 ) -> Float[Array | np.ndarray, " n"]:
     """Returns the log factor of each interface, one for all its channels, after which every `level` is zero.
 
@@ -102,7 +113,7 @@ def common_factors(
 
     Args:
         levels: The level of each interface.
-        neighbours: Which interfaces share a layer.
+        neighbours: Which interfaces share a layer (booleans), or with which weight one's factor counts for another.
     """
     xp = array_namespace(levels)
     return xp.linalg.solve(2 * np.eye(len(neighbours), dtype=levels.dtype) - neighbours.astype(levels.dtype), levels)
@@ -159,7 +170,7 @@ def _filled(values: Channels, is_known: Mask) -> Channels:
     return xp.where(is_known, values, mean)
 
 
-def _log(values: Channels) -> Channels:
+def _log(values: Float[Array | np.ndarray, "*shape"]) -> Float[Array | np.ndarray, "*shape"]:
     """Returns the logarithm where there is one, and 0 elsewhere (with a gradient of 0, not nan)."""
     xp = array_namespace(values)
     return xp.log(xp.where(values > 0, values, 1.0))

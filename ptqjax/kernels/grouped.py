@@ -8,7 +8,7 @@ do is one line each. Vectors per channel are flat: group after group.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ptqjax.kernels.namespace import array_namespace
 
@@ -65,3 +65,21 @@ def input_ranges(view: View) -> Inputs:
     """Returns the largest absolute weight of each input channel."""
     xp = array_namespace(view)
     return xp.abs(view).max(axis=(1, 3)).reshape(-1)
+
+
+def largest_by_number(
+    values: Float[Array | np.ndarray, " n"], numbers: Int[np.ndarray, " n"], count: int
+) -> Float[Array | np.ndarray, " count"]:
+    """Returns the largest value that has each number, 0 for none; values with a number outside 0..count-1 are left out.
+
+    Values are not negative.
+    """
+    within = (numbers >= 0) & (numbers < count)
+    if len(numbers) == count and np.array_equal(numbers, np.arange(count)):
+        return values
+    xp = array_namespace(values)
+    found = xp.zeros(count, dtype=values.dtype)
+    if xp is not np:
+        return found.at[numbers[within]].max(values[within])
+    np.maximum.at(found, numbers[within], values[within])
+    return found

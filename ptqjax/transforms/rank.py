@@ -12,9 +12,10 @@ _KEEPS_RANK = frozenset({
     "AveragePool", "BatchNormalization", "Cast", "Clip", "DequantizeLinear", "Dropout", "Elu", "Erf",
     "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "HardSwish", "Identity", "LayerNormalization", "LeakyRelu",
     "MaxPool", "Neg", "PRelu", "Pad", "QuantizeLinear", "Relu", "Selu", "Sigmoid", "Slice", "Softmax", "Sqrt", "Tanh",
-    "Transpose",
+    "Transpose", "Resize", "Split", "Upsample",
 })  # fmt: skip
 _WIDEST = frozenset({"Add", "Sub", "Mul", "Div", "Min", "Max", "Sum"})
+_ALIKE = frozenset({"Concat"})  # one known input is enough
 _DOMAINS = ("", "com.microsoft")  # the runtime has its own QuantizeLinear and DequantizeLinear
 _MATRIX = frozenset({"Gemm", "Flatten"})
 
@@ -27,7 +28,9 @@ def ranks_of(model: Model) -> dict[str, int]:
     for node in model.graph.nodes:
         rank = None if node.domain not in _DOMAINS else _rank(model, node, ranks)
         if rank is not None:
-            ranks[node.output] = rank
+            ranks |= dict.fromkeys(
+                (name for name in node.outputs[: None if node.op_type == "Split" else 1] if name), rank
+            )
     return ranks
 
 
@@ -39,6 +42,8 @@ def _rank(model: Model, node: Node, ranks: Mapping[str, int]) -> int | None:
         return known[1]
     if node.op_type in _KEEPS_RANK or (node.op_type == "MatMul" and known[1] == 2):  # noqa: PLR2004  a matrix
         return known[0]
+    if node.op_type in _ALIKE:
+        return next((rank for rank in known if rank is not None), None)
     if node.op_type == "Reshape" or node.op_type.startswith("Reduce"):
         return _reshaped_rank(model, node, known[0])
     return max(known) if node.op_type in _WIDEST and None not in known else None  # pyright: ignore[reportArgumentType]

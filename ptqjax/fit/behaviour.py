@@ -1,0 +1,138 @@
+"""How the channels of a float model behave on data: their reach, their power, and what noise in them does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptqjax.errors import ModelError
+from ptqjax.ir import Graph, Model
+from ptqjax.lowering import compiled, interpret
+from ptqjax.quantize.batches import checked_batches, num_samples
+from ptqjax.transforms.behaviour import Behaviour
+
+_RANK = 2  # sample and channel
+
+
+def observe_behaviour(
+    model: Model, batches: Iterable[Mapping[str, Any]] | None, *, seed: int = 0
+) -> dict[str, Behaviour]:
+    """Returns what each tensor's channels (axis 1) do on data; one pass, forward and backward, memory of one batch.
+
+    Gains are measured: a random vector of signs is sent back from the outputs of each sample, each output in units of
+    its own size (the root of its mean sum of squares); the squares of what arrives at a channel, summed over its
+    places, have as their mean the power that noise in the channel has in the outputs.
+
+    Raises:
+        DataError: The batches do not fit the model, or there are none.
+    """
+    params = jax.device_put(dict(model.params))
+    names = frozenset(name for node in model.graph.nodes for name in node.outputs if name)
+    names |= {spec.name for spec in model.graph.inputs}
+    key, count = jax.random.key(seed), 0
+    total: dict[str, Any] = {}
+    for index, batch in enumerate(checked_batches(model.graph, batches)):
+        found = jax.device_get(_measure(model.graph, names, params, jax.random.fold_in(key, index), batch))
+        size = num_samples(batch)
+        total, count = _merged(total, found, size), count + size
+    return {
+        name: Behaviour(
+            low=parts["low"], high=parts["high"], mean=parts["mean"] / count, power=parts["power"] / count,
+            gain=parts["gain"] / count,
+        )
+        for name, parts in total.items()
+    }  # fmt: skip
+
+
+def _merged(total: Any, found: Any, size: int) -> Any:
+    weighted = {
+        name: {
+            "low": parts["low"],
+            "high": parts["high"],
+            "mean": parts["mean"].astype(np.float64) * size,
+            "power": parts["power"].astype(np.float64) * size,
+            "gain": parts["gain"].astype(np.float64),
+        }
+        for name, parts in found.items()
+    }
+    if not total:
+        return weighted
+    join = {"low": np.minimum, "high": np.maximum}
+    return {
+        name: {key: join.get(key, np.add)(total[name][key], value) for key, value in parts.items()}
+        for name, parts in weighted.items()
+    }
+
+
+@partial(compiled, num_static=2)
+def _measure(
+    graph: Graph, names: frozenset[str], params: Mapping[str, Any], key: Any, batch: Mapping[str, Any]
+) -> dict[str, dict[str, jax.Array]]:
+    counts = jax.eval_shape(lambda: _forward(graph, names, params, batch, None)[1])
+
+    def run(probes: Mapping[str, Any]) -> Any:
+        return _forward(graph, names, params, batch, probes)
+
+    probes = {name: jnp.zeros(parts["low"].shape, jnp.float32) for name, parts in counts.items()}
+    outputs, pull, observed = jax.vjp(run, probes, has_aux=True)
+    floating = {name: value for name, value in outputs.items() if jnp.issubdtype(value.dtype, jnp.floating)}
+    if not floating:
+        raise ModelError("the model has no floating output, to which noise could be followed")
+    signs = {
+        name: _signs(jax.random.fold_in(key, index), value)
+        if name in floating
+        else np.zeros(value.shape, jax.dtypes.float0)
+        for index, (name, value) in enumerate(outputs.items())
+    }
+    (gains,) = pull(signs)
+    return {name: parts | {"gain": gains[name]} for name, parts in observed.items()}
+
+
+def _signs(key: Any, output: jax.Array) -> jax.Array:
+    size = jnp.sqrt(jnp.sum(output.astype(jnp.float32) ** 2) / output.shape[0])
+    return jax.random.rademacher(key, output.shape, output.dtype) / jnp.where(size > 0, size, 1.0).astype(output.dtype)
+
+
+def _forward(
+    graph: Graph, names: frozenset[str], params: Any, batch: Any, probes: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    def intercept(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, Any]:
+        if name not in names or value.ndim < _RANK:
+            return value, None
+        axis = 1 if channel_axis is None else channel_axis
+        others = tuple(i for i in range(value.ndim) if i != axis)
+        wide = value.astype(jnp.float32)
+        seen = {
+            "low": wide.min(axis=others),
+            "high": wide.max(axis=others),
+            "mean": wide.mean(axis=others),
+            "power": (wide**2).mean(axis=others),
+        }
+        return (value if probes is None else _probed(value, probes[name], axis)), seen
+
+    return interpret(graph, params, batch, intercept=intercept)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _probed(value: Any, probe: Any, axis: int) -> Any:
+    """Returns `value`; what is sent back to `probe` is the square of what is sent back to `value`, per channel."""
+    del probe, axis
+    return value
+
+
+def _probed_forward(value: Any, probe: Any, axis: int) -> tuple[Any, None]:
+    del probe, axis
+    return value, None
+
+
+def _probed_backward(axis: int, _: None, arriving: Any) -> tuple[Any, Any]:
+    others = tuple(i for i in range(arriving.ndim) if i != axis)
+    return arriving, jnp.sum(arriving.astype(jnp.float32) ** 2, axis=others)
+
+
+_probed.defvjp(_probed_forward, _probed_backward)

@@ -1,0 +1,211 @@
+"""Scales in closed form: weight ranges equal on both sides of every tied set, limited by what activations reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ptqjax.ir import Model
+from ptqjax.kernels.equalization import (
+    common_factors,
+    imbalance,
+    level,
+    log_scales,
+    ranges_of_inputs,
+    ranges_of_outputs,
+    tap_ranges,
+)
+from ptqjax.kernels.grouped import largest_by_number
+from ptqjax.kernels.namespace import array_namespace
+from ptqjax.kernels.precision import is_traced
+from ptqjax.transforms.linear import weight_view
+from ptqjax.transforms.ties import TiedSet, Ties
+
+_STEP = 1.4  # over-relaxation: a chain of 27 layers takes half the sweeps that it takes at 1 (measured)
+_CONVERGED = 3e-4  # largest change of a log scale in the last sweep: ranges equal to 0.1 %, an 8-bit step is 0.8 %
+_SWEEPS = 100
+_LEVELS = 8  # rounds of common factors: one is enough where each set has one producer and one consumer
+_BALANCED = 4e-3  # changes below this are what convergence and the rounding of weights left to an earlier run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """The weight ranges around each tied set."""
+
+    ties: Ties
+    """The sets."""
+    ranges: Mapping[str, Any]
+    """Largest weight over the taps, [groups, outputs, inputs], of each layer, by the tensor that it produces; an axis
+    whose scales are all fixed is reduced to one."""
+
+    def around(self, log_scales: Any, index: int) -> tuple[Any, Any]:
+        """Returns the weight range per scale of a set before and behind it, as if its own scales were one.
+
+        Before it is the largest row among the layers that produce the channel, behind it the largest column among those
+        that read it. Several layers on a side count by how much of their own tensor's range a channel takes, since each
+        has a quantizer of its own; the level is still that of the plain ranges.
+        """
+        found = self.ties.sets[index]
+        r1, r2 = self._plain(log_scales, found, relative=False)
+        if len(found.producers) <= 1 and len(found.consumers) <= 1:
+            return r1, r2
+        q1, q2 = self._plain(log_scales, found, relative=True)
+        xp, own = array_namespace(r1, r2), self.own(log_scales, index)
+        return q1 * xp.exp(level(r1, r2, own) - level(q1, q2, own)), q2
+
+    def _plain(self, log_scales: Any, found: TiedSet, *, relative: bool) -> tuple[Any, Any]:
+        xp, sides = array_namespace(log_scales, *self.ranges.values()), []
+        kinds = ((found.producers, "outputs", "inputs", -1.0), (found.consumers, "inputs", "outputs", 1.0))
+        for names, side, other, sign in kinds:
+            parts = []
+            for output in names:
+                tied, of = self.ties.layers[output], ranges_of_outputs if side == "outputs" else ranges_of_inputs
+                ranges = of(self.ranges[output], self._of(log_scales, getattr(tied, other)))
+                if relative:
+                    whole = (ranges * xp.exp(sign * log_scales[getattr(tied, side)])).max()
+                    ranges = ranges / xp.where(whole > 0, whole, 1.0)
+                parts.append((self.position[getattr(tied, side)], ranges))
+            sides.append(_gathered(parts, int(self.position[found.scales[0]]), len(found.scales)))
+        return sides[0], sides[1]
+
+    def own(self, log_scales: Any, index: int) -> Any:
+        """Returns the log scales of one set."""
+        return log_scales[self.ties.sets[index].scales]
+
+    @cached_property
+    def position(self) -> np.ndarray:
+        """The place of each scale when the sets stand one behind the other; -1 for those of no set."""
+        found = np.full(self.ties.num_scales, -1)
+        members = [each.scales for each in self.ties.sets]
+        if members:
+            found[np.concatenate(members)] = np.arange(sum(map(len, members)))
+        return found
+
+    @cached_property
+    def neighbours(self) -> np.ndarray:
+        """How much of a set's ranges another set's common factor moves, [sets, sets]."""
+        count = len(self.ties.sets)
+        owner = np.full(self.ties.num_scales, -1)
+        for index, found in enumerate(self.ties.sets):
+            owner[found.scales] = index
+        matrix = np.zeros((count, count))
+        for index, found in enumerate(self.ties.sets):
+            for names, side in ((found.producers, "inputs"), (found.consumers, "outputs")):
+                for _, tied in self._layers(names):
+                    owners = owner[getattr(tied, side)]
+                    shares = np.bincount(owners[owners >= 0], minlength=count) / len(owners)
+                    matrix[index] += shares / len(names)
+        return matrix
+
+    def _layers(self, names: Sequence[str]) -> list[tuple[str, Any]]:
+        return [(name, self.ties.layers[name]) for name in names]
+
+    @staticmethod
+    def _of(log_scales: Any, numbers: np.ndarray) -> Any | None:
+        return log_scales[numbers] if numbers.any() else None
+
+
+def weight_balance(model: Model, ties: Ties) -> Balance:
+    """Returns the weight ranges of the layers around the tied sets of `model`."""
+    concerned = {name for found in ties.sets for name in (*found.producers, *found.consumers)}
+    ranges: dict[str, Any] = {}
+    for output in concerned:
+        tied = ties.layers[output]
+        found = tap_ranges(weight_view(model, tied.layer))
+        found = found if tied.inputs.any() else found.max(axis=2, keepdims=True)
+        ranges[output] = found if tied.outputs.any() else found.max(axis=1, keepdims=True)
+    return Balance(ties=ties, ranges=ranges)
+
+
+def balanced(balance: Balance, sizes: Sequence[Any | None], limit: float) -> Any:
+    """Returns log scales [num_scales] at which no tied set asks for another, see `kernels.equalization.log_scales`.
+
+    One set after the other, sweep after sweep, each step a little longer than it asks for. All that depends on a
+    factor common to a whole set are its neighbours' common factors: these are found at once in the end.
+
+    Args:
+        balance: The weight ranges.
+        sizes: For each set the magnitudes of its channels' activations; None to look at the weights alone.
+        limit: How far above the median a channel's activation may reach.
+    """
+    sets = balance.ties.sets
+    xp = array_namespace(*balance.ranges.values(), *sizes)
+    scales = xp.zeros(balance.ties.num_scales, dtype=_dtype(balance))
+    near = (balance.neighbours + balance.neighbours.T > 0) | np.eye(len(sets), dtype=bool)
+    changes = np.full(len(sets), np.inf)
+    for sweep in range(_SWEEPS):
+        for index, found in enumerate(sets):
+            if np.all(changes[near[index]] < _CONVERGED):
+                continue  # nothing around it has moved
+            asked = log_scales(*balance.around(scales, index), sizes[index], limit=limit)
+            asked = asked - asked.mean()
+            old = balance.own(scales, index)
+            new = asked if sweep == 0 else old + _STEP * (asked - old)
+            changes[index] = np.inf if sweep == 0 or is_traced(asked) else float(abs(asked - old).max())
+            scales = _placed(scales, found.scales, new)
+        if np.max(changes, initial=0.0) < _CONVERGED:
+            break
+    return _levelled(balance, scales)
+
+
+def _levelled(balance: Balance, scales: Any) -> Any:
+    """Returns the scales with a factor common to each set, so that both sides have the same level."""
+    sets = balance.ties.sets
+    if not sets:
+        return scales
+    xp = array_namespace(scales)
+    for _ in range(_LEVELS):
+        levels = [level(*balance.around(scales, index), balance.own(scales, index)) for index in range(len(sets))]
+        if not any(map(is_traced, levels)) and max(map(abs, levels)) < _CONVERGED:
+            break
+        factors = common_factors(xp.stack(levels), balance.neighbours)
+        for found, factor in zip(sets, factors, strict=True):
+            scales = _placed(scales, found.scales, scales[found.scales] + factor)
+    return scales
+
+
+def is_balanced(balance: Balance, sizes: Sequence[Any | None], limit: float) -> bool:
+    """Tells whether no set asks for other scales than it has: so it is after an earlier run."""
+    scales = np.zeros(balance.ties.num_scales)
+    for index, size in enumerate(sizes):
+        r1, r2 = balance.around(scales, index)
+        asked = log_scales(r1, r2, size, limit=limit)
+        is_plain = len(balance.ties.sets[index].producers) == 1 == len(balance.ties.sets[index].consumers)
+        # The level of a set with several layers on a side is a matter of looks, which no quantizer sees.
+        off = abs(level(r1, r2, asked * 0)) if is_plain else 0.0
+        if is_traced(asked) or max(abs(asked - asked.mean()).max(), off) > _BALANCED:
+            return False
+    return True
+
+
+def imbalances(balance: Balance, scales: Any, index: int) -> tuple[Any, Any]:
+    """Returns the largest |log(r1 / r2)| of a set before and after all scaling."""
+    r1, r2 = balance.around(scales * 0, index)
+    before = imbalance(r1, r2, r1 * 0)
+    return before, imbalance(*balance.around(scales, index), balance.own(scales, index))
+
+
+def _dtype(balance: Balance) -> Any:
+    return next((found.dtype for found in balance.ranges.values()), np.dtype(np.float64))
+
+
+def _placed(scales: Any, numbers: np.ndarray, values: Any) -> Any:
+    if isinstance(scales, np.ndarray) and isinstance(values, np.ndarray):
+        scales = scales.copy()
+        scales[numbers] = values
+        return scales
+    xp = array_namespace(scales, values)
+    return xp.asarray(scales).at[numbers].set(values)
+
+
+def _gathered(parts: Sequence[tuple[np.ndarray, Any]], offset: int, size: int) -> Any:
+    """Returns the largest range of each scale of a set over the layers on one side; 0 where there is none."""
+    found = None
+    for positions, ranges in parts:
+        own = largest_by_number(ranges, positions - offset, size)
+        found = own if found is None else array_namespace(found, own).maximum(found, own)
+    return np.zeros(size) if found is None else found

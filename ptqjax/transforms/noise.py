@@ -1,0 +1,125 @@
+"""Scales of least predicted output noise: every quantizer of the graph counts by what its noise does to the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ptqjax.ir import Model
+from ptqjax.kernels.equalization import tap_ranges
+from ptqjax.kernels.noise import NOTHING, ActivationNoise, WeightNoise, least_noise, output_noise
+from ptqjax.transforms.behaviour import Behaviour
+from ptqjax.transforms.linear import weight_view
+from ptqjax.transforms.scaling import inside_activations
+from ptqjax.transforms.ties import Ties
+
+Terms = tuple[tuple[ActivationNoise, ...], tuple[WeightNoise, ...]]
+"""The noise of all rounded activations and weights."""
+
+
+def noise_terms(
+    model: Model, ties: Ties, behaviour: Mapping[str, Behaviour], *, per_channel: bool = False, corrected: bool = True
+) -> Terms:
+    """Returns the sources of noise in `model`, as `kernels.noise` takes them.
+
+    Args:
+        model: The model.
+        ties: Its ties.
+        behaviour: Of its tensors, by name; what is not there is no source of noise.
+        per_channel: Whether each output channel of a weight has a step of its own.
+        corrected: Whether biases will be corrected, so that a weight's error counts by the variance of what it
+            multiplies and not by its mean square.
+    """
+    inside = inside_activations(model)
+    seen = [name for name in behaviour if name not in inside and name in ties.channels]
+    activations = (_activation(ties, name, behaviour[name]) for name in seen if _fits(ties, name, behaviour[name]))
+    weights = (
+        _weight(model, ties, output, behaviour, per_channel=per_channel, corrected=corrected) for output in ties.layers
+    )
+    return tuple(activations), tuple(term for term in weights if term is not None)
+
+
+def noise_optimal_scales(
+    ties: Ties,
+    terms: Terms,
+    *,
+    weight_steps: int,
+    activation_steps: int,
+    start: Any | None = None,
+    num_steps: int = 150,
+) -> tuple[np.ndarray, float, float]:
+    """Returns log scales [num_scales], and the predicted noise before and after in dB below the output's power.
+
+    Args:
+        ties: The ties that the scales are of.
+        terms: The sources of noise, see `noise_terms`.
+        weight_steps: Largest code of a weight: 127 for int8.
+        activation_steps: Number of steps of an activation's grid: 255 for uint8.
+        start: Where to begin; None for ones.
+        num_steps: Steps of descent.
+    """
+    start = np.zeros(ties.num_scales) if start is None else np.asarray(start)
+    steps = {"activation_steps": activation_steps, "weight_steps": weight_steps}
+    scales, before, after = least_noise(start, *terms, **steps, num_steps=num_steps)
+    return scales, _decibels(before), _decibels(after)
+
+
+def predicted_decibels(terms: Terms, log_scales: Any, *, weight_steps: int, activation_steps: int) -> float:
+    """Returns the predicted noise, in dB below the output's power, at given scales."""
+    noise = output_noise(
+        np.asarray(log_scales, np.float32), *terms, activation_steps=activation_steps, weight_steps=weight_steps
+    )
+    return _decibels(float(noise))
+
+
+def _decibels(log_noise: float) -> float:
+    return -10 / np.log(10) * log_noise
+
+
+def _fits(ties: Ties, name: str, known: Behaviour) -> bool:
+    return np.shape(known.low) == ties.channels[name].scales.shape
+
+
+def _activation(ties: Ties, name: str, known: Behaviour) -> ActivationNoise:
+    return ActivationNoise(
+        above=_log(np.maximum(known.high, 0)),
+        below=_log(np.maximum(-known.low, 0)),
+        gain=_log(known.gain),
+        scales=ties.channels[name].scales,
+    )
+
+
+def _weight(
+    model: Model, ties: Ties, output: str, behaviour: Mapping[str, Behaviour], *, per_channel: bool, corrected: bool
+) -> WeightNoise | None:
+    tied = ties.layers[output]
+    leaving = behaviour.get(output)
+    power = _input_power(behaviour.get(tied.layer.input), tied.layer.num_inputs, corrected=corrected)
+    if leaving is None or power is None or np.size(leaving.gain) != tied.layer.num_outputs:
+        return None
+    view = weight_view(model, tied.layer)
+    groups, outputs, inputs, taps = view.shape
+    return WeightNoise(
+        ranges=_log(tap_ranges(view)),
+        gain=_log(leaving.gain).reshape(groups, outputs),
+        power=_log(power * taps).reshape(groups, inputs),
+        outputs=tied.outputs.reshape(groups, outputs),
+        inputs=tied.inputs.reshape(groups, inputs),
+        per_channel=per_channel,
+    )
+
+
+def _input_power(known: Behaviour | None, count: int, *, corrected: bool) -> np.ndarray | None:
+    """Returns the power per input channel; behind a Flatten, each channel stands for several inputs."""
+    if known is None or count % np.size(known.power):
+        return None
+    power = np.maximum(known.power - known.mean**2, 0) if corrected else known.power
+    return np.repeat(power, count // np.size(power))
+
+
+def _log(values: Any) -> np.ndarray:
+    """Returns the logarithm, no less than `NOTHING`."""
+    values = np.asarray(values, np.float64)
+    return np.maximum(np.log(np.where(values > 0, values, 1.0)), NOTHING) * (values > 0) + NOTHING * (values <= 0)
