@@ -63,6 +63,9 @@ class QuantizationConfig:
     """Whether the pipeline absorbs high biases, one of `ABSORPTIONS`."""
     correct: str = "empirical"
     """How the pipeline corrects biases, one of `CORRECTIONS`; without data, "empirical" becomes "analytic"."""
+    headroom: float | None = None
+    """How many times wider than the calibration data's the ranges of activations are, bounded by what can occur; None:
+    as measures best (`scaling="auto"`), else 1."""
     target: str = "ort-cpu"
     """The runtime: name of a file of `ptqjax/targets`, or path of such a file (ends in .toml)."""
     seed: int = 0
@@ -79,6 +82,8 @@ class QuantizationConfig:
         _check_choice("scaling", self.scaling, SCALINGS)
         _check_choice("bounds", self.bounds, BOUNDS)
         _check_granularity(self.granularity)
+        if self.headroom is not None and not (isinstance(self.headroom, int | float) and 1 <= self.headroom <= 10):  # noqa: PLR2004
+            raise ConfigError(f"headroom={self.headroom!r}: expected a number from 1 to 10, or None")
         _check_target(self.target)
         if not isinstance(self.equalize, bool):
             raise ConfigError(f"equalize={self.equalize!r}: expected True or False")

@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptqjax.config import QuantizationConfig
-from ptqjax.fit import correct_biases, observe_magnitudes
+from ptqjax.fit import correct_biases, scale_as_configured
 from ptqjax.ir import Model, Report
-from ptqjax.quantize import Encodings, calibrate_and_report, check_not_quantized, guard_biases
-from ptqjax.transforms import equalize, fold_batch_norms
-
-# How far a channel may reach above the median one, where reaches are observed: chosen on calibration pictures alone,
-# half to calibrate and half to judge (MobileNetV1-0.25: 15.7 dB from statistics, 17.8 so; MobileNetV2: 17.4 both).
-_LIMIT = 1.5
+from ptqjax.quantize import Encodings, calibrate_and_report, check_not_quantized, guard_biases, widened
+from ptqjax.transforms import fold_batch_norms, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +57,15 @@ def quantize(
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
     check_not_quantized(model)
     folded, fold_report = fold_batch_norms(model)
-    per_tensor = config.granularity == "tensor"  # else each channel has a quantizer of its own, and nothing to share
-    magnitudes = observe_magnitudes(folded, batches) if config.equalize and per_tensor else None
-    equalized, equalize_report = (
-        equalize(folded, absorb=config.absorb, scale=per_tensor, limit=_LIMIT, magnitudes=magnitudes)
-        if config.equalize
-        else (folded, ())
-    )
+    prepared, prepare_report = prepare(folded, config.absorb) if config.equalize else (folded, ())
+    choice = scale_as_configured(prepared, batches, config)
+    equalized, equalize_report = choice.model, (*prepare_report, *choice.report)
     encodings, calibrate_report = calibrate_and_report(equalized, batches, config)
-    corrects = config.correct != "none"
-    corrected, correct_report = correct_biases(equalized, encodings, batches) if corrects else (equalized, ())
+    encodings = widened(equalized, encodings, choice.headroom)
+    corrects = choice.correct != "none"
+    corrected, correct_report = (
+        correct_biases(equalized, encodings, batches, method=choice.correct) if corrects else (equalized, ())
+    )
     encodings, guard_report = guard_biases(corrected, encodings)  # corrected biases may have grown
     reports = {"fold": fold_report, "equalize": equalize_report}
     reports |= {"calibrate": calibrate_report, "correct": (*correct_report, *guard_report)}

@@ -18,6 +18,7 @@ from ptqjax.kernels.equalization import common_factors, imbalance, log_scales, t
 from ptqjax.transforms import equalize, fold_batch_norms, scale_channels
 from ptqjax.transforms.interfaces import Interface, find_interfaces
 from ptqjax.transforms.linear import linear_layers, weight_view
+from ptqjax.transforms.ties import find_ties
 from tests.models import Chain, assert_same_function, mobile_block
 
 
@@ -237,10 +238,15 @@ def test_without_statistics_and_bounds_it_says_that_weights_alone_decide() -> No
     assert "by weights alone" in next(record.reason for record in report if record.done)
 
 
-@pytest.mark.parametrize(("absorb", "message"), [("statistics", "not available yet"), ("exakt", "expected one of")])
-def test_an_unknown_absorption_is_refused(absorb: str, message: str) -> None:
+def test_an_unknown_absorption_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected one of 'exact', 'statistics', 'off'"):
+        equalize(mobile_block(), "exakt")
+
+
+@pytest.mark.parametrize(("scaling", "message"), [("learned", "needs data"), ("best", "expected one of 'off'")])
+def test_scaling_that_is_unknown_or_needs_data_is_refused(scaling: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        equalize(mobile_block(), absorb)
+        equalize(mobile_block(), scaling=scaling)
 
 
 # --- types, dead channels, any chain
@@ -294,9 +300,12 @@ def test_equalize_preserves_the_function_of_any_chain(
             )
     model = chain.build()
     folded, _ = fold_batch_norms(model)
-    is_unknown = any(found.producer.output not in folded.statistics for found in interfaces_of(folded))
-    with pytest.warns(PtqjaxWarning) if is_unknown else nullcontext():
-        after, _ = equalize(model, limit=limit)
+    is_unknown = any(folded.statistics.keys().isdisjoint(found.tensors) for found in find_ties(folded).sets)
+    if limit is None:
+        after, _ = equalize(model, scaling="weights")
+    else:
+        with pytest.warns(PtqjaxWarning) if is_unknown else nullcontext():
+            after, _ = equalize(model, limit=limit)
     assert_same_function(after, model, 1e-11, seed)  # scales of e^10 and back cost a digit
 
 
@@ -348,7 +357,7 @@ def test_real_networks_are_equalized_in_no_time(shared: Path, name: str, count: 
 def test_scaling_that_is_switched_off_says_so_at_every_interface():
     model = mobile_block()
     _, report = equalize(model)
-    left, left_report = equalize(model, scale=False)
+    left, left_report = equalize(model, scaling="off")
     looked_at = [record.where[0] for record in report if record.transform == "scale_channels" and record.done]
     off = [record for record in left_report if record.transform == "scale_channels"]
     assert looked_at

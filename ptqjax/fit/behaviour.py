@@ -14,7 +14,9 @@ from ptqjax.errors import ModelError
 from ptqjax.ir import Graph, Model
 from ptqjax.lowering import compiled, interpret
 from ptqjax.quantize.batches import checked_batches, num_samples
+from ptqjax.transforms.activations import limits_of
 from ptqjax.transforms.behaviour import Behaviour
+from ptqjax.transforms.ties import find_ties
 
 _RANK = 2  # sample and channel
 
@@ -47,6 +49,38 @@ def observe_behaviour(
         )
         for name, parts in total.items()
     }  # fmt: skip
+
+
+def observe_shares_beyond(model: Model, batches: Iterable[Mapping[str, Any]] | None) -> dict[str, float]:
+    """Returns which share of the values lies beyond the upper bound of each Clip between scalable channels, by output.
+
+    Raises:
+        DataError: The batches do not fit the model, or there are none.
+    """
+    limits = {
+        found.node.output: (found.node.inputs[0], float(np.max(limits_of(model, found.node)[1])))
+        for found in find_ties(model).limited
+        if found.node.op_type == "Clip"
+    }
+    params, totals, count = jax.device_put(dict(model.params)), dict.fromkeys(limits, 0.0), 0
+    for batch in checked_batches(model.graph, batches):
+        found = jax.device_get(_beyond(model.graph, tuple(limits.items()), params, batch))
+        size = num_samples(batch)
+        totals, count = {name: total + size * float(found[name]) for name, total in totals.items()}, count + size
+    return {name: total / count for name, total in totals.items()}
+
+
+@partial(compiled, num_static=2)
+def _beyond(
+    graph: Graph, limits: tuple[tuple[str, tuple[str, float]], ...], params: Mapping[str, Any], batch: Any
+) -> dict[str, jax.Array]:
+    by_tensor = {tensor: high for _, (tensor, high) in limits}
+
+    def share(name: str, value: jax.Array, _: int | None) -> tuple[jax.Array, Any]:
+        return value, jnp.mean(value > by_tensor[name]) if name in by_tensor else None
+
+    seen = interpret(graph, params, batch, intercept=share)[1]
+    return {output: seen[tensor] for output, (tensor, _) in limits}
 
 
 def _merged(total: Any, found: Any, size: int) -> Any:

@@ -43,11 +43,11 @@ class Learning:
     loss: str = "sqnr"
     """What is minimized: the noise of the outputs against their power ("sqnr"), or the divergence of the classes'
     probabilities, softmax of the first output ("kl")."""
-    num_steps: int = 150
+    num_steps: int = 100
     """Steps of Adam; the rate falls along a cosine."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Samples a step."""
-    rate: float = 0.01
+    rate: float = 0.02
     """Rate at the start, in units of log scales."""
     held_back: float = 0.25
     """Share of the samples that is only looked at, to keep the best step."""

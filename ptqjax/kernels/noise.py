@@ -62,7 +62,7 @@ class WeightNoise(flax.struct.PyTreeNode):
     """Whether each output channel has a step of its own."""
 
 
-def activation_noise(log_scales: Any, term: ActivationNoise, *, steps: int, sharpness: float) -> Log:
+def activation_noise(log_scales: Any, term: ActivationNoise, *, steps: int, sharpness: Any) -> Log:
     """Returns the logarithm of the noise that a tensor's rounding adds to the output."""
     theta = log_scales[term.scales]
     width = jnp.logaddexp(
@@ -71,7 +71,7 @@ def activation_noise(log_scales: Any, term: ActivationNoise, *, steps: int, shar
     return jax.nn.logsumexp(term.gain + 2 * theta) + 2 * width - jnp.log(12.0 * steps**2)
 
 
-def weight_noise(log_scales: Any, term: WeightNoise, *, steps: int, sharpness: float) -> Log:
+def weight_noise(log_scales: Any, term: WeightNoise, *, steps: int, sharpness: Any) -> Log:
     """Returns the logarithm of the noise that a weight's rounding adds to the output."""
     rows, columns = log_scales[term.outputs], log_scales[term.inputs]
     arriving = jax.nn.logsumexp(term.power - 2 * columns, axis=1)
@@ -91,7 +91,7 @@ def output_noise(
     *,
     activation_steps: int,
     weight_steps: int,
-    sharpness: float = 200.0,
+    sharpness: Any = 200.0,
 ) -> Log:
     """Returns the logarithm of the whole noise; maxima are smooth, at most log(n) / sharpness too large."""
     terms = [activation_noise(log_scales, term, steps=activation_steps, sharpness=sharpness) for term in activations]
@@ -119,7 +119,7 @@ def least_noise(
     return np.asarray(scales, np.float64), float(before), float(after)
 
 
-def _largest(values: Any, *, sharpness: float, axis: int | None = None) -> Any:
+def _largest(values: Any, *, sharpness: Any, axis: int | None = None) -> Any:
     """Returns a smooth maximum."""
     return jax.nn.logsumexp(sharpness * values, axis=axis) / sharpness
 
@@ -128,7 +128,7 @@ def _largest(values: Any, *, sharpness: float, axis: int | None = None) -> Any:
 def _descend(start: Any, terms: Any, steps: tuple[int, int], num_steps: int, rate: float) -> tuple[Any, Any, Any]:
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, num_steps))
 
-    def noise(theta: Any, sharpness: float) -> Any:
+    def noise(theta: Any, sharpness: Any) -> Any:
         theta = theta.at[0].set(0.0)
         return output_noise(theta, *terms, activation_steps=steps[0], weight_steps=steps[1], sharpness=sharpness)
 

@@ -4,6 +4,7 @@ from ptqjax.quantize.bias import BiasSite, bias_encoding, bias_sites, guard_bias
 from ptqjax.quantize.calibrate import calibrate, calibrate_and_report
 from ptqjax.quantize.encodings import Encoding, Encodings, make_encoding
 from ptqjax.quantize.fold_to_scale import fold_to_scale
+from ptqjax.quantize.headroom import widened
 from ptqjax.quantize.placement import Placement, Site, Skipped, place
 from ptqjax.quantize.search import choose_encoding
 from ptqjax.quantize.tensors import check_not_quantized
@@ -25,4 +26,5 @@ __all__ = [
     "guard_biases",
     "make_encoding",
     "place",
+    "widened",
 ]

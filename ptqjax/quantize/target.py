@@ -34,6 +34,8 @@ class Target:
     """Operators whose constant operands are rounded like activations."""
     fixed_ranges: tuple[tuple[str, tuple[float, float]], ...]
     """Operators whose result has a range that is known beforehand."""
+    bounds_per_channel: bool = True
+    """Whether a Min or Max with a bound for each channel is as good as a Clip; may be left out."""
 
 
 def load_target(name: str) -> Target:
@@ -64,9 +66,19 @@ def _parse(name: str, text: str) -> Target:
     for key in table:
         if key not in expected:
             raise ConfigError(f"target {name!r} has the unknown key {key!r}{near_names(key, expected)}")
+    bounds_per_channel = table.get("bounds_per_channel", True)
+    if not isinstance(bounds_per_channel, bool):
+        raise ConfigError(f"target {name!r}: bounds_per_channel is {bounds_per_channel!r}; expected true or false")
+    expected -= {"bounds_per_channel"}
     missing = sorted(expected - set(table))
     if missing:
         raise ConfigError(f"target {name!r} lacks the key {missing[0]!r}")
     ranges = tuple(sorted((op, (float(low), float(high))) for op, (low, high) in table["fixed_ranges"].items()))
     lists = {key: frozenset(table[key]) for key in expected - {"description", "fixed_ranges"}}
-    return Target(name=name, description=table["description"], fixed_ranges=ranges, **lists)
+    return Target(
+        name=name,
+        description=table["description"],
+        fixed_ranges=ranges,
+        bounds_per_channel=bounds_per_channel,
+        **lists,  # pyright: ignore[reportArgumentType]
+    )

@@ -1,0 +1,285 @@
+"""Picks how to scale, how much headroom to leave and how to correct, by what measures best on samples held back.
+
+Half of the samples stand for calibration data, the others for data to come: what is chosen is chosen on calibration
+data alone, and judged on samples that neither ranges nor corrections have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ptqjax.config import QuantizationConfig
+from ptqjax.errors import ConfigError
+from ptqjax.fit.behaviour import observe_behaviour, observe_shares_beyond
+from ptqjax.fit.bias_correction import correct_biases
+from ptqjax.fit.learned_scales import Learning, learn_scales
+from ptqjax.ir import Model, Record, Report
+from ptqjax.kernels.grid import integer_range
+from ptqjax.lowering import apply
+from ptqjax.quantize import Encodings, calibrate
+from ptqjax.quantize.batches import checked_batches
+from ptqjax.quantize.headroom import widened
+from ptqjax.quantize.target import load_target
+from ptqjax.simulate import simulate
+from ptqjax.transforms.behaviour import Behaviour
+from ptqjax.transforms.equalize import unscaled
+from ptqjax.transforms.noise import Steps, scale_for_noise
+from ptqjax.transforms.scaling import scale_channels
+
+_NAME = "choose"
+_MOST_SAMPLES = 128  # looked at: enough to tell ways apart that differ by half a decibel
+_BATCH = 16
+_HEADROOMS = (1.0, 1.2)  # tried; beyond, a coarser step costs more than clipping did (MobileNetV2: 1.3 as good as 1.2)
+_CLEARLY = 0.25  # dB by which something must be better than what is simpler
+_PREDICTED = 1.5  # dB that scales must be predicted to gain where nothing can be measured
+
+# How far a channel may reach above the median one: chosen on calibration pictures alone (MobileNetV1-0.25: 15.7 dB from
+# statistics at 2, 17.8 from data at 1.5; MobileNetV2: 17.4 both).
+_LIMIT = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was chosen."""
+
+    model: Model
+    """The scaled model."""
+    headroom: float
+    """How much wider than the data the ranges of activations are to be."""
+    correct: str
+    """How biases are to be corrected."""
+    report: Report
+    """What was tried, what it gave, and what the scaling that was chosen did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """A candidate and what it gave."""
+
+    name: str
+    model: Model
+    report: Report
+    headroom: float
+    correct: str
+    decibels: float = -np.inf
+
+
+def steps_of(config: QuantizationConfig) -> Steps:
+    """Returns how fine the grids of `config` are."""
+    low, high = integer_range(config.activations)
+    return Steps(
+        weights=integer_range(config.weights)[1] // (2 if config.weights.startswith("u") else 1),
+        activations=high - low,
+        per_channel=config.granularity != "tensor",
+    )
+
+
+def scale_as_configured(
+    model: Model, batches: Iterable[Mapping[str, Any]] | None, config: QuantizationConfig
+) -> Choice:
+    """Returns `model` scaled as `config.scaling` says, and how to go on.
+
+    "auto" tries nothing, "ranges" and "noise", each with and without headroom, on one half of the samples against the
+    other, repeats the best on all of them and, where a weight has one scale for all channels, goes on by learning,
+    which judges itself on samples held back. Without data it takes the scales of least predicted noise, where
+    the prediction is clearly better.
+
+    Args:
+        model: The model, prepared: folded, constant channels removed, biases absorbed.
+        batches: Calibration data; None where there are none.
+        config: The settings.
+
+    Raises:
+        ConfigError: The scaling needs data, and there are none.
+        DataError: The batches do not fit the model.
+    """
+    if not config.equalize:
+        config = replace(config, scaling="off")
+    if batches is None:
+        return _without_data(model, config)
+    ways = _ways(model, batches, config)
+    if config.scaling != "auto":
+        scaled, report = ways[config.scaling]()
+        return Choice(model=scaled, headroom=config.headroom or 1.0, correct=config.correct, report=report)
+    judge = _Judge.of(model, batches, config)
+    half = _ways(model, judge.used, config)
+    best = _best([trial for name in ("off", "ranges", "noise") for trial in judge.trials(name, *half[name]())])
+    best = _best([best, *judge.corrections(best)])
+    records = tuple(_tried(trial, is_chosen=trial is best) for trial in judge.tried)
+    scaled, report = ways[best.name]()
+    if config.granularity == "tensor":
+        scaled, learned = learn_scales(scaled, judge.used + judge.held, config, Learning(seed=config.seed))
+        report = (*report, *learned)
+    return Choice(model=scaled, headroom=best.headroom, correct=best.correct, report=(*records, *report))
+
+
+def _without_data(model: Model, config: QuantizationConfig) -> Choice:
+    correct = "analytic" if config.correct == "empirical" else config.correct
+    headroom = config.headroom or 1.0
+    if config.scaling == "learned":
+        raise ConfigError(
+            "scaling='learned' needs calibration data, and there are none; give samples, or scale for 'noise'"
+        )
+    if config.scaling in {"off", "weights", "ranges"}:
+        limit = 2.0 if config.scaling == "ranges" else None
+        bounds = _bounds(config)
+        if config.scaling == "off":
+            scaled, report = model, unscaled(model, "scaling is switched off")
+        else:
+            scaled, report = scale_channels(model, limit=limit, bounds=bounds)
+        return Choice(model=scaled, headroom=headroom, correct=correct, report=report)
+    scaled, report = scale_for_noise(model, steps=steps_of(config), bounds=_bounds(config))
+    whole = next((record for record in report if "predicted SQNR, dB" in record.after), None)
+    gain = whole.after["predicted SQNR, dB"] - whole.before["predicted SQNR, dB"] if whole else 0.0
+    if config.scaling == "auto" and gain < _PREDICTED:
+        reason = f"without data: scales are predicted to gain {gain:.1f} dB, less than {_PREDICTED:g}"
+        record = Record(transform=_NAME, done=False, what="channels left as they are", where=(), reason=reason)
+        return Choice(model=model, headroom=headroom, correct=correct, report=(record,))
+    return Choice(model=scaled, headroom=headroom, correct=correct, report=report)
+
+
+def _bounds(config: QuantizationConfig) -> str:
+    """Returns what becomes of bounds: "exact" needs a target that takes them per channel."""
+    if config.bounds in {"exact", "auto"}:
+        return "exact" if load_target(config.target).bounds_per_channel else "auto"
+    return config.bounds
+
+
+_Way = Callable[[], "tuple[Model, Report]"]
+
+
+def _ways(model: Model, batches: Iterable[Mapping[str, Any]], config: QuantizationConfig) -> dict[str, _Way]:
+    """Returns the ways to scale, by name; what they share is measured once."""
+    known: list[dict[str, Behaviour]] = []
+
+    def behaviour() -> dict[str, Behaviour]:
+        if not known:
+            known.append(observe_behaviour(model, batches, seed=config.seed))
+        return known[0]
+
+    bounds = _bounds(config)
+
+    def beyond() -> dict[str, float] | None:
+        return None if bounds != "auto" else observe_shares_beyond(model, batches)
+
+    def ranges() -> tuple[Model, Report]:
+        reach = {name: np.maximum(abs(found.low), abs(found.high)) for name, found in behaviour().items()}
+        return scale_channels(model, limit=_LIMIT, magnitudes=reach, bounds=bounds, beyond=beyond())
+
+    def noise() -> tuple[Model, Report]:
+        return scale_for_noise(model, behaviour(), steps=steps_of(config), bounds=bounds, beyond=beyond())
+
+    def learned() -> tuple[Model, Report]:
+        scaled, report = noise()
+        learned, more = learn_scales(scaled, batches, config, Learning(seed=config.seed))
+        return learned, (*report, *more)
+
+    return {
+        "off": lambda: (model, unscaled(model, "left as they are")),
+        "weights": lambda: scale_channels(model, limit=None, bounds=bounds, beyond=beyond()),
+        "ranges": ranges,
+        "noise": noise,
+        "learned": learned,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judge:
+    """Samples divided into those that calibrate and those that judge, and all that was tried on them."""
+
+    config: QuantizationConfig
+    used: list[dict[str, np.ndarray]]
+    held: list[dict[str, np.ndarray]]
+    wanted: list[dict[str, Any]]
+    tried: list[_Trial]
+
+    @staticmethod
+    def of(model: Model, batches: Iterable[Mapping[str, Any]], config: QuantizationConfig) -> _Judge:
+        used, held = divided(model, batches)
+        wanted = [apply(model.graph, model.params, batch) for batch in held]
+        return _Judge(config=config, used=used, held=held, wanted=wanted, tried=[])
+
+    def trials(self, name: str, model: Model, report: Report) -> list[_Trial]:
+        """Returns what a model gives with each headroom."""
+        headrooms = _HEADROOMS if self.config.headroom is None else (self.config.headroom,)
+        trial = _Trial(name=name, model=model, report=report, headroom=1.0, correct=self.config.correct)
+        return self._measured([replace(trial, headroom=headroom) for headroom in headrooms])
+
+    def corrections(self, best: _Trial) -> list[_Trial]:
+        """Returns what the best way gives with simpler corrections than the one asked for."""
+        return self._measured([replace(best, correct="none")] if best.correct != "none" else [])
+
+    def _measured(self, trials: Sequence[_Trial]) -> list[_Trial]:
+        """Returns the trials, all of the same model, with what they gave."""
+        if not trials:
+            return []
+        encodings = calibrate(trials[0].model, self.used, self.config)
+        found = [replace(trial, decibels=self._outcome(trial, encodings)) for trial in trials]
+        self.tried.extend(found)
+        return found
+
+    def _outcome(self, trial: _Trial, encodings: Encodings) -> float:
+        encodings = widened(trial.model, encodings, trial.headroom)
+        data = self.used if trial.correct == "empirical" else None
+        if trial.correct == "none":
+            return self._decibels(trial.model, encodings)
+        return self._decibels(correct_biases(trial.model, encodings, data, method=trial.correct)[0], encodings)
+
+    def _decibels(self, model: Model, encodings: Encodings) -> float:
+        run = simulate(model, encodings)
+        signal = noise = 0.0
+        for batch, wanted in zip(self.held, self.wanted, strict=True):
+            outputs = run(model.params, encodings, batch)
+            for name, value in wanted.items():
+                exact, rounded = np.asarray(value, np.float64), np.asarray(outputs[name], np.float64)
+                signal, noise = signal + float(np.sum(exact**2)), noise + float(np.sum((exact - rounded) ** 2))
+        return 10 * np.log10(max(signal, np.finfo(float).tiny) / max(noise, np.finfo(float).tiny))
+
+
+def divided(
+    model: Model, batches: Iterable[Mapping[str, Any]]
+) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
+    """Returns two halves of the first `_MOST_SAMPLES` samples, batches of one size; a single sample is in both."""
+    collected: list[dict[str, np.ndarray]] = []
+    count = 0
+    for batch in checked_batches(model.graph, batches):
+        collected.append({name: np.asarray(value) for name, value in batch.items()})
+        count += len(next(iter(batch.values())))
+        if count >= _MOST_SAMPLES:
+            break
+    joined = {name: np.concatenate([batch[name] for batch in collected]) for name in collected[0]}
+    count = min(count, _MOST_SAMPLES)
+    if count == 1:
+        return collected, collected
+    halves = (np.arange(0, count, 2), np.arange(1, count, 2))
+    size = min(_BATCH, len(halves[1]))
+    parts = [[{name: value[rows] for name, value in joined.items()} for rows in _rows(half, size)] for half in halves]
+    return parts[0], parts[1]
+
+
+def _rows(rows: np.ndarray, size: int) -> Sequence[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+
+
+def _best(trials: Sequence[_Trial]) -> _Trial:
+    """Returns the first trial that none of the later ones clearly beats."""
+    best = trials[0]
+    for trial in trials[1:]:
+        if trial.decibels > best.decibels + _CLEARLY:
+            best = trial
+    return best
+
+
+def _tried(trial: _Trial, *, is_chosen: bool) -> Record:
+    return Record(
+        transform=_NAME,
+        done=is_chosen,
+        what=f"scaling {trial.name}, headroom {trial.headroom:g}, correction {trial.correct}",
+        where=(),
+        reason="chosen: best on calibration samples held back" if is_chosen else "tried, and not clearly better",
+        after={"SQNR on samples held back, dB": float(trial.decibels)},
+    )
