@@ -28,6 +28,8 @@ from ptqjax.transforms.ties import TiedSet, Ties
 _STEP = 1.4  # over-relaxation: a chain of 27 layers takes half the sweeps that it takes at 1 (measured)
 _CONVERGED = 3e-4  # largest change of a log scale in the last sweep: ranges equal to 0.1 %, an 8-bit step is 0.8 %
 _SWEEPS = 100
+_ROUNDS = 20
+_SETTLED = 1e-3  # largest change that a set asks for once its level is right
 _LEVELS = 8  # rounds of common factors: one is enough where each set has one producer and one consumer
 _BALANCED = 4e-3  # changes below this are what convergence and the rounding of weights left to an earlier run
 
@@ -132,24 +134,48 @@ def balanced(balance: Balance, sizes: Sequence[Any | None], limit: float) -> Any
         sizes: For each set the magnitudes of its channels' activations; None to look at the weights alone.
         limit: How far above the median a channel's activation may reach.
     """
-    sets = balance.ties.sets
     xp = array_namespace(*balance.ranges.values(), *sizes)
     scales = xp.zeros(balance.ties.num_scales, dtype=_dtype(balance))
+    for _ in range(
+        _ROUNDS
+    ):  # where sets meet in a layer (Concat), their common factors move what each channel asks for
+        scales = _levelled(balance, _swept(balance, sizes, limit, scales))
+        if is_traced(scales) or _largest_step(balance, sizes, limit, scales) < _SETTLED:
+            break
+    return scales
+
+
+def _swept(balance: Balance, sizes: Sequence[Any | None], limit: float, scales: Any) -> Any:
+    """Returns the scales after sweeps over all sets, until none moves; the mean of each stays."""
+    sets = balance.ties.sets
     near = (balance.neighbours + balance.neighbours.T > 0) | np.eye(len(sets), dtype=bool)
     changes = np.full(len(sets), np.inf)
     for sweep in range(_SWEEPS):
         for index, found in enumerate(sets):
             if np.all(changes[near[index]] < _CONVERGED):
                 continue  # nothing around it has moved
-            asked = log_scales(*balance.around(scales, index), sizes[index], limit=limit)
-            asked = asked - asked.mean()
             old = balance.own(scales, index)
+            asked = _asked(balance, sizes, limit, scales, index)
             new = asked if sweep == 0 else old + _STEP * (asked - old)
             changes[index] = np.inf if sweep == 0 or is_traced(asked) else float(abs(asked - old).max())
             scales = _placed(scales, found.scales, new)
         if np.max(changes, initial=0.0) < _CONVERGED:
             break
-    return _levelled(balance, scales)
+    return scales
+
+
+def _asked(balance: Balance, sizes: Sequence[Any | None], limit: float, scales: Any, index: int) -> Any:
+    """Returns the log scales that a set asks for, with the mean that it has."""
+    asked = log_scales(*balance.around(scales, index), sizes[index], limit=limit)
+    return asked - asked.mean() + balance.own(scales, index).mean()
+
+
+def _largest_step(balance: Balance, sizes: Sequence[Any | None], limit: float, scales: Any) -> float:
+    steps = (
+        float(abs(_asked(balance, sizes, limit, scales, index) - balance.own(scales, index)).max())
+        for index in range(len(sizes))
+    )
+    return max(steps, default=0.0)
 
 
 def _levelled(balance: Balance, scales: Any) -> Any:

@@ -12,7 +12,7 @@ from ptqjax.kernels.namespace import array_namespace
 from ptqjax.kernels.precision import widened
 from ptqjax.transforms.activations import limits_of, with_limits
 from ptqjax.transforms.linear import Edit, edited
-from ptqjax.transforms.ties import Ties
+from ptqjax.transforms.ties import FIXED, Limited, Ties
 from ptqjax.transforms.weights import WeightAndBias, weights_of, write_back
 
 
@@ -46,16 +46,21 @@ def _limits(model: Model, ties: Ties, scale: Any) -> list[Edit]:
     for found in ties.limited:
         divisor = scale[found.scales]
         low, high = (limit / divisor for limit in limits_of(model, found.node))
-        dtype = _dtype_behind(model, ties, found.scales)
+        dtype = _dtype_of(model, ties, found)
         edits.append(with_limits(model, found.node, low, high, kernel_rank=found.kernel_rank, dtype=dtype))
     return edits
 
 
-def _dtype_behind(model: Model, ties: Ties, scales: np.ndarray) -> Any:
-    """Returns the element type of what is bounded: that of the weights that make it."""
-    numbers = set(scales.tolist()) - {0}
-    makers = (tied for tied in ties.layers.values() if not numbers.isdisjoint(tied.outputs.tolist()))
-    return next((model.params[tied.layer.weight].dtype for tied in makers), np.dtype(np.float32))
+def _dtype_of(model: Model, ties: Ties, found: Limited) -> Any:
+    """Returns the element type of what is bounded: that of its bounds, where these are attributes of the weights."""
+    bounds = (name for name in found.node.inputs if name in model.params)
+    numbers = set(found.scales.tolist()) - {FIXED}
+    around = (
+        tied.layer.weight
+        for tied in ties.layers.values()
+        if not numbers.isdisjoint((*tied.outputs.tolist(), *tied.inputs.tolist()))
+    )
+    return next((model.params[name].dtype for name in (*bounds, *around)), np.dtype(np.float32))
 
 
 def _shifts(model: Model, ties: Ties, scale: Any) -> list[Edit]:

@@ -26,6 +26,23 @@ FIXED = 0
 _SAME = frozenset({"Identity", "Dropout", "Neg"})
 _POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
 _REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"})
+_ELEMENTWISE = frozenset(
+    {
+        "Elu",
+        "Erf",
+        "Exp",
+        "Gelu",
+        "HardSigmoid",
+        "HardSwish",
+        "Mish",
+        "Selu",
+        "Sigmoid",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Tanh",
+    }
+)
 _IMAGE = 3  # ranks from which there are positions behind the channels
 
 
@@ -140,11 +157,13 @@ class _Scales:
             a, b = sorted((self.root(one), self.root(other)))
             if a == b:
                 continue
+            if a == FIXED:
+                self._reasons.setdefault(b, reason or self._reasons[FIXED])
+                continue
             self._parents[b] = a
-            found = self._reasons.get(a) if a != FIXED else reason
-            fixed = found or self._reasons.get(b)
+            fixed = self._reasons.get(a) or self._reasons.get(b)
             if fixed:
-                self._reasons.setdefault(a, fixed)
+                self._reasons[a] = fixed
 
     def fix(self, numbers: np.ndarray, reason: str) -> None:
         for number in np.unique(numbers).tolist():
@@ -249,6 +268,14 @@ class _Finder:
     def same(self, node: Node) -> list[Channels | None] | str:
         return [self.of(node.inputs[0])]
 
+    def function(self, node: Node) -> list[Channels | None] | str:
+        """The rule of what bends each element: channels stay apart and are fixed, so that they can be gates."""
+        known = self.of(node.inputs[0])
+        if known is None:
+            return [None]
+        self.fix(node.inputs[0], _read_by(node.inputs[0], node))
+        return [Channels(axis=known.axis, scales=np.zeros_like(known.scales), repeats=known.repeats)]
+
     def activation(self, node: Node) -> list[Channels | None] | str:
         name = next((name for name in node.inputs if name in self.channels), "")
         known = self.of(name)
@@ -257,6 +284,8 @@ class _Finder:
         rank = self.ranks.get(name)
         if rank is None or known.repeats:
             return "the number of its channels is not known"
+        if self.ranks.get(node.output) != rank:
+            return "it adds axes in front"
         if not is_activation(self.model, node, name, len(known.scales), rank - 1 - known.axis):
             return "its bounds or slopes are not constants of its own, one number or one for each channel"
         if not commutes_with_scaling(self.model, node):
@@ -298,6 +327,8 @@ class _Finder:
         if len(ranks) != 1 or None in ranks:
             return "the shapes that it adds are not known to be alike"
         rank = ranks.pop() or 0
+        if self.ranks.get(node.output) != rank:
+            return "it adds axes in front"
         for name in names:
             other = self.of(name, known)
             if other is None or (other.axis, len(other.scales), other.repeats) != (
@@ -418,6 +449,8 @@ class _Finder:
         if int(node.attribute("axis", 0)) % rank != known.axis:
             return [known for _ in node.outputs]
         second = value_of(self.model, node.inputs[1]) if len(node.inputs) > 1 else node.attribute("split")
+        if second is None and any(node.inputs[1:]):
+            return "the sizes of its parts are not known"
         count, size = len(node.outputs), len(known.scales)
         sizes = [int(part) for part in np.ravel(second)] if second is not None else [-(-size // count)] * (count - 1)
         ends = np.cumsum(sizes)[: count - 1]
@@ -561,6 +594,7 @@ _Rule = Callable[[_Finder, Node], "list[Channels | None] | str"]
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(_SAME, _Finder.same),
     **dict.fromkeys(("Shape", "Size"), _Finder.nothing),
+    **dict.fromkeys(_ELEMENTWISE, _Finder.function),
     **dict.fromkeys(_POOLS, _Finder.pool),
     **dict.fromkeys(_REDUCTIONS, _Finder.reduction),
     **dict.fromkeys(("Relu", "LeakyRelu", "PRelu", "Clip", "Min", "Max"), _Finder.activation),
