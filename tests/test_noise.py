@@ -165,7 +165,8 @@ def test_dead_channels_leave_everything_finite() -> None:
 def test_all_channels_dead_is_finite() -> None:
     nothing = np.full(5, NOTHING)
     terms = [ActivationNoise(above=nothing, below=nothing, gain=nothing, scales=FIRST)], []
-    best, before, after = least_noise(np.zeros(NUM_SCALES), *terms, **STEPS)
+    best, before, after = least_noise(np.ones(NUM_SCALES), *terms, **STEPS)
+    assert best[0] == 0.0, "the fixed scale, wherever one starts"
     assert np.isfinite([before, after, *best]).all()
 
 
