@@ -413,7 +413,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", help="only the rows whose label is or contains one of these")
     parser.add_argument("--columns", nargs="+", help="only the columns whose label contains one of these")
     parser.add_argument(
-        "--scaling", default="weights", help="what the rows with absorption and correction scale for (default: weights)"
+        "--scaling", default="noise", help="what the rows with absorption and correction scale for (default: noise)"
     )
     parser.add_argument("--ort", action="store_true", help="also ONNX Runtime's own quantize_static")
     parser.add_argument("--aimet-python", type=Path, help="also AIMET: interpreter of an environment with aimet-onnx")

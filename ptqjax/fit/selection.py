@@ -132,13 +132,16 @@ def _without_data(model: Model, config: QuantizationConfig) -> Choice:
         else:
             scaled, report = scale_channels(model, limit=limit, bounds=bounds)
         return Choice(model=scaled, headroom=headroom, correct=correct, report=report)
+    if config.scaling == "auto" and config.granularity != "tensor":
+        # What is left to gain is less than the prediction is wrong (MobileNetV2: 18.5 dB unscaled, 14.2 scaled).
+        report = unscaled(model, "without data, channels are scaled only where a weight has one scale")
+        return Choice(model=model, headroom=headroom, correct=correct, report=report)
     scaled, report = scale_for_noise(model, steps=steps_of(config), bounds=_bounds(config))
     whole = next((record for record in report if "predicted SQNR, dB" in record.after), None)
     gain = whole.after["predicted SQNR, dB"] - whole.before["predicted SQNR, dB"] if whole else 0.0
     if config.scaling == "auto" and gain < _PREDICTED:
         reason = f"without data: scales are predicted to gain {gain:.1f} dB, less than {_PREDICTED:g}"
-        record = Record(transform=_NAME, done=False, what="channels left as they are", where=(), reason=reason)
-        return Choice(model=model, headroom=headroom, correct=correct, report=(record,))
+        return Choice(model=model, headroom=headroom, correct=correct, report=unscaled(model, reason))
     return Choice(model=scaled, headroom=headroom, correct=correct, report=report)
 
 
