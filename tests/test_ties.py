@@ -284,6 +284,11 @@ def shared_bounds(net: Net) -> None:
     net.conv(4).add("Min", bound).conv(4).add("Min", bound)
 
 
+def shared_addend(net: Net) -> None:
+    addend = net.per_channel(net.normal(4))
+    net.conv(4).add("Add", addend).add("Relu").conv(4).add("Add", addend)
+
+
 def read_by_a_branch_of_if(net: Net) -> None:
     net.conv()
     spec = TensorSpec(name="", dtype=np.dtype(net.dtype), shape=None)
@@ -367,6 +372,7 @@ BLOCKS: dict[str, Block] = {
     "If": read_by_a_branch_of_if,
     "Shape": shape_arithmetic,
     "output": output_in_the_middle,
+    "shared addend": shared_addend,
     "shared weight": shared_weight,
     "shared bounds": shared_bounds,
 }
@@ -529,6 +535,7 @@ def num_free(block: Block, **settings: int) -> int:
         ("If", 4 + 0 + 4),
         ("Shape", 8),
         ("output", 4 + 0 + 4),
+        ("shared addend", 4),
         ("shared weight", 0),
         ("shared bounds", 4 + 4 + 4 + 4 - 4),
     ],

@@ -52,15 +52,14 @@ def _limits(model: Model, ties: Ties, scale: Any) -> list[Edit]:
 
 
 def _dtype_of(model: Model, ties: Ties, found: Limited) -> Any:
-    """Returns the element type of what is bounded: that of its bounds, where these are attributes of the weights."""
-    bounds = (name for name in found.node.inputs if name in model.params)
+    """Returns the element type of what is bounded: that of the weights around it; padded channels have none before."""
     numbers = set(found.scales.tolist()) - {FIXED}
     around = (
         tied.layer.weight
         for tied in ties.layers.values()
         if not numbers.isdisjoint((*tied.outputs.tolist(), *tied.inputs.tolist()))
     )
-    return next((model.params[name].dtype for name in (*bounds, *around)), np.dtype(np.float32))
+    return next((model.params[name].dtype for name in around), np.dtype(np.float32))
 
 
 def _shifts(model: Model, ties: Ties, scale: Any) -> list[Edit]:
