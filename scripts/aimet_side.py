@@ -2,6 +2,7 @@
 
     python scripts/aimet_side.py quantize MODEL CALIBRATION.npy OUT.onnx [--weights int4] [--per-channel] [--equalize] ...
     python scripts/aimet_side.py forward MODEL INPUT.npy      times one forward for each line on stdin
+    python scripts/aimet_side.py equalize MODEL               times one equalization for each line on stdin
 
 AIMET knows nodes by their names and takes a Conv without a `group` attribute for an unknown layer; both are added
 before it sees the model. Clip bounds stay initializers.
@@ -76,14 +77,41 @@ def answer_forwards(sim: Any, samples: np.ndarray) -> None:
         print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds}), flush=True)
 
 
+def answer_equalizations(path: str) -> None:
+    """Writes versions, then for each line read the seconds of one equalization, folding included, as JSON.
+
+    AIMET scales over a Clip only where its bounds are Constant nodes: so they are made.
+    """
+    model = onnx.load(path)
+    bounds = {name for node in model.graph.node if node.op_type == "Clip" for name in node.input[1:]}
+    moved = [tensor for tensor in model.graph.initializer if tensor.name in bounds]
+    for tensor in moved:
+        model.graph.initializer.remove(tensor)
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [tensor.name], value=tensor))
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+        if node.op_type == "Conv" and all(attribute.name != "group" for attribute in node.attribute):
+            node.attribute.append(onnx.helper.make_attribute("group", 1))
+    print(json.dumps({"aimet_onnx": version("aimet-onnx")}), flush=True)
+    for _ in sys.stdin:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        equalize_model(copy)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds}), flush=True)
+
+
 def main() -> None:
-    """Reads the command line and does one of the two."""
+    """Reads the command line and does what it says."""
     parser = argparse.ArgumentParser(description="The AIMET half of the comparisons.")
     commands = parser.add_subparsers(dest="command", required=True)
     quantize = commands.add_parser("quantize", help="write AIMET's QDQ model")
     forward = commands.add_parser("forward", help="time AIMET's simulated forward on demand")
-    for command in (quantize, forward):
+    equalize = commands.add_parser("equalize", help="time AIMET's equalization on demand")
+    for command in (quantize, forward, equalize):
         command.add_argument("model")
+    for command in (quantize, forward):
         command.add_argument("samples", help="an .npy of network inputs")
     quantize.add_argument("out")
     quantize.add_argument("--per-channel", action="store_true")
@@ -91,6 +119,9 @@ def main() -> None:
     quantize.add_argument("--scheme", default="min_max")
     quantize.add_argument("--equalize", action="store_true")
     arguments = parser.parse_args()
+    if arguments.command == "equalize":
+        answer_equalizations(arguments.model)
+        return
     samples = np.load(arguments.samples, mmap_mode="r")
     if arguments.command == "forward":
         answer_forwards(simulation(prepare(arguments.model, equalize=False), samples), np.asarray(samples))

@@ -60,16 +60,17 @@ def aimet_forward(python: Path, model: Path, samples: np.ndarray) -> Iterator[tu
 
             def forward() -> tuple[float, float]:
                 print(file=process.stdin, flush=True)
-                answer = _answer(process)
+                answer = answer_of(process)
                 return answer["seconds"], answer["cpu_seconds"]
 
-            versions = _answer(process)
+            versions = answer_of(process)
             yield forward, ", ".join(f"{name} {version}" for name, version in versions.items())
             if process.stdin is not None:
                 process.stdin.close()
 
 
-def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Returns the next line of JSON that the other process writes."""
     for line in process.stdout or ():
         if line.startswith("{"):  # AIMET prints on stdout as well
             return json.loads(line)

@@ -44,7 +44,7 @@ def ranges_of_outputs(ranges: TapRanges, log_input_scale: Inputs | None) -> Outp
     """Returns the weight range of each output channel once the inputs' columns are multiplied by their scales."""
     xp = array_namespace(ranges, log_input_scale)
     if log_input_scale is not None:
-        ranges = ranges * xp.exp(log_input_scale).reshape(ranges.shape[0], 1, -1)
+        ranges = ranges * xp.exp(log_input_scale).astype(ranges.dtype).reshape(ranges.shape[0], 1, -1)
     return ranges.max(axis=2).reshape(-1)
 
 
@@ -52,7 +52,7 @@ def ranges_of_inputs(ranges: TapRanges, log_output_scale: Outputs | None) -> Inp
     """Returns the weight range of each input channel once the outputs' rows are divided by their scales."""
     xp = array_namespace(ranges, log_output_scale)
     if log_output_scale is not None:
-        ranges = ranges * xp.exp(-log_output_scale).reshape(ranges.shape[0], -1, 1)
+        ranges = ranges * xp.exp(-log_output_scale).astype(ranges.dtype).reshape(ranges.shape[0], -1, 1)
     return ranges.max(axis=1).reshape(-1)
 
 
@@ -83,9 +83,7 @@ def log_scales(
     sizes = magnitude.reshape(-1, len(r1))
     is_counted = is_live[None] & (sizes > 0)
     has_any = is_counted.any(axis=1, keepdims=True)
-    of_counted = xp.where(is_counted, _log(sizes) - balanced[None], xp.where(has_any, xp.nan, 0.0))
-    medians = xp.stack([xp.nanmedian(row) for row in of_counted]).reshape(-1, 1)  # along an axis it is ten times slower
-    at_limits = _log(sizes) - (np.log(limit) + medians)
+    at_limits = _log(sizes) - (np.log(limit) + _medians(_log(sizes) - balanced[None], is_counted))
     at_limit = xp.where((sizes > 0) & has_any, at_limits, -xp.inf).max(axis=0)
     # A channel of constant value has r1 = 0: nothing is to be balanced, its activation alone decides.
     is_known = (at_limit > -xp.inf) & (r2 > 0)
@@ -168,6 +166,16 @@ def _filled(values: Channels, is_known: Mask) -> Channels:
     xp = array_namespace(values)
     mean = xp.where(is_known, values, 0.0).sum() / xp.maximum(is_known.sum(), 1)
     return xp.where(is_known, values, mean)
+
+
+def _medians(values: Magnitudes, is_counted: Bool[Array | np.ndarray, "t c"]) -> Float[Array | np.ndarray, "t 1"]:
+    """Returns the median of the values of each row that count; 0 where none does."""
+    xp = array_namespace(values, is_counted)
+    if xp is np:
+        rows = [row[mask] for row, mask in zip(values, is_counted, strict=True)]
+        return np.array([[np.median(row) if row.size else 0.0] for row in rows])
+    has_any = is_counted.any(axis=1, keepdims=True)
+    return xp.nanmedian(xp.where(is_counted, values, xp.where(has_any, xp.nan, 0.0)), axis=1, keepdims=True)
 
 
 def _log(values: Float[Array | np.ndarray, "*shape"]) -> Float[Array | np.ndarray, "*shape"]:

@@ -16,4 +16,7 @@ import numpy as np
 
 def array_namespace(*arrays: Any) -> Any:
     """Returns `jax.numpy` if one of `arrays` is a JAX array or tracer, else `numpy`."""
-    return jnp if any(isinstance(array, jax.Array) for array in arrays) else np
+    for array in arrays:
+        if type(array) is not np.ndarray and isinstance(array, jax.Array):  # the first question is much the cheaper one
+            return jnp
+    return np

@@ -11,6 +11,7 @@ from ptqjax.ir import Model, Record, Report
 from ptqjax.transforms.absorb import absorb_biases
 from ptqjax.transforms.constant_channels import remove_constant_channels
 from ptqjax.transforms.fold import fold_batch_norms
+from ptqjax.transforms.linear import linear_layers
 from ptqjax.transforms.noise import Steps, scale_for_noise
 from ptqjax.transforms.scaling import scale_channels
 from ptqjax.transforms.ties import find_ties
@@ -53,9 +54,9 @@ def equalize(
         ModelError: See `fold_batch_norms`.
     """
     _check(absorb, scaling)
-    if scaling in {"ranges", "noise"}:
-        _warn_without_statistics(fold_batch_norms(model)[0], magnitudes or {})
     model, prepared = prepare(model, absorb)
+    if scaling in {"ranges", "noise"}:
+        _warn_without_statistics(model, magnitudes or {})
     if scaling == "off":
         scaled = unscaled(model, "scaling is switched off: the ranges of channels need not be alike")
     elif scaling == "noise":
@@ -103,8 +104,10 @@ def unscaled(model: Model, reason: str) -> Report:
 
 def _warn_without_statistics(model: Model, magnitudes: Mapping[str, Any]) -> None:
     """Warns where batch norms were folded before, so that nobody knows how large the activations become."""
-    sets = find_ties(model).sets
     known = model.statistics.keys() | magnitudes.keys()
+    if linear_layers(model).keys() <= known | model.graph.output_names:
+        return
+    sets = find_ties(model).sets
     unknown = [found for found in sets if known.isdisjoint(found.tensors)]
     if not unknown:
         return

@@ -554,15 +554,14 @@ def _sets(channels: Mapping[str, Channels], layers: Mapping[str, TiedLayer], cou
     for tied in layers.values():
         free = np.unique(tied.outputs[tied.outputs != FIXED])
         groups.tie(free[:-1], free[1:])
-    members: dict[int, list[int]] = {}
-    produced = {int(n) for tied in layers.values() for n in tied.outputs}
-    for number in range(1, count):
-        if number in produced:
-            members.setdefault(groups.root(number), []).append(number)
-    root_of = {number: root for root, numbers in members.items() for number in numbers}
+    is_produced = np.zeros(count, bool)
+    for tied in layers.values():
+        is_produced[tied.outputs] = True
+    root_of = np.array([groups.root(number) if is_produced[number] else FIXED for number in range(count)])
+    root_of[FIXED] = FIXED
 
     def roots(numbers: np.ndarray) -> set[int]:
-        return {root_of[n] for n in np.unique(numbers).tolist() if n in root_of}
+        return set(np.unique(root_of[numbers]).tolist()) - {FIXED}
 
     producers = {output: roots(tied.outputs) for output, tied in layers.items()}
     consumers = {output: roots(tied.inputs) for output, tied in layers.items()}
@@ -570,7 +569,7 @@ def _sets(channels: Mapping[str, Channels], layers: Mapping[str, TiedLayer], cou
     order = dict.fromkeys(root for found in producers.values() for root in sorted(found))
     return tuple(
         TiedSet(
-            scales=np.array(members[root]),
+            scales=np.flatnonzero(root_of == root),
             producers=tuple(output for output, found in producers.items() if root in found),
             consumers=tuple(output for output, found in consumers.items() if root in found),
             tensors=tuple(name for name, found in carriers.items() if root in found),
