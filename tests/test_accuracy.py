@@ -13,14 +13,29 @@ from ptqjax.validate import run, session
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH = 31  # divides the 372 pictures to evaluate on
 
-# (agreement with float, points of top-1 below float): what is asked for, by granularity. Standard error of the
-# difference in top-1 on 372 pictures: 1 to 2 points. No agreement is asked for per tensor: those are our own floors.
-BARS = {
-    ("mobilenet_v2_1.0_224", "channel"): (0.95, 1.5),
-    ("mobilenet_v2_1.0_224", "tensor"): (0.90, 3.0),
-    ("mobilenet_v1_0.25_224", "channel"): (0.86, 1.5),
-    ("mobilenet_v1_0.25_224", "tensor"): (0.75, 3.0),
-}
+V1, V2 = "mobilenet_v1_0.25_224", "mobilenet_v2_1.0_224"
+QUICK = {"granularity": "tensor", "scaling": "noise"}  # the default goes on to learn, for minutes
+
+
+class Bar(NamedTuple):
+    """What is asked for. Top-1 may lie two standard errors of the paired difference below float."""
+
+    network: str
+    settings: dict
+    has_data: bool
+    agreement: float
+    decibels: float
+
+
+BARS = [
+    Bar(V2, {}, has_data=True, agreement=0.97, decibels=18.5),
+    # asked for of the default, which learns: 17.5 dB; found 17.2 without learning and 19.2 with it
+    Bar(V2, QUICK, has_data=True, agreement=0.96, decibels=16.5),
+    Bar(V2, {"granularity": "tensor"}, has_data=False, agreement=0.955, decibels=16.0),
+    Bar(V1, {}, has_data=True, agreement=0.90, decibels=21.0),
+    Bar(V1, QUICK, has_data=True, agreement=0.87, decibels=19.0),
+    Bar(V1, {"granularity": "tensor"}, has_data=False, agreement=0.85, decibels=16.5),
+]
 
 
 class Pictures(NamedTuple):
@@ -45,24 +60,23 @@ def pictures(shared):
     )
 
 
-def predictions(path, pictures):
+def logits(path, pictures):
     runtime = session(path)
-    return np.concatenate([run(runtime, batch)["output"].argmax(1) for batch in pictures.evaluation])
+    return np.concatenate([run(runtime, batch)["output"] for batch in pictures.evaluation])
 
 
-@pytest.mark.parametrize(("network", "granularity"), BARS)
-def test_the_exported_file_keeps_the_accuracy_and_is_what_is_simulated(
-    shared, pictures, tmp_path, network, granularity
-):
-    path = shared / "models" / f"{network}.onnx"
-    result = ptqjax.quantize(
-        ptqjax.read(path), pictures.calibration, ptqjax.QuantizationConfig(granularity=granularity)
-    )
+@pytest.mark.parametrize("bar", BARS)
+def test_the_exported_file_keeps_the_accuracy_and_is_what_is_simulated(shared, pictures, tmp_path, bar):
+    path = shared / "models" / f"{bar.network}.onnx"
+    batches = pictures.calibration if bar.has_data else None
+    result = ptqjax.quantize(ptqjax.read(path), batches, ptqjax.QuantizationConfig(**bar.settings))
     ptqjax.export(result.model, result.encodings, tmp_path, "model")
-    exact, rounded = predictions(path, pictures), predictions(tmp_path / "model.onnx", pictures)
-    agreement, lost = BARS[network, granularity]
-    assert np.mean(exact == rounded) >= agreement
-    assert 100 * (np.mean(exact == pictures.labels) - np.mean(rounded == pictures.labels)) <= lost
+    exact, rounded = logits(path, pictures), logits(tmp_path / "model.onnx", pictures)
+    assert np.mean(exact.argmax(1) == rounded.argmax(1)) >= bar.agreement
+    assert 10 * np.log10(np.sum(exact**2) / np.sum((exact - rounded) ** 2)) >= bar.decibels
+    right, kept = exact.argmax(1) == pictures.labels, rounded.argmax(1) == pictures.labels
+    lost = right.astype(float) - kept
+    assert lost.mean() <= 2 * lost.std(ddof=1) / np.sqrt(len(lost))
     few = [{"input": pictures.evaluation[0]["input"][:2]}]
     found = ptqjax.validate(tmp_path / "model.onnx", few)
     assert sum(group.integer for group in found.groups) >= 29

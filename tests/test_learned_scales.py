@@ -154,3 +154,14 @@ def test_any_variables_keep_the_function(make, shifts: bool, monkeypatch: pytest
     traced = jax.jit(lambda found: learned_scales._applied(task, found).params)(jax.tree.map(jnp.asarray, anywhere))
     for name, value in applied.params.items():
         np.testing.assert_allclose(traced[name], value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=name)
+
+
+def test_channels_on_the_last_axis_are_learned_too():
+    random = np.random.default_rng(0)
+    chain = Chain(6, rank=0, dtype=np.float32)
+    chain.input_shape = (2, 5, 6)
+    model = chain.matmul(9, bias=True).add("Relu").matmul(4, bias=True).build()
+    batches = [{"x": random.normal(size=(24, 5, 6)).astype(np.float32)}]
+    learned, report = learn_scales(model, batches, COARSE, SHORT)
+    assert len(report[0].where) == 1
+    assert_same_function(learned, model, KEPT)

@@ -3,7 +3,6 @@
 from ptqjax.fit.behaviour import observe_behaviour
 from ptqjax.fit.bias_correction import correct_biases
 from ptqjax.fit.learned_scales import Learning, learn_scales
-from ptqjax.fit.magnitudes import observe_magnitudes
 from ptqjax.fit.selection import Choice, scale_as_configured
 
 __all__ = [
@@ -12,6 +11,5 @@ __all__ = [
     "correct_biases",
     "learn_scales",
     "observe_behaviour",
-    "observe_magnitudes",
     "scale_as_configured",
 ]

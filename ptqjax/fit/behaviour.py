@@ -24,7 +24,7 @@ _RANK = 2  # sample and channel
 def observe_behaviour(
     model: Model, batches: Iterable[Mapping[str, Any]] | None, *, seed: int = 0
 ) -> dict[str, Behaviour]:
-    """Returns what each tensor's channels (axis 1) do on data; one pass, forward and backward, memory of one batch.
+    """Returns what each tensor's channels do on data; one pass, forward and backward, memory of one batch.
 
     Gains are measured: a random vector of signs is sent back from the outputs of each sample, each output in units of
     its own size (the root of its mean sum of squares); the squares of what arrives at a channel, summed over its
@@ -34,12 +34,14 @@ def observe_behaviour(
         DataError: The batches do not fit the model, or there are none.
     """
     params = jax.device_put(dict(model.params))
-    names = frozenset(name for node in model.graph.nodes for name in node.outputs if name)
-    names |= {spec.name for spec in model.graph.inputs}
+    names = [spec.name for spec in model.graph.inputs]
+    names += [name for node in model.graph.nodes for name in node.outputs if name]
+    channels = find_ties(model).channels
+    axes = tuple((name, channels[name].axis if name in channels else 1) for name in names)
     key, count = jax.random.key(seed), 0
     total: dict[str, Any] = {}
     for index, batch in enumerate(checked_batches(model.graph, batches)):
-        found = jax.device_get(_measure(model.graph, names, params, jax.random.fold_in(key, index), batch))
+        found = jax.device_get(_measure(model.graph, axes, params, jax.random.fold_in(key, index), batch))
         size = num_samples(batch)
         total, count = _merged(total, found, size), count + size
     return {
@@ -74,13 +76,12 @@ def observe_shares_beyond(model: Model, batches: Iterable[Mapping[str, Any]] | N
 def _beyond(
     graph: Graph, limits: tuple[tuple[str, tuple[str, float]], ...], params: Mapping[str, Any], batch: Any
 ) -> dict[str, jax.Array]:
-    by_tensor = {tensor: high for _, (tensor, high) in limits}
+    def shares(name: str, value: jax.Array, _: int | None) -> tuple[jax.Array, Any]:
+        found = {output: jnp.mean(value > high) for output, (tensor, high) in limits if tensor == name}
+        return value, found or None
 
-    def share(name: str, value: jax.Array, _: int | None) -> tuple[jax.Array, Any]:
-        return value, jnp.mean(value > by_tensor[name]) if name in by_tensor else None
-
-    seen = interpret(graph, params, batch, intercept=share)[1]
-    return {output: seen[tensor] for output, (tensor, _) in limits}
+    seen = interpret(graph, params, batch, intercept=shares)[1]
+    return {output: share for found in seen.values() for output, share in found.items()}
 
 
 def _merged(total: Any, found: Any, size: int) -> Any:
@@ -105,12 +106,12 @@ def _merged(total: Any, found: Any, size: int) -> Any:
 
 @partial(compiled, num_static=2)
 def _measure(
-    graph: Graph, names: frozenset[str], params: Mapping[str, Any], key: Any, batch: Mapping[str, Any]
+    graph: Graph, axes: tuple[tuple[str, int], ...], params: Mapping[str, Any], key: Any, batch: Mapping[str, Any]
 ) -> dict[str, dict[str, jax.Array]]:
-    counts = jax.eval_shape(lambda: _forward(graph, names, params, batch, None)[1])
+    counts = jax.eval_shape(lambda: _forward(graph, axes, params, batch, None)[1])
 
     def run(probes: Mapping[str, Any]) -> Any:
-        return _forward(graph, names, params, batch, probes)
+        return _forward(graph, axes, params, batch, probes)
 
     probes = {name: jnp.zeros(parts["low"].shape, jnp.float32) for name, parts in counts.items()}
     outputs, pull, observed = jax.vjp(run, probes, has_aux=True)
@@ -133,12 +134,14 @@ def _signs(key: Any, output: jax.Array) -> jax.Array:
 
 
 def _forward(
-    graph: Graph, names: frozenset[str], params: Any, batch: Any, probes: Mapping[str, Any] | None
+    graph: Graph, axes: tuple[tuple[str, int], ...], params: Any, batch: Any, probes: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    axis_of = dict(axes)
+
     def intercept(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, Any]:
-        if name not in names or value.ndim < _RANK:
+        if name not in axis_of or value.ndim < _RANK:
             return value, None
-        axis = 1 if channel_axis is None else channel_axis
+        axis = axis_in_layout(axis_of[name], channel_axis)
         others = tuple(i for i in range(value.ndim) if i != axis)
         wide = value.astype(jnp.float32)
         seen = {
@@ -150,6 +153,13 @@ def _forward(
         return (value if probes is None else _probed(value, probes[name], axis)), seen
 
     return interpret(graph, params, batch, intercept=intercept)
+
+
+def axis_in_layout(axis: int, channel_axis: int | None) -> int:
+    """Returns where an axis of ONNX's layout lies in a value whose axis 1 lies at `channel_axis`."""
+    if channel_axis in {None, 1} or axis == 0:
+        return axis
+    return channel_axis if axis == 1 else axis - 1  # pyright: ignore[reportReturnType]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -18,7 +18,7 @@ import optax
 
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError, DataError
-from ptqjax.fit.behaviour import observe_behaviour
+from ptqjax.fit.behaviour import axis_in_layout, observe_behaviour
 from ptqjax.ir import Model, Record, Report
 from ptqjax.lowering import interpret
 from ptqjax.quantize import calibrate
@@ -148,8 +148,8 @@ def _divided(model: Model, batches: Any, learning: Learning) -> tuple[list[_Samp
     if count - num_held < 1:
         raise DataError(f"there are {count} samples to learn scales from; expected two at least, one to be held back")
     order = np.random.default_rng(learning.seed).permutation(count)
-    layers = frozenset(find_ties(model).layers)
-    answer = jax.jit(lambda inputs: _answers(model, layers, inputs))
+    axes = _layer_axes(find_ties(model))
+    answer = jax.jit(lambda inputs: _answers(model, axes, inputs))
     parts = (order[num_held:], order[:num_held])
     used, held = ([_sample(answer, joined, rows) for rows in _rows(part, learning.batch_size)] for part in parts)
     return used, held
@@ -166,20 +166,20 @@ def _sample(answer: Any, joined: Mapping[str, np.ndarray], rows: np.ndarray) -> 
     return _Sample(inputs, *jax.device_get(answer(inputs)))
 
 
-def _answers(model: Model, layers: frozenset[str], inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+def _layer_axes(ties: Ties) -> dict[str, int]:
+    """Returns the axis that counts the channels of each layer's output, where it is known."""
+    return {name: ties.channels[name].axis for name in ties.layers if name in ties.channels}
+
+
+def _answers(model: Model, axes: Mapping[str, int], inputs: Mapping[str, Any]) -> tuple[Any, Any]:
     def means(name: str, value: Any, channel_axis: int | None) -> tuple[Any, Any]:
-        return value, _means(value, channel_axis) if name in layers else None
+        return value, _means(value, axis_in_layout(axes[name], channel_axis)) if name in axes else None
 
     return interpret(model.graph, model.params, inputs, intercept=means)
 
 
-def _means(value: Any, channel_axis: int | None) -> Any:
-    axis = _axis(value, channel_axis)
+def _means(value: Any, axis: int) -> Any:
     return jnp.mean(value, axis=tuple(i for i in range(value.ndim) if i != axis))
-
-
-def _axis(value: Any, channel_axis: int | None) -> int:
-    return min(1, value.ndim - 1) if channel_axis is None else channel_axis
 
 
 # --- the model and its grids as functions of the variables
@@ -265,12 +265,12 @@ def _loss(task: _Task, variables: _Variables, sample: _Sample) -> Any:
     model = _applied(task, variables)
     encodings = _encodings(task, variables, model.params)
     quantize = fake_quantization(model, encodings)
-    means = _float_means(task, variables, sample.means)
+    means, axes = _float_means(task, variables, sample.means), _layer_axes(task.ties)
 
     def corrected(name: str, value: Any, channel_axis: int | None) -> tuple[Any, None]:
         if name in means:
-            axis = _axis(value, channel_axis)
-            error = _means(value, channel_axis) - means[name]
+            axis = axis_in_layout(axes[name], channel_axis)
+            error = _means(value, axis) - means[name]
             value = value - jnp.expand_dims(error, tuple(i for i in range(value.ndim) if i != axis))
         return (quantize(name, value, channel_axis)[0] if name in encodings else value), None
 
