@@ -106,7 +106,7 @@ def commands() -> None:
     "--absorb",
     default="exact",
     show_default=True,
-    metavar="exact|off",
+    metavar="exact|statistics|off",
     help="Move biases on where that is exact; a part of equalization.",
 )
 @click.option(
@@ -140,7 +140,7 @@ def commands() -> None:
 )
 @click.option("--target", default="ort-cpu", show_default=True, metavar="NAME|FILE", help="What the runtime accepts.")
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Reserved: nothing is random yet."
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the samples that learning draws."
 )
 @_device
 @reports_faults
@@ -201,7 +201,7 @@ def quantize(model: Path, calibration: str, out: Path, device: str, **settings: 
 
 
 def _require_consistent(
-    calibration: str, *, equalize: bool, absorb: str, correct: str | None, scaling: str, **_: Any
+    calibration: str, *, equalize: bool, absorb: str, correct: str | None, scaling: str, bounds: str, **_: Any
 ) -> None:
     """Refuses what cannot be done, before any work.
 
@@ -219,8 +219,13 @@ def _require_consistent(
             "--scaling learned with --calibration none: scales are learned on samples; give a DATA.npz, or take "
             "--scaling noise"
         )
-    by_name = click.get_current_context().get_parameter_source("absorb") is click.core.ParameterSource.COMMANDLINE
-    if by_name and absorb != "off" and not equalize:
+    by_name = click.core.ParameterSource.COMMANDLINE
+    for name, value in {"scaling": scaling, "bounds": bounds}.items():
+        if click.get_current_context().get_parameter_source(name) is by_name and not equalize and value != "off":
+            raise ConfigError(
+                f"--{name} {value} with --no-equalize: scaling is a part of equalization; leave one of the two out"
+            )
+    if click.get_current_context().get_parameter_source("absorb") is by_name and absorb != "off" and not equalize:
         raise ConfigError(
             f"--absorb {absorb} with --no-equalize: absorption is a part of equalization; leave one of the two out"
         )

@@ -44,8 +44,8 @@ def quantize(
 
     Args:
         model: A float model, as `read` returns it; it stays as it is.
-        batches: Calibration data: arrays by input name, samples along the first axis. Gone through once per stage that
-            needs data; an iterator, which can be gone through only once, is kept in memory.
+        batches: Calibration data: arrays by input name, samples along the first axis. Gone through several times; an
+            iterator, which can be gone through only once, is kept in memory. None: batch norms tell.
         config: What to do; None for the defaults.
 
     Raises:
@@ -61,7 +61,7 @@ def quantize(
     choice = scale_as_configured(prepared, batches, config)
     equalized, equalize_report = choice.model, (*prepare_report, *choice.report)
     encodings, calibrate_report = calibrate_and_report(equalized, batches, config)
-    encodings = widened(equalized, encodings, choice.headroom)
+    encodings = widened(equalized, encodings, choice.headroom, config)
     corrects = choice.correct != "none"
     corrected, correct_report = (
         correct_biases(equalized, encodings, batches, method=choice.correct) if corrects else (equalized, ())

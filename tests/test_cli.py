@@ -282,9 +282,13 @@ def test_scaling_and_bounds_reach_the_settings(place, tmp_path, option, value):
     assert json.loads((tmp_path / "q" / "report.json").read_text())["settings"][option] == value
 
 
-def test_help_does_not_promise_what_is_not_there():
-    lines = run("quantize", "--help").stdout
-    assert "nothing is random" in " ".join(lines[lines.index("  --seed") :].split()).partition(" --")[0]
+@pytest.mark.parametrize(("option", "value"), [("--scaling", "noise"), ("--bounds", "leave")])
+def test_scaling_without_equalization_is_refused_where_it_is_asked_for(place, tmp_path, option, value):
+    arguments = ["quantize", place / "net.onnx", "--calibration", place / "data.npz", "--out", tmp_path / "q"]
+    result = run(*arguments, "--no-equalize", option, value)
+    assert result.exit_code == 2
+    assert f"{option} {value} with --no-equalize" in result.stderr
+    assert not (tmp_path / "q").exists()
 
 
 def test_absorption_without_equalization_is_refused_where_it_is_asked_for(place, tmp_path):

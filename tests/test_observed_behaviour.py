@@ -159,7 +159,7 @@ def test_integers_inside_do_not_disturb() -> None:
 def test_a_model_without_floating_outputs_is_refused() -> None:
     model = Chain(3, dtype=np.float32, size=6).conv(4, pad=1).add("ArgMax", axis=1).build()
     outputs = tuple(replace(spec, dtype=np.dtype(np.int64)) for spec in model.graph.outputs)
-    with pytest.raises(ModelError, match="no floating output"):
+    with pytest.raises(ModelError, match="none of the outputs holds floating numbers"):
         observe_behaviour(model.replace(graph=replace(model.graph, outputs=outputs)), [samples(2)])
 
 

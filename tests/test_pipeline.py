@@ -11,6 +11,7 @@ import pytest
 
 import ptqjax
 from ptqjax.errors import ConfigError, DataError, ModelError
+from ptqjax.fit import Learning, learn_scales
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RNG = np.random.default_rng(0)
@@ -146,3 +147,78 @@ def test_headroom_widens_activations_up_to_what_can_occur(model):
         for name in one.encodings
         if name in one.model.params
     )
+
+
+def small(nodes, weights, *, shape, outputs=("y",), dtype=onnx.TensorProto.FLOAT):
+    """A model read from a graph with the input x."""
+    tensors = [onh.from_array(np.asarray(value, np.float32), name) for name, value in weights.items()]
+    ends = [oh.make_tensor_value_info(name, dtype, None) for name in outputs]
+    graph = oh.make_graph(
+        nodes, "g", [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)], ends, tensors
+    )  # fmt: skip
+    return ptqjax.read(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=8))
+
+
+def two_convolutions(shape, *, biases=("b1", "b2")):
+    weights = {"w1": RNG.normal(size=(4, 3, 1, 1)), "w2": RNG.normal(size=(5, 4, 1, 1))}
+    weights |= {name: RNG.normal(size=size) for name, size in (("b1", 4), ("b2", 5)) if name in biases}
+    nodes = [
+        oh.make_node("Conv", ["x", "w1", *(["b1"] if "b1" in biases else [])], ["h"]),
+        oh.make_node("Conv", ["h", "w2", *(["b2"] if "b2" in biases else [])], ["y"]),
+    ]
+    return small(nodes, weights, shape=shape)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_fixed_batch_size_is_kept(granularity):
+    model = two_convolutions([1, 3, 6, 6])
+    batches = [{"x": RNG.normal(size=(1, 3, 6, 6)).astype(np.float32)} for _ in range(5)]
+    result = ptqjax.quantize(model, batches, ptqjax.QuantizationConfig(granularity=granularity))
+    assert result.encodings.keys() >= {"x", "h", "y", "w1", "w2"}
+
+
+def test_pictures_of_several_sizes_are_kept_apart():
+    model = two_convolutions(["n", 3, "h", "w"])
+    batches = [{"x": RNG.normal(size=(2, 3, size, size)).astype(np.float32)} for size in (4, 6, 5)]
+    result = ptqjax.quantize(model, batches, ptqjax.QuantizationConfig(granularity="tensor"))
+    assert any(record.done for record in result.reports["correct"])
+
+
+def test_a_model_that_answers_with_integers_is_left_unscaled_with_a_reason():
+    nodes = [oh.make_node("Conv", ["x", "w1"], ["h"]), oh.make_node("Conv", ["h", "w2"], ["c"])]
+    nodes.append(oh.make_node("ArgMax", ["c"], ["y"], axis=1))
+    weights = {"w1": RNG.normal(size=(4, 3, 1, 1)), "w2": RNG.normal(size=(5, 4, 1, 1))}
+    model = small(nodes, weights, shape=["n", 3, 6, 6], dtype=onnx.TensorProto.INT64)
+    result = ptqjax.quantize(model, [{"x": X[:, :, :6, :6]}])
+    assert any("no output holds floating numbers" in record.reason for record in result.reports["equalize"])
+
+
+@pytest.mark.parametrize("biases", [("b1",), ("b2",), (), ("b1", "b2")])
+def test_learned_shifts_keep_the_function_whichever_layer_has_a_bias(biases):
+    model = two_convolutions(["n", 3, 6, 6], biases=biases)
+    config = ptqjax.QuantizationConfig(granularity="tensor", weights="int4")
+    x = {"x": X[:, :, :6, :6] + 3}
+    learned, _ = learn_scales(model, [x], config, Learning(num_steps=20, rate=0.05))
+    exact = np.asarray(ptqjax.apply(model.graph, model.params, x)["y"])
+    after = np.asarray(ptqjax.apply(learned.graph, learned.params, x)["y"])
+    np.testing.assert_allclose(after, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+def test_headroom_is_shared_along_with_encodings_and_leaves_known_ranges():
+    nodes = [
+        oh.make_node("Conv", ["x", "w1"], ["h"]),
+        oh.make_node("Transpose", ["h"], ["t"], perm=[0, 2, 3, 1]),
+        oh.make_node("Sigmoid", ["t"], ["y"]),
+    ]
+    model = small(nodes, {"w1": RNG.normal(size=(4, 3, 1, 1))}, shape=["n", 3, 8, 8])
+    config = ptqjax.QuantizationConfig(scaling="off", correct="none", headroom=1.5)
+    found = ptqjax.quantize(model, [{"x": X}], config).encodings
+    plain = ptqjax.quantize(model, [{"x": X}], replace(config, headroom=1.0)).encodings
+    assert found["h"].scale == found["t"].scale > plain["h"].scale
+    assert found["y"].scale == plain["y"].scale
+
+
+def test_bounds_that_are_to_be_left_are_left_by_learning_too(model):
+    config = ptqjax.QuantizationConfig(granularity="tensor", scaling="learned", bounds="leave", absorb="off")
+    kinds = [node.op_type for node in ptqjax.quantize(model, [{"x": X}], config).model.graph.nodes]
+    assert kinds.count("Clip") == 2

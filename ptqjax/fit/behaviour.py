@@ -98,9 +98,13 @@ def _merged(total: Any, found: Any, size: int) -> Any:
     if not total:
         return weighted
     join = {"low": np.minimum, "high": np.maximum}
+    # Where axis 1 does not count channels, its length may differ from batch to batch: such a tensor is left out.
+    alike = [
+        name for name in total if name in weighted and np.shape(total[name]["low"]) == np.shape(weighted[name]["low"])
+    ]
     return {
-        name: {key: join.get(key, np.add)(total[name][key], value) for key, value in parts.items()}
-        for name, parts in weighted.items()
+        name: {key: join.get(key, np.add)(total[name][key], value) for key, value in weighted[name].items()}
+        for name in alike
     }
 
 
@@ -117,7 +121,10 @@ def _measure(
     outputs, pull, observed = jax.vjp(run, probes, has_aux=True)
     floating = {name: value for name, value in outputs.items() if jnp.issubdtype(value.dtype, jnp.floating)}
     if not floating:
-        raise ModelError("the model has no floating output, to which noise could be followed")
+        raise ModelError(
+            "none of the outputs holds floating numbers, to which noise could be followed; expected one: quantize with "
+            "scaling='off'"
+        )
     signs = {
         name: _signs(jax.random.fold_in(key, index), value)
         if name in floating

@@ -113,9 +113,11 @@ def _corrected_model(
     for layer in layers:
         error = np.asarray(errors[layer.output])
         bias = layer.bias or fresh_name(model.graph, f"{layer.weight}.bias")
+        bias = fresh_name(model.graph, f"{layer.output}.bias") if layer.bias is None and bias in params else bias
         if layer.bias is None:
             node = nodes[layer.node.output]
-            nodes[node.output] = replace(node, inputs=(*node.inputs[:_BIAS_INPUT], bias))
+            attributes = tuple((key, 1.0 if key == "beta" else value) for key, value in node.attributes)
+            nodes[node.output] = replace(node, inputs=(*node.inputs[:_BIAS_INPUT], bias), attributes=attributes)
             params[bias] = np.zeros(error.shape, np.asarray(params[layer.weight]).dtype)
         params[bias] = _shifted(np.asarray(params[bias]), error)
         records.append(_corrected(layer, bias, error))

@@ -8,7 +8,7 @@ straight-through estimator, with each layer's mean error taken out as bias corre
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +19,15 @@ import optax
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.fit.behaviour import axis_in_layout, observe_behaviour
+from ptqjax.fit.samples import can_be_regrouped, first_samples, grouped, joined
 from ptqjax.ir import Model, Record, Report
 from ptqjax.lowering import interpret
 from ptqjax.quantize import calibrate
-from ptqjax.quantize.batches import checked_batches
 from ptqjax.quantize.encodings import Encoding, Encodings
 from ptqjax.quantize.placement import place
 from ptqjax.simulate import fake_quantization
 from ptqjax.transforms.behaviour import Behaviour
+from ptqjax.transforms.linear import linear_layers
 from ptqjax.transforms.rescale import rescale
 from ptqjax.transforms.shifts import find_shiftable, shift
 from ptqjax.transforms.ties import Ties, find_ties
@@ -104,6 +105,8 @@ def learn_scales(
     batches: Iterable[Mapping[str, Any]] | None,
     config: QuantizationConfig | None = None,
     learning: Learning | None = None,
+    *,
+    bounds: str = "exact",
 ) -> tuple[Model, Report]:
     """Returns the model with channels scaled for the least noise of its quantized outputs, function kept.
 
@@ -115,14 +118,18 @@ def learn_scales(
         batches: Calibration data: arrays by input name, samples along the first axis.
         config: Types, granularity and ranges that the model will be quantized with.
         learning: How to learn.
+        bounds: "exact": bounds become one per channel; else no Clip that is left is scaled.
 
     Raises:
         DataError: The batches do not fit the model, or there are fewer than two samples.
         ConfigError: A setting of `learning` is not allowed.
     """
     config, learning = config or QuantizationConfig(), learning or Learning()
-    model = rescale(model, ties := find_ties(model), np.zeros(ties.num_scales))  # bounds become one per channel
-    ties = find_ties(model)
+    given, limited = model, find_ties(model).limited
+    left = [] if bounds == "exact" else [found.node.output for found in limited if found.node.op_type == "Clip"]
+    ties = find_ties(model, left=left)
+    model = rescale(model, ties, np.zeros(ties.num_scales))  # bounds become one per channel
+    ties = find_ties(model, left=left)
     if not ties.sets:
         return model, (Record(transform=_NAME, done=False, what="left alone", where=(), reason="nothing is tied"),)
     used, held = _divided(model, batches, learning)
@@ -135,35 +142,33 @@ def learn_scales(
         learning=learning,
     )
     best, losses = _descended(task, used, held)
-    learned = _applied(task, jax.device_get(best))
-    return learned, (_record(task, best, losses),)
+    is_better = losses[1] < losses[0]
+    return _applied(task, jax.device_get(best)) if is_better else given, (_record(task, best, losses),)
 
 
 def _divided(model: Model, batches: Any, learning: Learning) -> tuple[list[_Sample], list[_Sample]]:
     """Returns the samples to learn from and those held back, in batches, with the float model's answers."""
-    whole = [jax.tree.map(np.asarray, dict(batch)) for batch in checked_batches(model.graph, batches)]
-    joined = {name: np.concatenate([batch[name] for batch in whole]) for name in whole[0]}
-    count = len(next(iter(joined.values())))
-    num_held = max(1, round(count * learning.held_back))
-    if count - num_held < 1:
-        raise DataError(f"there are {count} samples to learn scales from; expected two at least, one to be held back")
-    order = np.random.default_rng(learning.seed).permutation(count)
+    found = first_samples(model.graph, batches)
     axes = _layer_axes(find_ties(model))
     answer = jax.jit(lambda inputs: _answers(model, axes, inputs))
-    parts = (order[num_held:], order[:num_held])
-    used, held = ([_sample(answer, joined, rows) for rows in _rows(part, learning.batch_size)] for part in parts)
+    if can_be_regrouped(model.graph, found):
+        samples = joined(found)
+        count = len(next(iter(samples.values())))
+        order = np.random.default_rng(learning.seed).permutation(count)
+        num_held = max(1, round(count * learning.held_back))
+        _check_count(count - num_held, count, "samples")
+        parts = [grouped(samples, part, learning.batch_size) for part in (order[num_held:], order[:num_held])]
+    else:
+        num_held = max(1, round(len(found) * learning.held_back))
+        _check_count(len(found) - num_held, len(found), "batches, which cannot be divided,")
+        parts = [found[num_held:], found[:num_held]]
+    used, held = ([_Sample(batch, *jax.device_get(answer(batch))) for batch in part] for part in parts)
     return used, held
 
 
-def _rows(order: np.ndarray, size: int) -> list[np.ndarray]:
-    """Returns the order in parts of `size`: alike, so that one program serves all; what does not fill one is left."""
-    size = min(size, len(order))
-    return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-
-
-def _sample(answer: Any, joined: Mapping[str, np.ndarray], rows: np.ndarray) -> _Sample:
-    inputs = {name: value[rows] for name, value in joined.items()}
-    return _Sample(inputs, *jax.device_get(answer(inputs)))
+def _check_count(left: int, count: int, what: str) -> None:
+    if left < 1:
+        raise DataError(f"there are {count} {what} to learn scales from; expected two at least, one to be held back")
 
 
 def _layer_axes(ties: Ties) -> dict[str, int]:
@@ -196,7 +201,9 @@ def _applied(task: _Task, variables: _Variables) -> Model:
     moved = shift(task.model, _amounts(task, variables)) if variables.shifts else task.model
     scales = variables.scales
     fixed = jnp.asarray(scales).at[0].set(0.0) if isinstance(scales, jax.Array) else np.append(0.0, scales[1:])
-    return rescale(moved, task.ties, fixed)
+    layers = linear_layers(moved)  # some may have got their first bias
+    tied = {name: replace(found, layer=layers[name]) for name, found in task.ties.layers.items()}
+    return rescale(moved, replace(task.ties, layers=tied), fixed)
 
 
 def _amounts(task: _Task, variables: _Variables) -> dict[str, Any]:
@@ -294,8 +301,10 @@ def _distance(loss: str, outputs: Mapping[str, Any], wanted: Mapping[str, Any]) 
         q, p = (jax.nn.log_softmax(values[name].reshape(len(values[name]), -1)) for values in (outputs, wanted))
         return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=1))
     floating = [name for name, value in wanted.items() if jnp.issubdtype(value.dtype, jnp.floating)]
-    noise = [jnp.sum((outputs[name] - wanted[name]) ** 2) / jnp.sum(wanted[name] ** 2) for name in floating]
-    return jnp.log(jnp.sum(jnp.stack(noise)))
+    powers = [jnp.sum(wanted[name] ** 2) for name in floating]
+    noises = [jnp.sum((outputs[name] - wanted[name]) ** 2) for name in floating]
+    ratios = [noise / jnp.where(power > 0, power, 1.0) for noise, power in zip(noises, powers, strict=True)]
+    return jnp.log(jnp.maximum(jnp.sum(jnp.stack(ratios)), np.finfo(np.float32).tiny))
 
 
 def _descended(task: _Task, used: Sequence[_Sample], held: Sequence[_Sample]) -> tuple[_Variables, tuple[float, float]]:
@@ -323,7 +332,8 @@ def _descended(task: _Task, used: Sequence[_Sample], held: Sequence[_Sample]) ->
         if index % len(used) == 0:
             order = random.permutation(len(used))
         variables, state = step(variables, state, used[order[index % len(used)]])
-        if (index + 1) % _EVERY == 0 and (now := judged(variables)) < lowest:
+        is_looked_at = (index + 1) % _EVERY == 0 or index + 1 == learning.num_steps
+        if is_looked_at and (now := judged(variables)) < lowest:
             best, lowest = variables, now
     return best, (first, lowest)
 

@@ -17,13 +17,14 @@ from ptqjax.errors import ConfigError
 from ptqjax.fit.behaviour import observe_behaviour, observe_shares_beyond
 from ptqjax.fit.bias_correction import correct_biases
 from ptqjax.fit.learned_scales import Learning, learn_scales
+from ptqjax.fit.samples import Batch, can_be_regrouped, first_samples, grouped, joined
 from ptqjax.ir import Model, Record, Report
 from ptqjax.kernels.grid import integer_range
 from ptqjax.lowering import apply
 from ptqjax.quantize import Encodings, calibrate
-from ptqjax.quantize.batches import checked_batches
 from ptqjax.quantize.headroom import widened
 from ptqjax.quantize.target import load_target
+from ptqjax.quantize.tensors import is_floating
 from ptqjax.simulate import simulate
 from ptqjax.transforms.behaviour import Behaviour
 from ptqjax.transforms.equalize import unscaled
@@ -105,6 +106,9 @@ def scale_as_configured(
     if config.scaling != "auto":
         scaled, report = ways[config.scaling]()
         return Choice(model=scaled, headroom=config.headroom or 1.0, correct=config.correct, report=report)
+    if not any(is_floating(spec.dtype) for spec in model.graph.outputs):
+        report = unscaled(model, "no output holds floating numbers, by which ways could be compared")
+        return Choice(model=model, headroom=config.headroom or 1.0, correct=config.correct, report=report)
     judge = _Judge.of(model, batches, config)
     half = _ways(model, judge.used, config)
     best = _best([trial for name in ("off", "ranges", "noise") for trial in judge.trials(name, *half[name]())])
@@ -112,7 +116,9 @@ def scale_as_configured(
     records = tuple(_tried(trial, is_chosen=trial is best) for trial in judge.tried)
     scaled, report = ways[best.name]()
     if config.granularity == "tensor":
-        scaled, learned = learn_scales(scaled, judge.used + judge.held, config, Learning(seed=config.seed))
+        scaled, learned = learn_scales(
+            scaled, judge.used + judge.held, config, Learning(seed=config.seed), bounds=_bounds(config)
+        )
         report = (*report, *learned)
     return Choice(model=scaled, headroom=best.headroom, correct=best.correct, report=(*records, *report))
 
@@ -136,7 +142,13 @@ def _without_data(model: Model, config: QuantizationConfig) -> Choice:
         # What is left to gain is less than the prediction is wrong (MobileNetV2: 18.5 dB unscaled, 14.2 scaled).
         report = unscaled(model, "without data, channels are scaled only where a weight has one scale")
         return Choice(model=model, headroom=headroom, correct=correct, report=report)
-    scaled, report = scale_for_noise(model, steps=steps_of(config), bounds=_bounds(config))
+    try:
+        scaled, report = scale_for_noise(model, steps=steps_of(config), bounds=_bounds(config))
+    except ConfigError:
+        if config.scaling != "auto":
+            raise
+        report = unscaled(model, "without data and batch norms, nothing is known of the activations")
+        return Choice(model=model, headroom=headroom, correct=correct, report=report)
     whole = next((record for record in report if "predicted SQNR, dB" in record.after), None)
     gain = whole.after["predicted SQNR, dB"] - whole.before["predicted SQNR, dB"] if whole else 0.0
     if config.scaling == "auto" and gain < _PREDICTED:
@@ -178,7 +190,7 @@ def _ways(model: Model, batches: Iterable[Mapping[str, Any]], config: Quantizati
 
     def learned() -> tuple[Model, Report]:
         scaled, report = noise()
-        learned, more = learn_scales(scaled, batches, config, Learning(seed=config.seed))
+        learned, more = learn_scales(scaled, batches, config, Learning(seed=config.seed), bounds=bounds)
         return learned, (*report, *more)
 
     return {
@@ -195,8 +207,8 @@ class _Judge:
     """Samples divided into those that calibrate and those that judge, and all that was tried on them."""
 
     config: QuantizationConfig
-    used: list[dict[str, np.ndarray]]
-    held: list[dict[str, np.ndarray]]
+    used: list[Batch]
+    held: list[Batch]
     wanted: list[dict[str, Any]]
     tried: list[_Trial]
 
@@ -226,7 +238,7 @@ class _Judge:
         return found
 
     def _outcome(self, trial: _Trial, encodings: Encodings) -> float:
-        encodings = widened(trial.model, encodings, trial.headroom)
+        encodings = widened(trial.model, encodings, trial.headroom, self.config)
         data = self.used if trial.correct == "empirical" else None
         if trial.correct == "none":
             return self._decibels(trial.model, encodings)
@@ -234,38 +246,34 @@ class _Judge:
 
     def _decibels(self, model: Model, encodings: Encodings) -> float:
         run = simulate(model, encodings)
-        signal = noise = 0.0
+        signal = dict.fromkeys(self.wanted[0], 0.0)
+        noise = dict(signal)
         for batch, wanted in zip(self.held, self.wanted, strict=True):
             outputs = run(model.params, encodings, batch)
             for name, value in wanted.items():
+                if not is_floating(np.asarray(value).dtype):
+                    continue
                 exact, rounded = np.asarray(value, np.float64), np.asarray(outputs[name], np.float64)
-                signal, noise = signal + float(np.sum(exact**2)), noise + float(np.sum((exact - rounded) ** 2))
-        return 10 * np.log10(max(signal, np.finfo(float).tiny) / max(noise, np.finfo(float).tiny))
+                signal[name], noise[name] = (
+                    signal[name] + np.sum(exact**2),
+                    noise[name] + np.sum((exact - rounded) ** 2),
+                )
+        ratios = [noise[name] / power for name, power in signal.items() if power > 0]
+        ratio = float(np.mean(ratios)) if ratios else np.inf
+        return -np.inf if np.isnan(ratio) else float(-10 * np.log10(max(ratio, np.finfo(float).tiny)))
 
 
-def divided(
-    model: Model, batches: Iterable[Mapping[str, Any]]
-) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
+def divided(model: Model, batches: Iterable[Mapping[str, Any]]) -> tuple[list[Batch], list[Batch]]:
     """Returns two halves of the first `_MOST_SAMPLES` samples, batches of one size; a single sample is in both."""
-    collected: list[dict[str, np.ndarray]] = []
-    count = 0
-    for batch in checked_batches(model.graph, batches):
-        collected.append({name: np.asarray(value) for name, value in batch.items()})
-        count += len(next(iter(batch.values())))
-        if count >= _MOST_SAMPLES:
-            break
-    joined = {name: np.concatenate([batch[name] for batch in collected]) for name in collected[0]}
-    count = min(count, _MOST_SAMPLES)
+    found = first_samples(model.graph, batches, _MOST_SAMPLES)
+    if not can_be_regrouped(model.graph, found):
+        return (found[::2], found[1::2]) if len(found) > 1 else (found, found)
+    samples = joined(found)
+    count = min(len(next(iter(samples.values()))), _MOST_SAMPLES)
     if count == 1:
-        return collected, collected
-    halves = (np.arange(0, count, 2), np.arange(1, count, 2))
-    size = min(_BATCH, len(halves[1]))
-    parts = [[{name: value[rows] for name, value in joined.items()} for rows in _rows(half, size)] for half in halves]
-    return parts[0], parts[1]
-
-
-def _rows(rows: np.ndarray, size: int) -> Sequence[np.ndarray]:
-    return [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+        return found, found
+    size = min(_BATCH, count // 2)
+    return grouped(samples, np.arange(0, count, 2), size), grouped(samples, np.arange(1, count, 2), size)
 
 
 def _best(trials: Sequence[_Trial]) -> _Trial:

@@ -73,6 +73,8 @@ def scale_for_noise(
     terms = noise_terms(model, ties, known, per_channel=steps.per_channel)
     if not ties.sets:
         return model, (*relaxed, *scaling_report(ties, balance, None, []))
+    if behaviour is not None and not (terms[0] and terms[1]):
+        return model, (*relaxed, *scaling_report(ties, balance, None, [""] * len(ties.sets)))
     if not terms[0] or not terms[1]:
         raise ConfigError(
             "scaling='noise' needs to know how activations behave, and no batch norm tells; pass the model with its "
