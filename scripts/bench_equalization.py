@@ -3,8 +3,8 @@
     python scripts/bench_equalization.py [--aimet-python /path/to/an/aimet/environment/bin/python] [--learned]
 
 The closed form (folding, constant channels, absorption, scaling to convergence) runs in NumPy and compiles nothing;
-runs of it and of AIMET's `equalize_model` alternate, from a model in memory each. Scales of least noise and learned ones are
-timed in a second run in the same process, the first of which compiled; the first is printed beside it.
+runs of it and of AIMET's `equalize_model` alternate, from a model in memory each. Scales of least noise and learned
+ones are timed in a second run in the same process, the first of which compiled; the first is printed beside it.
 """
 
 from __future__ import annotations
