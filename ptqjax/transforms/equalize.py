@@ -25,7 +25,7 @@ def equalize(
     absorb: str = "exact",
     *,
     scaling: str = "ranges",
-    limit: float = 2.0,
+    limit: float | None = 2.0,
     magnitudes: Mapping[str, Any] | None = None,
     steps: Steps | None = None,
     bounds: str = "exact",
@@ -44,7 +44,7 @@ def equalize(
         scaling: What channels are scaled for: equal weight ranges ("weights", the paper's), weight and activation
             ranges together ("ranges"), the least predicted output noise ("noise"), or not at all ("off"). Where each
             channel of a weight has a quantizer of its own, ranges need not be alike, and scaling gains little.
-        limit: For "ranges": how far a channel may reach above the median one, see `scale_channels`.
+        limit: For "ranges": how far a channel may reach above the median one, see `scale_channels`; None: any distance.
         magnitudes: For "ranges": see `scale_channels`.
         steps: For "noise": the grids to come; None: 8 bits per tensor.
         bounds: What becomes of a Clip between scaled channels, see `relax_bounds`; "relu" changes the function.
