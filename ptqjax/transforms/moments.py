@@ -385,12 +385,13 @@ def _root(variance: Any) -> Any:
 
 
 def _same(finder: _Finder, node: Node, known: Distribution) -> Distribution | None:
-    if node.op_type == "Squeeze":
-        axes = _setting(finder, node, 1, "axes")
-        rank = finder.ranks.get(node.inputs[0])
-        if axes is None or rank is None or any(axis % rank <= known.axis for axis in np.asarray(axes).tolist()):
-            return None
-    return known
+    return None if node.op_type == "Squeeze" and not _is_behind_channels(finder, node, known) else known
+
+
+def _is_behind_channels(finder: _Finder, node: Node, known: Distribution) -> bool:
+    """Tells whether all axes that a Squeeze or a reduction takes away are known and lie behind the channels'."""
+    axes, rank = _setting(finder, node, 1, "axes"), finder.ranks.get(node.inputs[0])
+    return axes is not None and rank is not None and all(int(axis) % rank > known.axis for axis in np.ravel(axes))
 
 
 def _negated(finder: _Finder, node: Node, known: Distribution) -> Distribution:
@@ -399,11 +400,8 @@ def _negated(finder: _Finder, node: Node, known: Distribution) -> Distribution:
 
 
 def _pooled(finder: _Finder, node: Node, known: Distribution) -> Distribution | None:
-    if node.op_type == "ReduceMean":
-        axes = _setting(finder, node, 1, "axes")
-        rank = finder.ranks.get(node.inputs[0])
-        if axes is None or rank is None or any(axis % rank <= known.axis for axis in np.asarray(axes).tolist()):
-            return None
+    if node.op_type == "ReduceMean" and not _is_behind_channels(finder, node, known):
+        return None
     moments = known.moments
     return normal(moments.mean, moments.std, axis=known.axis)
 
