@@ -12,7 +12,8 @@ from ptqjax.kernels.namespace import array_namespace
 from ptqjax.kernels.precision import widened
 from ptqjax.transforms.activations import limits_of, with_limits
 from ptqjax.transforms.linear import Edit, edited
-from ptqjax.transforms.ties import FIXED, Limited, Ties
+from ptqjax.transforms.scale_numbers import FIXED
+from ptqjax.transforms.ties import Limited, Ties
 from ptqjax.transforms.weights import WeightAndBias, weights_of, write_back
 
 
