@@ -11,7 +11,7 @@ from ptqjax.errors import ConfigError, DataError
 from ptqjax.kernels import histogram as hist
 from ptqjax.kernels import search
 from ptqjax.kernels.grid import integer_range
-from ptqjax.kernels.ranges import GridKind, grid_of_range
+from ptqjax.kernels.ranges import GridKind, grid_kind, grid_of_range, stack_kinds
 from ptqjax.quantize import choose_encoding
 from ptqjax.quantize.encodings import (
     Encoding,
@@ -23,7 +23,7 @@ from ptqjax.quantize.encodings import (
     quantize,
     storage_dtype,
 )
-from ptqjax.quantize.observers import MIN_MAX, SAMPLES, SQNR, find_scheme, sampled, stack_kinds
+from ptqjax.quantize.observers import MIN_MAX, SAMPLES, SQNR, find_scheme, sampled
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_one_compilation_serves_all_widths_and_both_symmetries_of_one_search(rng
     rows = search.rows_of([rng.normal(size=(3, 100)).astype(np.float32)])
     for dtype in ("int4", "uint8", "int16"):
         for symmetric in (True, False):
-            run(rows, stack_kinds([(*integer_range(dtype), symmetric)]))
+            run(rows, stack_kinds([grid_kind(dtype, symmetric=symmetric)]))
     assert len(traces) == 1
 
 
@@ -283,31 +283,41 @@ def test_power_of_two_is_exact() -> None:
 @pytest.mark.parametrize("scheme", [MIN_MAX, SQNR], ids=lambda scheme: scheme.name)
 def test_every_scheme_ignores_order_and_grouping_of_batches(scheme, rng: np.random.Generator) -> None:
     data = [(rng.normal(size=(4, 30, 5)) * spread).astype(np.float32) for spread in (1, 0.1, 50)]
-    kind = stack_kinds([(0, 255, False), (-8, 7, False)])
+    kind = stack_kinds([grid_kind("uint8"), grid_kind("int4")])
 
-    update = jax.jit(scheme.update, static_argnums=2)
+    update = jax.jit(scheme.observer.update, static_argnums=2)
 
     def stream(batches):
-        state = scheme.init(2)
+        state = scheme.observer.init(2)
         for batch in batches:
             state = update(state, [batch, -batch], len(batch))
         return state
 
     whole = stream(data)
-    states = [stream(data[::-1]), stream([np.concatenate(data)]), scheme.merge(stream(data[2:]), stream(data[:2]))]
+    states = [
+        stream(data[::-1]),
+        stream([np.concatenate(data)]),
+        scheme.observer.merge(stream(data[2:]), stream(data[:2])),
+    ]
     for state in states:
         jax.tree.map(np.testing.assert_array_equal, state, whole)
-    lowest, highest = scheme.finish(whole, kind)
+    lowest, highest = range_of(scheme.finish(whole, kind), kind)
     everything = np.concatenate(data)
-    assert np.all(np.asarray(lowest) >= [everything.min(), -everything.max()])
-    assert np.all(np.asarray(highest) <= [everything.max(), -everything.min()])
+    step = (highest - lowest) / (kind.qmax - kind.qmin)  # the zero point is rounded
+    assert np.all(lowest + step >= [everything.min(), -everything.max()])
+    assert np.all(highest - step <= [everything.max(), -everything.min()])
+
+
+def range_of(grid, kind):
+    scale, zero_point = grid
+    return scale * (kind.qmin - zero_point), scale * (kind.qmax - zero_point)
 
 
 def errors_of_streamed_and_best(x: np.ndarray) -> tuple[float, float]:
     """Returns the weighted squared error of the range found batch by batch, and of that found with all data in hand."""
-    state = jax.jit(SQNR.update, static_argnums=2)(SQNR.init(1), [x], len(x))
-    kind = stack_kinds([(0, 255, False)])
-    scale, zero_point = grid_of_range(*(np.asarray(end) for end in SQNR.finish(state, kind)), kind)
+    state = jax.jit(SQNR.observer.update, static_argnums=2)(SQNR.observer.init(1), [x], len(x))
+    kind = stack_kinds([grid_kind("uint8")])
+    scale, zero_point = SQNR.finish(state, kind)
     best = choose_encoding(x, dtype="uint8")
     return (
         oracle_error(x, float(scale[0]), float(zero_point[0]), "uint8"),
@@ -335,15 +345,16 @@ def test_streamed_sqnr_is_near_the_best_where_a_sample_is_counted(seed: int) -> 
     assert found <= best * 2
 
 
-KIND = stack_kinds([(0, 255, False)])
+KIND = stack_kinds([grid_kind("uint8")])
 
 
 def test_an_outlier_that_the_sample_misses_still_bounds_the_range() -> None:
     x = np.zeros((1, 100_000), np.float32)
     x[0, 7] = -1000.0
     for scheme in (MIN_MAX, SQNR):
-        lowest, highest = scheme.finish(jax.jit(scheme.update, static_argnums=2)(scheme.init(1), [x], 1), KIND)
-        assert lowest[0] == -1000
+        state = jax.jit(scheme.observer.update, static_argnums=2)(scheme.observer.init(1), [x], 1)
+        lowest, highest = range_of(scheme.finish(state, KIND), KIND)
+        np.testing.assert_allclose(lowest[0], -1000, rtol=1e-6)
         assert highest[0] == 0
 
 

@@ -17,6 +17,9 @@ import numpy as np
 from ptqjax.errors import ConfigError
 from ptqjax.kernels.namespace import array_namespace
 
+FLOAT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16")
+"""Floating-point types that codes may have in place of integers."""
+
 _DTYPE = re.compile(r"(?P<unsigned>u?)int(?P<bits>2|4|6|8|16|32)")
 
 

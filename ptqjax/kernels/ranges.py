@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import flax.struct
+import jax
 import numpy as np
 
+from ptqjax.kernels.grid import integer_range
 from ptqjax.kernels.namespace import array_namespace
+
+Symmetry: TypeAlias = bool | str
+"""How 0 lies on a grid: `False`, anywhere; `True`, in the middle of the integers; "strict", in the middle, and the
+smallest integer of a signed type is left out; "unsigned", at the smallest integer where no value is negative, else in
+the middle; "strict unsigned", both."""
+SYMMETRIES = (False, True, "strict", "unsigned", "strict unsigned")
+"""The values of `Symmetry`."""
 
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 """Smallest step of a grid: below it float32 arithmetic flushes to zero."""
@@ -24,6 +34,28 @@ class GridKind(flax.struct.PyTreeNode):
     """Largest integer."""
     symmetric: Any
     """Boolean: the zero point is the middle of the integers, and the range the same on both sides."""
+    unsigned: Any = False
+    """Boolean: where a symmetric range has no negative value, the zero point is the smallest integer instead."""
+    power_of_two: Any = False
+    """Boolean: scales are powers of two, the next above."""
+
+
+def grid_kind(dtype: str, *, symmetric: Symmetry = False, power_of_two: bool = False) -> GridKind:
+    """Returns what is known of a grid of the integer type `dtype`, as NumPy scalars."""
+    qmin, qmax = integer_range(dtype)
+    is_strict, is_unsigned = (isinstance(symmetric, str) and word in symmetric for word in ("strict", "unsigned"))
+    return GridKind(
+        qmin=np.float32(qmin + is_strict),
+        qmax=np.float32(qmax),
+        symmetric=np.asarray(bool(symmetric)),
+        unsigned=np.asarray(is_unsigned),
+        power_of_two=np.asarray(power_of_two),
+    )
+
+
+def stack_kinds(kinds: Sequence[GridKind]) -> GridKind:
+    """Returns several kinds as one, an element of each array a kind."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *kinds)
 
 
 def grid_of_range(lowest: Any, highest: Any, kind: GridKind) -> tuple[Any, Any]:
@@ -39,11 +71,18 @@ def grid_of_range(lowest: Any, highest: Any, kind: GridKind) -> tuple[Any, Any]:
     wide = np.float64 if xp is np else np.float32
     qmin, qmax = (xp.asarray(limit, dtype=wide) for limit in (kind.qmin, kind.qmax))
     middle = xp.floor((qmin + qmax + 1) / 2)
+    symmetric = xp.logical_and(kind.symmetric, xp.logical_not(xp.logical_and(kind.unsigned, xp.asarray(lowest) >= 0)))
     steps = qmax - qmin
     limit = LARGEST_VALUE * (steps / (steps + 1))  # rounding the zero point moves an end by half a step
     low = xp.clip(xp.asarray(lowest, dtype=wide), -limit, 0)
     high = xp.clip(xp.asarray(highest, dtype=wide), 0, limit)
-    scale = xp.where(kind.symmetric, xp.maximum(high, -low) / (qmax - middle), high / steps - low / steps)
+    scale = xp.where(symmetric, xp.maximum(high, -low) / (qmax - middle), high / steps - low / steps)
     scale = xp.where(scale > 0, xp.maximum(scale, SMALLEST_SCALE), 1.0).astype(np.float32)
+    scale = xp.where(kind.power_of_two, _power_of_two_above(scale, xp), scale)
     zero_point = xp.clip(xp.round(qmin - low / scale), qmin, qmax)
-    return scale, xp.where(kind.symmetric, middle, zero_point).astype(np.float32)
+    return scale, xp.where(symmetric, middle, zero_point).astype(np.float32)
+
+
+def _power_of_two_above(scale: Any, xp: Any) -> Any:
+    significand, exponent = xp.frexp(scale)  # scale = significand * 2^exponent, 0.5 <= significand < 1
+    return xp.ldexp(xp.ones_like(scale), xp.minimum(xp.where(significand == 0.5, exponent - 1, exponent), 127))  # noqa: PLR2004 - exact

@@ -14,15 +14,14 @@ import numpy as np
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import DataError, ModelError
 from ptqjax.ir import Graph, Model, Report
-from ptqjax.kernels.grid import integer_range
-from ptqjax.kernels.ranges import GridKind, grid_of_range
+from ptqjax.kernels.ranges import grid_of_range, stack_kinds
 from ptqjax.lowering import compiled, interpret
 from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.quantize.bias import guard_biases
 from ptqjax.quantize.data_free import encode_from_statistics
 from ptqjax.quantize.encodings import Encoding, Encodings, make_encoding
-from ptqjax.quantize.observers import RangeScheme, find_scheme, stack_kinds
-from ptqjax.quantize.placement import ACTIVATION, Site, place
+from ptqjax.quantize.observers import Observer, RangeScheme, find_scheme
+from ptqjax.quantize.placement import ACTIVATION, Site, kind_of, place
 from ptqjax.quantize.search import encode_constants
 
 
@@ -72,7 +71,7 @@ class _Plan:
     """The model's graph."""
     tensors: tuple[str, ...]
     """The tensors to observe."""
-    scheme: RangeScheme
+    observer: Observer
     """How."""
 
 
@@ -85,17 +84,18 @@ def _encode_observed(
     model: Model, data: Iterable[Mapping[str, Any]], sites: Sequence[Site], scheme: RangeScheme
 ) -> dict[str, Encoding]:
     tensors = tuple(site.tensor for site in sites)
-    state = scheme.init(len(tensors))
-    plan = _Plan(graph=model.graph, tensors=tensors, scheme=scheme)
+    state = scheme.observer.init(len(tensors))
+    plan = _Plan(graph=model.graph, tensors=tensors, observer=scheme.observer)
     params = jax.device_put(dict(model.params))
     for index, inputs in enumerate(data):
         state, is_finite = _step(plan, params, state, inputs)
         # Waits for the step: JAX would otherwise run ahead and hold many batches at once.
         _check_finite(tensors, np.asarray(is_finite), index)
-    kind = stack_kinds([(*integer_range(site.dtype), site.symmetric) for site in sites])
-    lowest, highest = scheme.finish(state, kind)
-    scale, zero_point = grid_of_range(np.asarray(lowest), np.asarray(highest), kind)
-    return {site.tensor: make_encoding(scale[i], zero_point[i], dtype=site.dtype) for i, site in enumerate(sites)}
+    scale, zero_point = scheme.finish(state, stack_kinds([kind_of(site) for site in sites]))
+    return {
+        site.tensor: make_encoding(scale[i], zero_point[i], dtype=site.dtype, symmetric=site.symmetric)
+        for i, site in enumerate(sites)
+    }
 
 
 def _encode_nothing(data: Iterable[Mapping[str, Any]]) -> dict[str, Encoding]:
@@ -115,8 +115,8 @@ def _step(plan: _Plan, params: dict[str, Any], state: Any, inputs: dict[str, Any
     absent = [name for name in tensors if name not in observed]
     if absent:
         raise ModelError(f"tensor '{absent[0]}' depends on constants alone; fold it into a parameter, or exclude it")
-    state = plan.scheme.update(state, [observed[name] for name in tensors], num_samples(inputs))
-    extremes = plan.scheme.extremes(state)
+    state = plan.observer.update(state, [observed[name] for name in tensors], num_samples(inputs))
+    extremes = plan.observer.extremes(state)
     return state, jnp.isfinite(extremes.lowest) & jnp.isfinite(extremes.highest)
 
 
@@ -130,6 +130,5 @@ def _check_finite(tensors: tuple[str, ...], is_finite: np.ndarray, index: int) -
 
 def _fixed(site: Site) -> Encoding:
     low, high = site.fixed_range or (0.0, 0.0)
-    qmin, qmax = integer_range(site.dtype)
-    scale, zero_point = grid_of_range(low, high, GridKind(qmin=qmin, qmax=qmax, symmetric=site.symmetric))
-    return make_encoding(scale, zero_point, dtype=site.dtype)
+    scale, zero_point = grid_of_range(low, high, kind_of(site))
+    return make_encoding(scale, zero_point, dtype=site.dtype, symmetric=site.symmetric)

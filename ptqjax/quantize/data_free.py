@@ -10,10 +10,9 @@ import numpy as np
 
 from ptqjax.errors import DataError
 from ptqjax.ir import Model, place_of
-from ptqjax.kernels.grid import integer_range
-from ptqjax.kernels.ranges import GridKind, grid_of_range
+from ptqjax.kernels.ranges import grid_of_range
 from ptqjax.quantize.encodings import Encoding, make_encoding
-from ptqjax.quantize.placement import Site
+from ptqjax.quantize.placement import Site, kind_of
 from ptqjax.transforms.linear import linear_layers
 from ptqjax.transforms.moments import channel_ranges
 
@@ -64,10 +63,8 @@ def _behind_depthwise_layers(model: Model) -> set[str]:
 
 
 def _encoding(site: Site, low: Any, high: Any) -> Encoding:
-    qmin, qmax = integer_range(site.dtype)
-    kind = GridKind(qmin=qmin, qmax=qmax, symmetric=site.symmetric)
-    scale, zero_point = grid_of_range(np.min(low), np.max(high), kind)
-    return make_encoding(scale, zero_point, dtype=site.dtype)
+    scale, zero_point = grid_of_range(np.min(low), np.max(high), kind_of(site))
+    return make_encoding(scale, zero_point, dtype=site.dtype, symmetric=site.symmetric)
 
 
 def _check_known(model: Model, tensors: Sequence[str], known: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ptqjax.kernels import grid
 from ptqjax.kernels.namespace import array_namespace
+from ptqjax.kernels.ranges import Symmetry, grid_kind
 
 _STORED = ("int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32")
 
@@ -36,13 +37,21 @@ class Encoding(flax.struct.PyTreeNode):
     block_size: int | None = flax.struct.field(pytree_node=False, default=None)
     """Number of neighbours along `axis` that share a scale; None where not by blocks. Along each other axis `scale`
     then has the tensor's size, as ONNX has it."""
+    float_format: str | None = flax.struct.field(pytree_node=False, default=None)
+    """Where codes are floating-point numbers and not integers: their type, one of `grid.FLOAT_FORMATS`. `qmin` and
+    `qmax` are then its smallest and largest finite number, and the zero point is 0."""
+    scale_bits: int | None = flax.struct.field(pytree_node=False, default=None)
+    """For low-power blocks (LPBQ): each scale is an integer from 1 to 2^scale_bits times one scale per channel."""
 
     @property
     def dtype(self) -> str:
         """The narrowest integer type that arrays and files have and that holds the grid: "int8", "uint4", ...
 
-        A grid of 6 bits is stored in 8 (`num_bits` tells them apart). Needs concrete `qmin`, `qmax`.
+        The format, where codes are floating-point numbers. A grid of 6 bits is stored in 8 (`num_bits` tells them
+        apart). Needs concrete `qmin`, `qmax`.
         """
+        if self.float_format is not None:
+            return self.float_format
         low, high = float(self.qmin), float(self.qmax)
         ranges = ((name, grid.integer_range(name)) for name in _STORED if name.startswith("u") == (low >= 0))
         # float32 has no 2**31 - 1, the largest int32: its neighbour stands for it.
@@ -59,20 +68,31 @@ Encodings: TypeAlias = dict[str, Encoding]
 
 
 def make_encoding(
-    scale: Any, zero_point: Any, *, dtype: str, axis: int | None = None, block_size: int | None = None
+    scale: Any,
+    zero_point: Any,
+    *,
+    dtype: str,
+    symmetric: Symmetry = False,
+    axis: int | None = None,
+    block_size: int | None = None,
+    scale_bits: int | None = None,
 ) -> Encoding:
-    """Returns an enabled encoding on the whole grid of `dtype`, its leaves in float32 (NumPy where given NumPy)."""
+    """Returns an enabled encoding on the grid of `dtype`, its leaves in float32 (NumPy where given NumPy).
+
+    Of `symmetric`, it counts whether it is strict: then the smallest integer is left out.
+    """
     xp = array_namespace(scale, zero_point)
-    qmin, qmax = grid.integer_range(dtype)
+    kind = grid_kind(dtype, symmetric=symmetric)
     scale = xp.asarray(scale, dtype=np.float32)
     return Encoding(
         scale=scale,
         zero_point=xp.broadcast_to(xp.asarray(zero_point, dtype=np.float32), scale.shape),
-        qmin=xp.asarray(qmin, dtype=np.float32),
-        qmax=xp.asarray(qmax, dtype=np.float32),
+        qmin=xp.asarray(kind.qmin, dtype=np.float32),
+        qmax=xp.asarray(kind.qmax, dtype=np.float32),
         enabled=xp.asarray(True),
         axis=axis,
         block_size=block_size,
+        scale_bits=scale_bits,
     )
 
 

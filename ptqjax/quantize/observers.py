@@ -1,7 +1,7 @@
 """Schemes that choose ranges: records of pure functions over bounded, mergeable state of many tensors at once.
 
-A scheme sees data in two ways: batch after batch (`init`, `update`, `merge`, `finish`), as activations come; and whole
-(`in_hand`), as weights are. Both return the range of each tensor or channel; `kernels.ranges` makes its grid.
+A scheme sees data in two ways: batch after batch (an `Observer`, then `finish`), as activations come; and whole
+(`in_hand`), as weights are. Both return the grid of each tensor or channel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ptqjax.kernels.histogram import (
     power_of_two,
     representatives,
 )
-from ptqjax.kernels.ranges import GridKind
+from ptqjax.kernels.ranges import GridKind, grid_of_range
 from ptqjax.kernels.search import Rows, rows_of, search_fractions_jitted
 
 SAMPLES = 4096
@@ -57,23 +57,34 @@ class Distribution(flax.struct.PyTreeNode):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RangeScheme:
-    """A way to choose ranges."""
+class Observer:
+    """A way to look at streamed data, with a state of bounded size.
 
-    name: str
-    """As `QuantizationConfig.ranges` has it."""
+    Schemes that differ in what they make of the same state share the observer, and with it the compiled program.
+    """
+
     init: Callable[[int], Any]
     """(number of tensors) -> state before any data."""
     update: Callable[[Any, Sequence[Any], int], Any]
     """(state, one array per tensor, samples in this batch) -> state; traces under `jit`."""
     merge: Callable[[Any, Any], Any]
     """(state, state) -> the state after the data of both, in any order."""
-    finish: Callable[[Any, GridKind], tuple[Any, Any]]
-    """(state, grids) -> lowest and highest value of each tensor's range."""
-    in_hand: Callable[[list[np.ndarray], GridKind], tuple[np.ndarray, np.ndarray]]
-    """(matrices, grids) -> lowest and highest value of the range of each row of each matrix."""
     extremes: Callable[[Any], Extremes]
     """(state) -> the extremes of all values so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RangeScheme:
+    """A way to choose grids: what is kept of streamed data, and what is made of it."""
+
+    name: str
+    """As `QuantizationConfig.ranges` has it."""
+    observer: Observer
+    """What is kept of streamed data."""
+    finish: Callable[[Any, GridKind], tuple[Any, Any]]
+    """(state, grids) -> scale and zero point of each tensor."""
+    in_hand: Callable[[list[np.ndarray], GridKind], tuple[np.ndarray, np.ndarray]]
+    """(matrices, grids) -> scale and zero point of each row of each matrix; one grid for each row."""
 
 
 def find_scheme(name: str) -> RangeScheme:
@@ -86,16 +97,6 @@ def find_scheme(name: str) -> RangeScheme:
     if scheme is None:
         raise ConfigError(f"ranges={name!r} is not yet available; expected one of {MIN_MAX.name}, {SQNR.name}")
     return scheme
-
-
-def stack_kinds(kinds: Sequence[tuple[int, int, bool]]) -> GridKind:
-    """Returns (qmin, qmax, symmetric) of several ranges as arrays."""
-    qmin, qmax, symmetric = zip(*kinds, strict=True)
-    return GridKind(
-        qmin=np.asarray(qmin, dtype=np.float32),
-        qmax=np.asarray(qmax, dtype=np.float32),
-        symmetric=np.asarray(symmetric, dtype=bool),
-    )
 
 
 def sampled(value: Float[Array, "..."], num_samples: int, limit: int = SAMPLES) -> Float[Array, " k"]:
@@ -138,13 +139,15 @@ def _update_extremes(state: Extremes, values: Sequence[Any], num_samples: int) -
     return _merge_extremes(state, _batch_extremes(values))
 
 
-def _range_of_extremes(state: Extremes, kind: GridKind) -> tuple[Any, Any]:
-    del kind  # the whole range, on any grid
-    return state.lowest, state.highest
+def _grid_of_extremes(state: Extremes, kind: GridKind) -> tuple[Any, Any]:
+    return grid_of_range(np.asarray(state.lowest), np.asarray(state.highest), kind)
 
 
-def _extremes_in_hand(matrices: list[np.ndarray], kind: GridKind) -> tuple[np.ndarray, np.ndarray]:
-    del kind
+def _grid_of_extremes_in_hand(matrices: list[np.ndarray], kind: GridKind) -> tuple[np.ndarray, np.ndarray]:
+    return grid_of_range(*_extremes_in_hand(matrices), kind)
+
+
+def _extremes_in_hand(matrices: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([m.min(axis=1) for m in matrices]), np.concatenate([m.max(axis=1) for m in matrices])
 
 
@@ -173,10 +176,10 @@ def _merge_distributions(first: Distribution, second: Distribution) -> Distribut
     )
 
 
-def _best_range_of_distribution(state: Distribution, kind: GridKind) -> tuple[Any, Any]:
+def _best_grid_of_distribution(state: Distribution, kind: GridKind) -> tuple[Any, Any]:
     low, high = jnp.minimum(state.extremes.lowest, 0), jnp.maximum(state.extremes.highest, 0)
     fractions = search_fractions_jitted(_rows_of_histogram(state.histogram, low, high), kind, both_ends=True)
-    return low * fractions[:, 0], high * fractions[:, 1]
+    return grid_of_range(np.asarray(low * fractions[:, 0]), np.asarray(high * fractions[:, 1]), kind)
 
 
 def _rows_of_histogram(histogram: Histogram, low: Any, high: Any) -> Rows:
@@ -191,39 +194,34 @@ def _rows_of_histogram(histogram: Histogram, low: Any, high: Any) -> Rows:
     )
 
 
-def _best_range_in_hand(matrices: list[np.ndarray], kind: GridKind) -> tuple[np.ndarray, np.ndarray]:
-    low, high = _extremes_in_hand(matrices, kind)
+def _best_grid_in_hand(matrices: list[np.ndarray], kind: GridKind) -> tuple[np.ndarray, np.ndarray]:
+    low, high = _extremes_in_hand(matrices)
     rows = rows_of(matrices)
     filled = jax.tree.map(lambda limit: _filled(np.broadcast_to(limit, low.shape), len(rows.lowest)), kind)
     both_ends = not np.all(kind.symmetric)
     fractions = np.asarray(search_fractions_jitted(rows, filled, both_ends=both_ends), dtype=np.float64)[: len(low)]
-    return np.minimum(low, 0) * fractions[:, 0], np.maximum(high, 0) * fractions[:, 1]
+    return grid_of_range(np.minimum(low, 0) * fractions[:, 0], np.maximum(high, 0) * fractions[:, 1], kind)
 
 
 def _filled(array: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[-1:], length - len(array), axis=0)])
 
 
-MIN_MAX = RangeScheme(
-    name="min-max",
-    init=_init_extremes,
-    update=_update_extremes,
-    merge=_merge_extremes,
-    finish=_range_of_extremes,
-    in_hand=_extremes_in_hand,
-    extremes=lambda state: state,
-)
-"""The whole range that was seen."""
+EXTREMES = Observer(init=_init_extremes, update=_update_extremes, merge=_merge_extremes, extremes=lambda state: state)
+"""Keeps the smallest and the largest value."""
 
-SQNR = RangeScheme(
-    name="sqnr",
+DISTRIBUTION = Observer(
     init=_init_distribution,
     update=_update_distribution,
     merge=_merge_distributions,
-    finish=_best_range_of_distribution,
-    in_hand=_best_range_in_hand,
     extremes=lambda state: state.extremes,
 )
+"""Keeps the extremes, and counts of a sample of the values."""
+
+MIN_MAX = RangeScheme(name="min-max", observer=EXTREMES, finish=_grid_of_extremes, in_hand=_grid_of_extremes_in_hand)
+"""The whole range that was seen."""
+
+SQNR = RangeScheme(name="sqnr", observer=DISTRIBUTION, finish=_best_grid_of_distribution, in_hand=_best_grid_in_hand)
 """The range with the least error of rounding plus three times that of clipping, see `kernels.search`.
 
 Differs from aimet-onnx 2.42's tf_enhanced: nothing is dropped when later batches are wider than the first, every

@@ -15,6 +15,7 @@ import numpy as np
 from ptqjax.config import QuantizationConfig, near_names
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model, Node, scalar_of
+from ptqjax.kernels.ranges import GridKind, Symmetry, grid_kind
 from ptqjax.quantize.bias import BiasSite, bias_sites
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
 from ptqjax.quantize.target import Target, load_target
@@ -35,9 +36,9 @@ class Site:
     kind: str
     """`WEIGHT`, `ACTIVATION` or `CONSTANT`."""
     dtype: str
-    """Integer type of the grid."""
-    symmetric: bool
-    """Whether 0 lies in the middle of the grid."""
+    """Type of the codes: an integer type, or one of `kernels.grid.FLOAT_FORMATS`."""
+    symmetric: Symmetry
+    """How 0 lies on the grid."""
     root: str
     """The tensor whose range decides: itself, or the one whose encoding is shared."""
     reason: str
@@ -48,6 +49,17 @@ class Site:
     """Number of neighbours along `axis` that share a scale; None where not by blocks."""
     fixed_range: tuple[float, float] | None = None
     """The range where it is known beforehand."""
+    power_of_two: bool = False
+    """Whether scales are powers of two."""
+    scale_bits: int | None = None
+    """For low-power blocks (LPBQ): bits of the integers that blocks' scales are multiples of the channel's by."""
+    ranges: str = ""
+    """The scheme that chooses the range, as `QuantizationConfig.ranges` has it; "": that of the configuration."""
+
+
+def kind_of(site: Site) -> GridKind:
+    """Returns what is known of a site's grid, which is of integers, before its range is."""
+    return grid_kind(site.dtype, symmetric=site.symmetric, power_of_two=site.power_of_two)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

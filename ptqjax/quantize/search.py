@@ -10,18 +10,17 @@ import numpy as np
 
 from ptqjax.config import ACTIVATION_DTYPES, WEIGHT_DTYPES
 from ptqjax.errors import ConfigError, DataError
-from ptqjax.kernels.grid import integer_range
-from ptqjax.kernels.ranges import grid_of_range
+from ptqjax.kernels.ranges import Symmetry, stack_kinds
 from ptqjax.quantize.encodings import Encoding, make_encoding
-from ptqjax.quantize.observers import RangeScheme, find_scheme, stack_kinds
-from ptqjax.quantize.placement import WEIGHT, Site
+from ptqjax.quantize.observers import RangeScheme, find_scheme
+from ptqjax.quantize.placement import WEIGHT, Site, kind_of
 
 
 def choose_encoding(
     samples: Any,
     *,
     dtype: str = "int8",
-    symmetric: bool | None = None,
+    symmetric: Symmetry | None = None,
     ranges: str = "sqnr",
     axis: int | None = None,
     block_size: int | None = None,
@@ -67,7 +66,7 @@ def encode_constants(sites: Sequence[Site], values: Mapping[str, Any], scheme: R
     arrays = {site.tensor: _checked(site.tensor, np.asarray(values[site.tensor])) for site in sites}
     encodings: dict[str, Encoding] = {}
     for is_symmetric in (True, False):  # their searches try different candidates
-        alike = [site for site in sites if site.symmetric is is_symmetric]
+        alike = [site for site in sites if bool(site.symmetric) is is_symmetric]
         encodings |= _encode_alike(alike, arrays, scheme) if alike else {}
     return {site.tensor: encodings[site.tensor] for site in sites}
 
@@ -75,10 +74,8 @@ def encode_constants(sites: Sequence[Site], values: Mapping[str, Any], scheme: R
 def _encode_alike(sites: Sequence[Site], arrays: Mapping[str, np.ndarray], scheme: RangeScheme) -> dict[str, Encoding]:
     matrices = [_matrix(arrays[site.tensor], site) for site in sites]
     counts = [len(matrix) for matrix in matrices]
-    kinds = [(*integer_range(site.dtype), site.symmetric) for site in sites]
-    spread = jax.tree.map(lambda limit: np.repeat(limit, counts), stack_kinds(kinds))
-    lowest, highest = scheme.in_hand(matrices, spread)
-    scale, zero_point = grid_of_range(lowest, highest, spread)
+    spread = jax.tree.map(lambda limit: np.repeat(limit, counts), stack_kinds([kind_of(site) for site in sites]))
+    scale, zero_point = scheme.in_hand(matrices, spread)
     ends = np.cumsum(counts)[:-1]
     parts = zip(sites, matrices, np.split(scale, ends), np.split(zero_point, ends), strict=True)
     return {
@@ -99,6 +96,7 @@ def _encoding(site: Site, shape: tuple[int, ...], scale: np.ndarray, zero_point:
         scale.reshape(shape_of_scale),
         zero_point.reshape(shape_of_scale),
         dtype=site.dtype,
+        symmetric=site.symmetric,
         axis=site.axis,
         block_size=site.block_size,
     )
