@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from ptqjax import onnx_io
+from ptqjax.encoding_files import encodings_json, write_whole
 from ptqjax.errors import ConfigError, ModelError, OutputError
 from ptqjax.ir import Model, Node, only_reader, place_of
 from ptqjax.kernels.grid import integer_range
 from ptqjax.onnx_io.opset import blocking_node, with_opset
-from ptqjax.quantize.encodings import Encoding, Encodings, concrete
+from ptqjax.quantize.encodings import Encodings, concrete
 from ptqjax.quantize.qdq import MICROSOFT, insert_qdq, lowest_opset, lowest_opset_of
 from ptqjax.transforms.implied_clips import drop_implied_clips
 from ptqjax.transforms.integer_bounds import bound_integers
@@ -29,7 +29,6 @@ __all__ = ["encodings_json", "export", "insert_qdq", "quantized_model"]
 
 _INTEGER_SINCE = 10  # the opset of QLinearConv, into which ONNX Runtime fuses
 _PER_CHANNEL_SINCE = 13  # the opset of DequantizeLinear along an axis
-_SCHEMA = "1.0.0"
 
 
 def export(
@@ -68,7 +67,7 @@ def export(
     except OSError as error:
         raise OutputError(f"'{folder}' cannot be made: {error.strerror}; expected a folder to write into") from error
     onnx_io.write(quantized, folder / f"{name}.onnx")
-    _write_text(folder / f"{name}.encodings", text)
+    write_whole(folder / f"{name}.encodings", text.encode())
 
 
 def quantized_model(model: Model, encodings: Encodings) -> Model:
@@ -99,23 +98,6 @@ def quantized_model(model: Model, encodings: Encodings) -> Model:
     return drop_implied_clips(bound_integers(raised)[0])[0]
 
 
-def encodings_json(model: Model, encodings: Encodings) -> dict[str, Any]:
-    """Returns the encodings as AIMET's JSON schema 1.0.0 has them: offsets are those of unsigned integers, negated.
-
-    The schema states neither an axis nor the shape of the scales. For scales per channel, tools take the operator's
-    output channel. For blocks, scales and offsets are the elements in C order of an array with the weight's axes, in
-    which the axis that is summed is ceil(size / block_size) long; without the weight, they cannot be told apart.
-    """
-    entries = {name: _entry(name, concrete(encoding)) for name, encoding in sorted(encodings.items())}
-    enabled = {name: entry for name, entry in entries.items() if bool(encodings[name].enabled)}
-    return {
-        "version": _SCHEMA,
-        "producer": {"package": "ptqjax", "version": version("ptqjax")},
-        "activation_encodings": [entry for name, entry in enabled.items() if name not in model.params],
-        "param_encodings": [entry for name, entry in enabled.items() if name in model.params],
-    }
-
-
 def with_provenance(quantized: Model, model: Model, encodings: Encodings, settings: Mapping[str, Any]) -> Model:
     """Returns `quantized` with metadata that says where it comes from; other metadata stays."""
     stated = {
@@ -144,23 +126,6 @@ def fingerprint(model: Model) -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _entry(name: str, encoding: Encoding) -> dict[str, Any]:
-    qmin = int(encoding.qmin)
-    blocks = encoding.block_size is not None
-    kind = "PER_TENSOR" if encoding.axis is None else "PER_BLOCK" if blocks else "PER_CHANNEL"
-    zero_points = np.asarray(encoding.zero_point, np.int64).ravel()
-    entry = {
-        "name": name,
-        "enc_type": kind,
-        "dtype": "INT",
-        "bw": encoding.num_bits,
-        "is_sym": bool(qmin < 0 and np.all(zero_points == 0)),
-        "scale": [float(scale) for scale in np.asarray(encoding.scale).ravel()],
-        "offset": [int(qmin - zero_point) for zero_point in zero_points],
-    }
-    return entry | ({"block_size": encoding.block_size} if blocks else {})
 
 
 def _raised(model: Model, lowest: int, *, has_blocks: bool) -> Model:
@@ -269,15 +234,3 @@ def _since(model: Model, node: Node) -> int:
     scale, zero_point = (np.asarray(model.params[name]) for name in node.inputs[1:3])
     axis, block_size = (node.attribute(name) if scale.ndim else None for name in ("axis", "block_size"))
     return lowest_opset_of(zero_point.dtype.name, axis, block_size)
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".ptqjax-") as folder:
-            half = Path(folder) / path.name
-            half.write_text(text, encoding="utf-8")
-            half.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"'{path}' cannot be written: {error.strerror}; expected an existing folder with write permission"
-        ) from error

@@ -18,7 +18,11 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("lowering",), {"ir", "kernels", "ops"}),
     (("quantize",), {"ir", "kernels", "config", "transforms", "lowering"}),
     (("simulate",), {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize"}),
-    (("export",), {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize", "onnx_io"}),
+    (("encoding_files",), {"kernels", "ir", "config", "quantize"}),
+    (
+        ("export",),
+        {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize", "onnx_io", "encoding_files"},
+    ),
     (("validate", "fit"), None),
     (("evaluate",), None),
     (("report",), None),
