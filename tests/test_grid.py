@@ -6,20 +6,24 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from ptqjax.errors import ConfigError
 from ptqjax.kernels import grid
-from ptqjax.kernels.ranges import GridKind, grid_of_range
+from ptqjax.kernels.ranges import SYMMETRIES, GridKind, grid_kind, grid_of_range
+from ptqjax.quantize.encodings import integers, make_encoding, storage_dtype
 
 FINITE = st.floats(min_value=-1e6, max_value=1e6, width=32)
 
 
-def kind(dtype: str, *, symmetric: bool = False) -> GridKind:
-    qmin, qmax = grid.integer_range(dtype)
-    return GridKind(qmin=np.float32(qmin), qmax=np.float32(qmax), symmetric=np.asarray(symmetric))
+WIDTHS = [f"{sign}int{bits}" for bits in range(2, 17) for sign in ("", "u")]
+ANY_FLOAT = st.floats(allow_nan=False, allow_infinity=False, width=32)
+
+
+def kind(dtype: str, *, symmetric=False, power_of_two: bool = False) -> GridKind:
+    return grid_kind(dtype, symmetric=symmetric, power_of_two=power_of_two)
 
 
 @pytest.mark.parametrize(
@@ -31,15 +35,102 @@ def kind(dtype: str, *, symmetric: bool = False) -> GridKind:
         ("int6", (-32, 31)),
         ("uint16", (0, 65535)),
         ("int2", (-2, 1)),
+        ("int9", (-256, 255)),
+        ("uint15", (0, 32767)),
+        ("int32", (-(2**31), 2**31 - 1)),
     ],
 )
 def test_integer_range(dtype: str, expected: tuple[int, int]) -> None:
     assert grid.integer_range(dtype) == expected
 
 
-def test_integer_range_names_what_it_expects() -> None:
-    with pytest.raises(ConfigError, match=r"int9.*expected int or uint with 2, 4, 6, 8, 16 or 32 bits"):
-        grid.integer_range("int9")
+@pytest.mark.parametrize("dtype", ["int1", "int17", "int64", "int08", "float16", "int"])
+def test_integer_range_names_what_it_expects(dtype: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{dtype}.*expected int or uint with 2 to 16 or 32 bits"):
+        grid.integer_range(dtype)
+
+
+@pytest.mark.parametrize("dtype", [*WIDTHS, "int32", "uint32"])
+def test_every_width_is_held_by_the_narrowest_array_type(dtype: str) -> None:
+    encoding = make_encoding(np.float32(0.1), np.float32(0), dtype=dtype)
+    bits = int(dtype.lstrip("uint"))
+    assert encoding.num_bits == bits
+    holder = next(size for size in (2, 4, 8, 16, 32) if size >= bits)
+    assert encoding.dtype == dtype.rstrip("0123456789") + str(holder)
+    codes = integers(np.asarray([-np.inf, np.inf, 0], np.float32), encoding)
+    assert codes.dtype == storage_dtype(encoding.dtype)
+    assert codes.tolist() == [int(encoding.qmin), int(encoding.qmax), 0]
+
+
+def test_the_grid_of_32_bits_has_ends_that_float32_holds() -> None:
+    """The largest float32 below 2^31 is 2^31 - 128; and both ends are as far from 0."""
+    k = kind("int32")
+    assert (float(k.qmin), float(k.qmax)) == (128 - 2**31, 2**31 - 128)
+    scale, zero_point = grid_of_range(np.float32(-3), np.float32(2), kind("int32", symmetric=True))
+    assert (float(scale), float(zero_point)) == (np.float32(3 / (2**31 - 128)), 0)
+
+
+SYMMETRY_CASES = [
+    # dtype, symmetric, range, scale, zero point
+    ("int8", True, (-3, 2), 3 / 127, 0),
+    ("int8", "strict", (-3, 2), 3 / 127, 0),
+    ("int8", "unsigned", (0, 2), 2 / 255, -128),
+    ("int8", "unsigned", (1, 2), 2 / 255, -128),
+    ("int8", "unsigned", (-1e-3, 2), 2 / 127, 0),
+    ("int8", "strict unsigned", (0, 2), 2 / 254, -127),
+    ("uint8", True, (-3, 2), 3 / 127, 128),
+    ("uint8", "unsigned", (0, 2), 2 / 255, 0),
+    ("uint8", False, (-1, 2), 3 / 255, 85),
+    ("int8", False, (-1, 2), 3 / 255, -43),
+    ("int2", True, (-3, 2), 3, 0),
+    ("int2", "strict", (-3, 2), 3, 0),
+    ("int2", "unsigned", (0, 3), 1, -2),
+    ("uint2", False, (-1, 2), 1, 1),
+]
+
+
+@pytest.mark.parametrize(("dtype", "symmetric", "limits", "scale", "zero_point"), SYMMETRY_CASES)
+def test_how_zero_lies_on_the_grid(dtype, symmetric, limits, scale, zero_point) -> None:
+    found = grid_of_range(np.float32(limits[0]), np.float32(limits[1]), kind(dtype, symmetric=symmetric))
+    assert float(found[0]) == pytest.approx(scale, rel=1e-6)
+    assert float(found[1]) == zero_point
+
+
+@given(
+    ends=st.tuples(ANY_FLOAT, ANY_FLOAT),
+    dtype=st.sampled_from([*WIDTHS, "int32"]),
+    symmetric=st.sampled_from(SYMMETRIES),
+    power_of_two=st.booleans(),
+)
+@example(ends=(-3.4028235e38, 3.4028235e38), dtype="int8", symmetric=True, power_of_two=True)
+@example(ends=(-3.4028235e38, 3.4028235e38), dtype="int2", symmetric=True, power_of_two=False)
+@example(ends=(0.0, 3.4028235e38), dtype="uint16", symmetric=False, power_of_two=True)
+@example(ends=(-1e-45, 1e-45), dtype="int8", symmetric=False, power_of_two=True)
+@settings(max_examples=500, deadline=None)
+def test_laws_of_every_grid(ends, dtype, symmetric, power_of_two) -> None:
+    """Whatever the range: 0 has a code, each code a finite number, and the whole range is covered up to float32's end.
+
+    Steps are never subnormal, and powers of two are exactly that and at most twice as wide as needed.
+    """
+    low, high = map(np.float32, (min(ends), max(ends)))
+    k = kind(dtype, symmetric=symmetric, power_of_two=power_of_two)
+    scale, zero_point = grid_of_range(low, high, k)
+    assert k.qmin <= zero_point <= k.qmax
+    assert zero_point == np.round(zero_point)
+    assert scale >= np.finfo(np.float32).tiny
+    assert grid.fake_quantize(np.float32(0), scale, zero_point, k.qmin, k.qmax, enabled=True) == 0
+    codes = np.asarray([k.qmin, k.qmax], np.float32)
+    assert np.isfinite(grid.dequantize(codes, scale, zero_point)).all()
+    if power_of_two:
+        assert np.frexp(scale)[0] == 0.5
+        free = grid_of_range(low, high, kind(dtype, symmetric=symmetric))[0]
+        assert scale < 2 * free
+    largest = 1.5e38 if power_of_two or k.qmax < 4 else 3.3e38
+    x = np.clip(np.asarray([low, high], np.float32), -largest, largest)
+    rounded = grid.fake_quantize(x, scale, zero_point, k.qmin, k.qmax, enabled=True)
+    # Half a step for the value and half for the zero point; in 32 bits, x / scale has roundings of its own.
+    steps = 1.001 if dtype != "int32" else 2**9
+    assert np.all(np.abs(rounded.astype(np.float64) - x) <= steps * float(scale))
 
 
 @given(low=FINITE, high=FINITE, dtype=st.sampled_from(["int8", "uint8", "int4", "uint16"]), symmetric=st.booleans())
@@ -79,8 +170,7 @@ def test_every_code_stands_for_a_finite_number(value: float, dtype: str, symmetr
     for low, high in ((-value, value), (0, value), (-value, 0)):
         scale, zero_point = grid_of_range(low, high, k)
         codes = np.asarray([k.qmin, k.qmax, zero_point], dtype=np.float32)
-        used = codes if not symmetric else codes[1:]  # the smallest code of a symmetric grid is not used
-        assert np.isfinite(grid.dequantize(used, scale, zero_point)).all()
+        assert np.isfinite(grid.dequantize(codes, scale, zero_point)).all()
         assert scale >= np.finfo(np.float32).tiny
         assert value > 0 or scale == 1
 

@@ -20,21 +20,21 @@ from ptqjax.kernels.namespace import array_namespace
 FLOAT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16")
 """Floating-point types that codes may have in place of integers."""
 
-_DTYPE = re.compile(r"(?P<unsigned>u?)int(?P<bits>2|4|6|8|16|32)")
+_DTYPE = re.compile(r"(?P<unsigned>u?)int(?P<bits>[2-9]|1[0-6]|32)")
 
 
 def integer_range(dtype: str) -> tuple[int, int]:
     """Returns the smallest and largest integer of `dtype` ("int8", "uint4", ...).
 
-    "int6" is a grid without an array type of its own: files and arrays hold it in int8.
+    Grids of 3, 5, 6, 7 and 9 to 15 bits have no array type of their own: the next wider one holds them.
 
     Raises:
-        ConfigError: `dtype` is not an integer type of 2, 4, 6, 8, 16 or 32 bits.
+        ConfigError: `dtype` is not an integer type of 2 to 16 or of 32 bits.
     """
     match = _DTYPE.fullmatch(dtype)
     if match is None:
         raise ConfigError(
-            f"dtype {dtype!r} is no grid; expected int or uint with 2, 4, 6, 8, 16 or 32 bits, as in 'int8'"
+            f"dtype {dtype!r} is no grid of integers; expected int or uint with 2 to 16 or 32 bits, as in 'int8'"
         )
     unsigned, bits = match["unsigned"], int(match["bits"])
     return (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ptqjax.ir import Model, Node, Record, Report, bias_behind, is_one_per_output, is_private
+from ptqjax.ir import Model, Node, Record, Report, bias_behind, is_one_per_output, is_private, only_reader
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.quantize.encodings import Encoding, Encodings
 
 LARGEST_CODE = 2**31 - 2**15
 """Largest integer of a bias: room for the sum that it is added to, and exact in float32."""
 
+_SMALLEST_MULTIPLIER = 2.0**-23.5
 _BIAS_INPUT = 2  # of Conv, ConvTranspose and Gemm
 
 
@@ -51,10 +52,13 @@ def bias_encoding(encodings: Mapping[str, Encoding], site: BiasSite) -> Encoding
     """Returns the int32 encoding of a bias: scale = scale of the input * scale of the weight, zero point 0.
 
     None, which leaves the bias in float, where input or weight has no encoding, the weight's scales do not follow its
-    output channels (blocks), or the bias has an encoding of its own. Enabled where both are.
+    output channels (blocks), one of them is in a float format, or the bias has an encoding of its own. Enabled where
+    both are.
     """
     x, w = encodings.get(site.input), encodings.get(site.weight)
     if x is None or w is None or site.bias in encodings or x.axis is not None or w.block_size is not None:
+        return None
+    if x.float_format is not None or w.float_format is not None:
         return None
     if w.axis is not None and w.axis != site.weight_axis:
         return None
@@ -72,79 +76,140 @@ def bias_encoding(encodings: Mapping[str, Encoding], site: BiasSite) -> Encoding
     )
 
 
-def guard_biases(model: Model, encodings: Encodings) -> tuple[Encodings, Report]:
-    """Returns encodings under which every bias fits into int32, and a record for each weight whose scale was raised.
+def guard_biases(model: Model, encodings: Encodings, *, fixed_point: bool = False) -> tuple[Encodings, Report]:
+    """Returns encodings under which sums and biases fit into int32, and a record for each bound that raised a scale.
 
-    Where |b| / (s_x s_w) exceeds `LARGEST_CODE`, s_w is raised to |b| / (s_x `LARGEST_CODE`). Needs concrete arrays.
+    With b the bias, s_x, s_w and s_y the scales of input, weight and output, and z_y the output's zero point, counted
+    from its smallest integer, a weight's scale is raised until
 
-    Source: aimet-onnx 2.42, the first of its conditions; the others concern hardware that ONNX Runtime's CPU kernels
-        do not stand for.
+    1. |b| / (s_x s_w) <= 2^31 - 2^15, so that the bias is an int32;
+
+    and, with `fixed_point`, for machines that multiply the int32 sum by s_x s_w / s_y in integers and hold the output's
+    zero point in the sum (Qualcomm's HTP), where the layer's output is quantized as a whole,
+
+    2. s_x s_w / s_y >= 2^-23.5: their multiplier ends at 2^-24;
+    3. |b - z_y s_y| / (s_x s_w) <= 2^31 - 2^15.
+
+    ONNX Runtime multiplies in float32 and adds the zero point behind it; there, 2 and 3 would make weights coarser for
+    nothing. Layers without a bias are looked at for 2 and 3 alone; weights in blocks and float formats are left as they
+    are. Needs concrete arrays.
+
+    Source: aimet-onnx 2.42, which always applies all three.
     """
     guarded, records = dict(encodings), []
-    for site in bias_sites(model):
-        encoding = bias_encoding(guarded, site)
-        if encoding is None:
+    for site in _weighted_layers(model) if fixed_point else bias_sites(model):
+        x, weight = guarded.get(site.input), guarded.get(site.weight)
+        if x is None or weight is None or not _has_integer_sums(x, weight, site):
             continue
-        weight = guarded[site.weight]
-        old = np.asarray(weight.scale)
-        new = _raised_scale(model, guarded[site.input], weight, site)
-        if np.any(new > old):
-            guarded[site.weight] = weight.replace(scale=new)
-            records.append(_raised(site, old, new))
+        y = _behind(model, guarded, site) if fixed_point else None
+        for reason, least in _bounds(model, site, x, y):
+            old = np.asarray(guarded[site.weight].scale)
+            new = np.asarray(np.maximum(old, _in_shape_of(old, least, site).astype(np.float32)))
+            if np.any(new > old):
+                guarded[site.weight] = guarded[site.weight].replace(scale=new)
+                records.append(_raised(site, reason, old, new))
     return guarded, tuple(records)
 
 
-def _raised_scale(model: Model, x: Encoding, weight: Encoding, site: BiasSite) -> np.ndarray:
-    magnitude = np.abs(np.asarray(model.params[site.bias], dtype=np.float64))
-    per_channel = magnitude.reshape(-1, magnitude.shape[-1] if magnitude.ndim else 1).max(axis=0)
+def _weighted_layers(model: Model) -> Iterator[BiasSite]:
+    """Yields the layers with a weight that is a parameter; without a bias where it cannot be int32."""
+    with_bias = {(site.input, site.weight): site for site in bias_sites(model)}
+    for node in model.graph.nodes:
+        layer = _layer(node)
+        if layer is not None and layer.weight in model.params:
+            yield with_bias.get((layer.input, layer.weight), layer)
+
+
+def _has_integer_sums(x: Encoding, weight: Encoding, site: BiasSite) -> bool:
+    if x.float_format or weight.float_format or x.axis is not None or weight.block_size is not None:
+        return False
+    return bool(x.enabled) and bool(weight.enabled) and weight.axis in (None, site.weight_axis)
+
+
+def _behind(model: Model, encodings: Mapping[str, Encoding], site: BiasSite) -> Encoding | None:
+    """Returns the grid that the layer's sums are rounded to: that of its output, or behind the activation upon it."""
+    name = site.output
+    while name not in encodings:
+        reader = only_reader(model.graph, name)
+        if reader is None or reader.op_type not in ("Relu", "Clip"):
+            return None
+        name = reader.output
+    y = encodings[name]
+    return y if y.axis is None and y.float_format is None and bool(y.enabled) else None
+
+
+def _bounds(model: Model, site: BiasSite, x: Encoding, y: Encoding | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields each bound's name and the least scale of the weight that keeps it: scalar, or one an output channel."""
+    step = float(x.scale)
+    bias = np.asarray(model.params[site.bias], dtype=np.float64) if site.bias else np.zeros(())
+    if site.bias:
+        yield "|b| / (s_x s_w) would exceed 2^31 - 2^15", _least(np.abs(bias), step)
+    if y is not None:
+        smallest = _SMALLEST_MULTIPLIER * float(y.scale) / step
+        yield "s_x s_w / s_y would be below 2^-23.5", np.asarray(smallest)
+        below_zero = (float(y.zero_point) - float(y.qmin)) * float(y.scale)
+        yield "|b - z_y s_y| / (s_x s_w) would exceed 2^31 - 2^15", _least(np.abs(bias - below_zero), step)
+
+
+def _least(magnitude: np.ndarray, step: float) -> np.ndarray:
     # One part in 2**20 more, so that rounding s_x * s_w to float32 cannot carry the quotient over the limit.
-    least = per_channel * (1 + 2.0**-20) / (LARGEST_CODE * np.asarray(x.scale, dtype=np.float64))
-    old = np.asarray(weight.scale)
-    least = least.max() if old.ndim == 0 else least.reshape(site.repeats, -1).max(axis=0)
-    return np.asarray(np.maximum(old, least.astype(np.float32)))
+    return magnitude * (1 + 2.0**-20) / (LARGEST_CODE * step)
 
 
-def _raised(site: BiasSite, old: np.ndarray, new: np.ndarray) -> Record:
+def _in_shape_of(scale: np.ndarray, least: np.ndarray, site: BiasSite) -> np.ndarray:
+    """Returns the largest of `least` for each of the weight's scales."""
+    if scale.ndim == 0 or least.ndim == 0:
+        return np.asarray(least.max())
+    per_channel = least.reshape(-1, least.shape[-1]).max(axis=0)
+    return per_channel.reshape(site.repeats, -1).max(axis=0)
+
+
+def _raised(site: BiasSite, reason: str, old: np.ndarray, new: np.ndarray) -> Record:
     raised = new > old
     return Record(
         transform="guard_biases",
         done=True,
-        what=f"raised the weight's scale in {int(raised.sum())} of {old.size} places so that the bias fits into int32",
-        where=(site.weight, site.bias),
-        reason="|b| / (s_x s_w) would exceed 2^31 - 2^15",
+        what=f"raised the weight's scale in {int(raised.sum())} of {old.size} places so that sums fit into int32",
+        where=(site.weight, site.bias or site.output),
+        reason=reason,
         before={"smallest scale": float(old.min())},
         after={"smallest scale": float(new.min())},
     )
 
 
 def _site(model: Model, node: Node) -> BiasSite | None:
+    layer = _layer(node)
+    if layer is None:
+        return None
+    if node.op_type == "MatMul":
+        found = bias_behind(model, node)
+        return None if found is None else replace(layer, bias=found[1], output=found[0].output)
+    bias = node.inputs[_BIAS_INPUT] if len(node.inputs) > _BIAS_INPUT else ""
+    return replace(layer, bias=bias) if bias else None
+
+
+def _layer(node: Node) -> BiasSite | None:
+    """Returns the layer as one without a bias; None where it is none of those that may have one."""
     if node.domain:
         return None
-    if node.op_type in ("Conv", "ConvTranspose"):
-        transposed = node.op_type == "ConvTranspose"
-        groups = int(node.attribute("group", 1)) if transposed else 1
-        return _with_third_input(node, weight_axis=int(transposed), axis=0, repeats=groups)
-    if node.op_type == "Gemm" and node.attribute("alpha", 1.0) == 1 and node.attribute("beta", 1.0) == 1:
-        return _with_third_input(node, weight_axis=0 if node.attribute("transB", 0) else 1, axis=-1)
-    return _of_matmul(model, node) if node.op_type == "MatMul" else None
-
-
-def _with_third_input(node: Node, *, weight_axis: int, axis: int, repeats: int = 1) -> BiasSite | None:
-    if len(node.inputs) <= _BIAS_INPUT or not node.inputs[_BIAS_INPUT]:
+    transposed = node.op_type == "ConvTranspose"
+    if node.op_type == "Conv" or transposed:
+        weight_axis, axis = int(transposed), 0
+    elif node.op_type == "Gemm" and node.attribute("alpha", 1.0) == 1 and node.attribute("beta", 1.0) == 1:
+        weight_axis, axis = 0 if node.attribute("transB", 0) else 1, -1
+    elif node.op_type == "MatMul":
+        weight_axis, axis = -1, -1
+    else:
         return None
-    x, weight, bias = node.inputs
     return BiasSite(
-        bias=bias, input=x, weight=weight, output=node.output, weight_axis=weight_axis, axis=axis, repeats=repeats
+        bias="",
+        input=node.inputs[0],
+        weight=node.inputs[1],
+        output=node.output,
+        weight_axis=weight_axis,
+        axis=axis,
+        repeats=int(node.attribute("group", 1)) if transposed else 1,
     )
-
-
-def _of_matmul(model: Model, node: Node) -> BiasSite | None:
-    found = bias_behind(model, node)
-    if found is None:
-        return None
-    add, bias = found
-    x, weight = node.inputs
-    return BiasSite(bias=bias, input=x, weight=weight, output=add.output, weight_axis=-1, axis=-1)
 
 
 def _has_integers(model: Model, site: BiasSite) -> bool:

@@ -8,8 +8,10 @@ import flax.struct
 import ml_dtypes
 import numpy as np
 
-from ptqjax.kernels import grid
+from ptqjax.errors import ConfigError
+from ptqjax.kernels import float_formats, grid
 from ptqjax.kernels.namespace import array_namespace
+from ptqjax.kernels.precision import is_traced
 from ptqjax.kernels.ranges import Symmetry, grid_kind
 
 _STORED = ("int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32")
@@ -19,7 +21,8 @@ class Encoding(flax.struct.PyTreeNode):
     """The grid of one tensor: x stands for (q - zero_point) * scale, q an integer in [qmin, qmax].
 
     q = clip(round_half_to_even(x / scale) + zero_point, qmin, qmax). All fields but the static `axis` and `block_size`
-    are arrays, so that one compiled program serves all widths and ranges.
+    are arrays, so that one compiled program serves all widths and ranges. With a `float_format`, q is a number of that
+    format: x / scale rounded to it, saturating, for 8 bits; x itself, cast, for 16 (see `kernels.float_formats`).
     """
 
     scale: Any
@@ -47,19 +50,20 @@ class Encoding(flax.struct.PyTreeNode):
     def dtype(self) -> str:
         """The narrowest integer type that arrays and files have and that holds the grid: "int8", "uint4", ...
 
-        The format, where codes are floating-point numbers. A grid of 6 bits is stored in 8 (`num_bits` tells them
+        The format, where codes are floating-point numbers. A grid of 6 bits is held in 8 (`num_bits` tells them
         apart). Needs concrete `qmin`, `qmax`.
         """
         if self.float_format is not None:
             return self.float_format
         low, high = float(self.qmin), float(self.qmax)
         ranges = ((name, grid.integer_range(name)) for name in _STORED if name.startswith("u") == (low >= 0))
-        # float32 has no 2**31 - 1, the largest int32: its neighbour stands for it.
-        return next(name for name, (smallest, largest) in ranges if smallest <= low and high <= np.float32(largest))
+        return next(name for name, (smallest, largest) in ranges if smallest <= low and high <= largest)
 
     @property
     def num_bits(self) -> int:
-        """The number of bits that tell the grid's integers apart: 6 for -32..31 (needs concrete `qmin`, `qmax`)."""
+        """The number of bits that tell the grid's codes apart: 6 for -32..31 (needs concrete `qmin`, `qmax`)."""
+        if self.float_format is not None:
+            return float_formats.num_bits_of(self.float_format)
         return (int(self.qmax) - int(self.qmin)).bit_length()
 
 
@@ -79,21 +83,53 @@ def make_encoding(
 ) -> Encoding:
     """Returns an enabled encoding on the grid of `dtype`, its leaves in float32 (NumPy where given NumPy).
 
-    Of `symmetric`, it counts whether it is strict: then the smallest integer is left out.
+    Of `symmetric`, it counts whether it is strict: then the smallest integer is left out. `dtype` may be one of
+    `grid.FLOAT_FORMATS`; then the zero point is 0, and those of 16 bits have the scale 1.
+
+    Raises:
+        ConfigError: `dtype` is unknown, or a floating format has another zero point or scale.
     """
     xp = array_namespace(scale, zero_point)
-    kind = grid_kind(dtype, symmetric=symmetric)
+    is_float = dtype in grid.FLOAT_FORMATS
+    qmin, qmax = _ends_of_format(dtype) if is_float else _ends_of_integers(dtype, symmetric)
     scale = xp.asarray(scale, dtype=np.float32)
+    if is_float:
+        _check_float_format(dtype, scale, zero_point)
     return Encoding(
         scale=scale,
         zero_point=xp.broadcast_to(xp.asarray(zero_point, dtype=np.float32), scale.shape),
-        qmin=xp.asarray(kind.qmin, dtype=np.float32),
-        qmax=xp.asarray(kind.qmax, dtype=np.float32),
+        qmin=xp.asarray(qmin, dtype=np.float32),
+        qmax=xp.asarray(qmax, dtype=np.float32),
         enabled=xp.asarray(True),
         axis=axis,
         block_size=block_size,
+        float_format=dtype if is_float else None,
         scale_bits=scale_bits,
     )
+
+
+def _ends_of_format(name: str) -> tuple[float, float]:
+    largest = float_formats.largest_number(name)
+    return -largest, largest
+
+
+def _ends_of_integers(dtype: str, symmetric: Symmetry) -> tuple[Any, Any]:
+    kind = grid_kind(dtype, symmetric=symmetric)
+    return kind.qmin, kind.qmax
+
+
+def _check_float_format(name: str, scale: Any, zero_point: Any) -> None:
+    """Checks concrete scales and zero points.
+
+    Raises:
+        ConfigError: A zero point is not 0, or a format of 16 bits has another scale than 1.
+    """
+    if is_traced(scale) or is_traced(zero_point):
+        return
+    if np.any(np.asarray(zero_point) != 0):
+        raise ConfigError(f"dtype={name!r} has the zero point 0 alone; found {np.asarray(zero_point).ravel()[:4]}")
+    if not float_formats.float_format(name).has_scale and np.any(np.asarray(scale) != 1):
+        raise ConfigError(f"dtype={name!r} is a cast and has the scale 1; found {np.asarray(scale).ravel()[:4]}")
 
 
 def along_axis(values: Any, encoding: Encoding, shape: tuple[int, ...]) -> Any:
@@ -109,34 +145,41 @@ def along_axis(values: Any, encoding: Encoding, shape: tuple[int, ...]) -> Any:
 
 
 def quantize(x: Any, encoding: Encoding) -> Any:
-    """Returns the codes of `x` as integer-valued floats; `enabled` is not looked at."""
+    """Returns the codes of `x` as float32: integers, or numbers of the float format; `enabled` is not looked at."""
     scale, zero_point = (along_axis(v, encoding, np.shape(x)) for v in (encoding.scale, encoding.zero_point))
+    if encoding.float_format is not None:
+        return float_formats.quantize_float(x, scale, encoding.float_format)
     return grid.quantize(x, scale, zero_point, encoding.qmin, encoding.qmax)
 
 
 def dequantize(codes: Any, encoding: Encoding) -> Any:
     """Returns the real numbers that `codes` stand for; `enabled` is not looked at."""
     scale, zero_point = (along_axis(v, encoding, np.shape(codes)) for v in (encoding.scale, encoding.zero_point))
+    if encoding.float_format is not None:
+        return float_formats.dequantize_float(codes, scale, encoding.float_format)
     return grid.dequantize(codes, scale, zero_point)
 
 
 def fake_quantize(x: Any, encoding: Encoding) -> Any:
     """Returns `x` rounded to the grid, or `x` where the encoding is not enabled; gradients pass straight through.
 
-    Differentiable in `x`, `scale` and `zero_point`, see `kernels.grid.fake_quantize`.
+    Differentiable in `x`, `scale` and `zero_point`, see `kernels.grid.fake_quantize` and
+    `kernels.float_formats.fake_quantize_float`.
     """
     scale, zero_point = (along_axis(v, encoding, np.shape(x)) for v in (encoding.scale, encoding.zero_point))
+    if encoding.float_format is not None:
+        return float_formats.fake_quantize_float(x, scale, encoding.float_format, enabled=encoding.enabled)
     return grid.fake_quantize(x, scale, zero_point, encoding.qmin, encoding.qmax, enabled=encoding.enabled)
 
 
 def integers(x: Any, encoding: Encoding) -> np.ndarray:
-    """Returns the codes of concrete `x` in the integer type of the encoding, as they are stored in a file."""
+    """Returns the codes of concrete `x` in the type of the encoding: integers, or numbers of the float format."""
     return np.asarray(quantize(np.asarray(x), concrete(encoding))).astype(storage_dtype(encoding.dtype))
 
 
 def storage_dtype(dtype: str) -> np.dtype:
-    """Returns the array type for a grid's type: NumPy's own, or that of `ml_dtypes` below 8 bits."""
-    return np.dtype(getattr(ml_dtypes, dtype) if dtype.endswith(("int2", "int4")) else dtype)
+    """Returns the array type for the type of a grid: NumPy's own, or that of `ml_dtypes`."""
+    return np.dtype(getattr(ml_dtypes, dtype, dtype))
 
 
 def concrete(encoding: Encoding) -> Encoding:
