@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ptqjax.config import QuantizationConfig, near_names, target_names
+from ptqjax.config import QuantizationConfig, load_target, near_names, target_names
 from ptqjax.errors import ConfigError
-from ptqjax.quantize.target import load_target
 
 
 def test_defaults_are_those_of_the_contract() -> None:
@@ -29,14 +28,24 @@ def test_is_frozen_and_hashable() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("weights", "int7", "expected one of int8, uint8, int4, .*near names: int"),
-        ("activations", "int4", "expected one of uint8, int8, uint16, int16"),
-        ("granularity", "chanel", "expected tensor, channel, or block:N"),
+        ("weights", "int1", "expected int or uint with 2 to 16 bits.*near names: int"),
+        ("activations", "int17", "2 to 16 bits, as in 'int8', or one of float8_e4m3fn, .*; near names: .*int1"),
+        ("activations", "float8", "or one of float8_e4m3fn, float8_e5m2.*near names: float16"),
+        ("granularity", "chanel", "expected tensor, channel, block:N or lpbq:N"),
         ("granularity", "block:0", "N = 1 or more"),
         ("granularity", "block:x", "N = 1 or more"),
-        ("ranges", "minmax", "unknown; expected one of min-max, sqnr; near names: min-max"),
-        ("ranges", "percentile:99.9", "not yet available; expected one of min-max, sqnr"),
-        ("ranges", "entropy", "not yet available"),
+        ("ranges", "minmax", "unknown; expected one of min-max, .*; near names: min-max"),
+        ("ranges", "percentile", "expected percentile:P with 50 < P <= 100"),
+        ("weight_ranges", "percentile:101", "expected percentile:P"),
+        ("activation_ranges", "kl", "expected one of min-max, moving-average, sqnr, percentile:P, mse, entropy"),
+        (
+            "weights_symmetric",
+            "unsigned strict",
+            "one of False, True, 'strict', 'unsigned', 'strict unsigned'",
+        ),
+        ("biases", "int16", "expected one of int32, float"),
+        ("compatibility", "tensorrt", "expected one of aimet"),
+        ("supergroups", (("Conv",),), "two operators or more"),
         ("absorb", "statistic", "unknown; expected one of exact, statistics, off; near names: statistics"),
         ("correct", "analytical", "unknown; expected one of none, analytic, empirical; near names: analytic"),
         ("scaling", "noisy", "expected one of auto, off, weights, ranges, noise, learned; near names: noise"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import QuantizationConfig, load_target
 from ptqjax.errors import ConfigError
 from ptqjax.fit.behaviour import observe_behaviour, observe_shares_beyond
 from ptqjax.fit.bias_correction import correct_biases
@@ -23,7 +23,6 @@ from ptqjax.kernels.grid import integer_range
 from ptqjax.lowering import apply
 from ptqjax.quantize import Encodings, calibrate
 from ptqjax.quantize.headroom import widened
-from ptqjax.quantize.target import load_target
 from ptqjax.quantize.tensors import is_floating
 from ptqjax.simulate import simulate
 from ptqjax.transforms.behaviour import Behaviour

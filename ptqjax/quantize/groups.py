@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from ptqjax.config import Target
 from ptqjax.ir import Model, Node, bias_behind, only_reader, scalar_of
-from ptqjax.quantize.target import Target
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

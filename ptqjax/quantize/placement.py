@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ptqjax.config import QuantizationConfig, near_names
+from ptqjax.config import QuantizationConfig, Target, load_target, near_names
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model, Node, scalar_of
 from ptqjax.kernels.ranges import GridKind, Symmetry, grid_kind
 from ptqjax.quantize.bias import BiasSite, bias_sites
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
-from ptqjax.quantize.target import Target, load_target
 from ptqjax.quantize.tensors import check_not_quantized, check_types, floating_tensors
 
 WEIGHT, ACTIVATION, CONSTANT = "weight", "activation", "constant"

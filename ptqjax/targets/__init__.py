@@ -1,1 +1,1 @@
-"""What runtimes accept, as data: one TOML file a target, read by `ptqjax.quantize.target`."""
+"""What runtimes accept, as data: one TOML file a target, read by `ptqjax.config.target`."""

@@ -1,0 +1,123 @@
+"""What a single setting may be: checks that name the field, what was found, and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+from ptqjax.errors import ConfigError
+
+FLOAT_DTYPES = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16")
+"""Floating-point types that a tensor may be rounded to in place of integers."""
+INTEGER_DTYPES = tuple(f"{sign}int{bits}" for bits in (8, 4, 16, 2, *(3, 5, 6, 7), *range(9, 16)) for sign in ("", "u"))
+"""Integer types that a tensor may be rounded to. A width that no file has is stored in the next wider type that has."""
+DTYPES = (*INTEGER_DTYPES, *FLOAT_DTYPES)
+"""All types that a tensor may be rounded to."""
+
+Symmetry: TypeAlias = bool | str
+"""How 0 lies on a grid, as `kernels.ranges` has it."""
+SYMMETRIES = (False, True, "strict", "unsigned", "strict unsigned")
+"""The values of `Symmetry`."""
+
+RANGES = ("min-max", "moving-average", "sqnr", "percentile:P", "mse", "entropy")
+"""Schemes that choose a range; P is a percentage."""
+GRANULARITIES = ("tensor", "channel", "block:N", "lpbq:N")
+"""What may share a scale in a weight; N is a number of weights."""
+
+
+class SettingError(ConfigError):
+    """A setting is not allowed."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+        """The setting, as the record calls it."""
+
+
+def near_names(wanted: str, names: Iterable[str]) -> str:
+    """Returns the end of an error message that lists what `wanted` may have meant: '; near names: a, b', or ''."""
+    near = difflib.get_close_matches(wanted, tuple(names), n=3, cutoff=0.5)
+    return f"; near names: {', '.join(near)}" if near else ""
+
+
+def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Checks that `value` is one of `allowed`."""
+    if value in allowed:
+        return
+    near = near_names(value, allowed) if isinstance(value, str) else ""
+    raise SettingError(field, f"{field}={value!r} is unknown; expected one of {', '.join(allowed)}{near}")
+
+
+def check_dtype(field: str, value: object) -> None:
+    """Checks that `value` is a type that a tensor may be rounded to."""
+    if value not in DTYPES:
+        near = near_names(value, DTYPES) if isinstance(value, str) else ""
+        floats = ", ".join(FLOAT_DTYPES)
+        raise SettingError(
+            field,
+            f"{field}={value!r} is unknown; expected int or uint with 2 to 16 bits, as in 'int8', or one of "
+            f"{floats}{near}",
+        )
+
+
+def check_symmetry(field: str, value: object) -> None:
+    """Checks that `value` says how 0 lies on a grid."""
+    if not isinstance(value, bool | str) or value not in SYMMETRIES:
+        expected = ", ".join(repr(each) for each in SYMMETRIES)
+        raise SettingError(field, f"{field}={value!r} is unknown; expected one of {expected}")
+
+
+def check_ranges(field: str, value: object) -> None:
+    """Checks that `value` names a scheme that chooses ranges."""
+    name, _, percentage = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if value in RANGES and name != "percentile":
+        return
+    if name == "percentile":
+        number = _number(percentage)
+        if number is not None and 50 < number <= 100:  # noqa: PLR2004 - below, more would be cut than is left
+            return
+        raise SettingError(field, f"{field}={value!r}: expected percentile:P with 50 < P <= 100, as in percentile:99.9")
+    near = near_names(value, RANGES) if isinstance(value, str) else ""
+    raise SettingError(field, f"{field}={value!r} is unknown; expected one of {', '.join(RANGES)}{near}")
+
+
+def check_granularity(field: str, value: object) -> None:
+    """Checks that `value` says what shares a scale in a weight."""
+    if value in ("tensor", "channel"):
+        return
+    kind, _, size = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind in ("block", "lpbq") and size.isdecimal() and int(size) > 0:
+        return
+    raise SettingError(
+        field, f"{field}={value!r} is unknown; expected tensor, channel, block:N or lpbq:N with N = 1 or more"
+    )
+
+
+def check_flag(field: str, value: object) -> None:
+    """Checks that `value` is True or False."""
+    if not isinstance(value, bool):
+        raise SettingError(field, f"{field}={value!r}: expected True or False")
+
+
+def check_fixed_range(field: str, value: Any) -> None:
+    """Checks that `value` is a range (low, high) with 0 in it."""
+    is_pair = isinstance(value, tuple) and len(value) == 2  # noqa: PLR2004 - two ends
+    if not is_pair or not all(isinstance(end, int | float) and math.isfinite(end) for end in value):
+        raise SettingError(field, f"{field}={value!r}: expected two finite numbers, as in (0.0, 1.0)")
+    if not value[0] <= 0 <= value[1] or value[0] == value[1]:
+        raise SettingError(field, f"{field}={value!r}: expected a range with 0 in it, low <= 0 <= high")
+
+
+def check_texts(field: str, value: object, example: str) -> None:
+    """Checks that `value` is a tuple of texts that are not empty."""
+    if not isinstance(value, tuple) or not all(isinstance(each, str) and each for each in value):
+        raise SettingError(field, f"{field}={value!r}: expected a tuple of {example}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,87 @@
+"""Whether a target takes a configuration: what it restricts, what was asked for, and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ptqjax.config.checks import FLOAT_DTYPES, SettingError, Symmetry
+from ptqjax.config.rules import Rule, described
+from ptqjax.config.target import Target
+
+if TYPE_CHECKING:
+    from ptqjax.config.settings import QuantizationConfig
+
+
+def check_allowed(config: QuantizationConfig, target: Target) -> None:
+    """Checks that `target` takes all settings of `config` and of its rules.
+
+    Raises:
+        ConfigError: It does not take one; the message names the setting, what is taken, and the remedy.
+    """
+    restricted = dict(target.allowed)
+    for key, value in _settings(config):
+        if key in restricted and value not in restricted[key]:
+            raise SettingError(key, _refusal(target, key, getattr(config, key), value, restricted[key]))
+    for rule in config.rules:
+        for key, value in _settings_of_rule(rule):
+            if key in restricted and value not in restricted[key]:
+                taken = ", ".join(map(_text, restricted[key]))
+                message = (
+                    f"{described(rule)}: target {target.name!r} does not take {_text(value)} ({key}); it takes {taken}"
+                )
+                raise SettingError("rules", message)
+
+
+def resolved_symmetry(symmetric: Symmetry | None, dtype: str, *, of_weights: bool) -> Symmetry:
+    """Returns how 0 lies on a grid, where `symmetric` is None for the default.
+
+    By default 0 is in the middle for signed weights and anywhere else for other integers. Floating-point codes have no
+    zero point.
+    """
+    if dtype in FLOAT_DTYPES:
+        return True
+    if symmetric is not None:
+        return symmetric
+    return of_weights and not dtype.startswith("u")
+
+
+def _settings(config: QuantizationConfig) -> Iterator[tuple[str, Any]]:
+    yield "weights", config.weights
+    yield "activations", config.activations
+    yield "weights_symmetric", resolved_symmetry(config.weights_symmetric, config.weights, of_weights=True)
+    yield "activations_symmetric", resolved_symmetry(config.activations_symmetric, config.activations, of_weights=False)
+    yield "granularity", config.granularity.partition(":")[0]
+    yield "power_of_two", config.power_of_two
+
+
+def _settings_of_rule(rule: Rule) -> Iterator[tuple[str, Any]]:
+    """Yields what a rule sets, under the names of a configuration; one for all kinds of tensors has to suit both."""
+    roles = {"both": ("weights", "activations"), "weights": ("weights",)}.get(rule.of, ("activations",))
+    for role in roles:
+        if rule.dtype is not None:
+            yield role, rule.dtype
+        if rule.symmetric is not None:
+            yield f"{role}_symmetric", rule.symmetric
+    if rule.granularity is not None:
+        yield "granularity", rule.granularity.partition(":")[0]
+    if rule.power_of_two is not None:
+        yield "power_of_two", rule.power_of_two
+
+
+def _refusal(target: Target, key: str, given: Any, value: Any, allowed: tuple[Any, ...]) -> str:
+    found = (
+        f"{key}={given!r}"
+        if given == value and type(given) is type(value)
+        else f"{key}={given!r}, which is {_text(value)},"
+    )
+    default = dict(target.defaults).get(key, allowed[0])
+    return (
+        f"{found} is not what target {target.name!r} takes: {', '.join(map(_text, allowed))}; set "
+        f"{key}={default!r}, or begin with QuantizationConfig.for_target({target.name!r}), which has the target's settings"
+    )
+
+
+def _text(value: Any) -> str:
+    names = {"block": "block:N", "lpbq": "lpbq:N"}
+    return names.get(value, value) if isinstance(value, str) else str(value)
