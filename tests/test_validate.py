@@ -61,7 +61,7 @@ def test_batches_add_up(quantized):
 def test_a_difference_is_found_where_it_is(quantized, monkeypatch):
     """The recomputation with another bias in one layer differs in that layer's group alone."""
     model, batch = quantized
-    module = importlib.import_module("ptqjax.validate")
+    module = importlib.import_module("ptqjax.validate.comparison")
     name = next(name for name in model.params if name.startswith("b") and name.endswith("_quantized"))
     apply = module.apply
 

@@ -17,7 +17,7 @@ from ptqjax.ir import Record
 from ptqjax.quantize import BiasSite, Placement, Site
 from ptqjax.report.inspection import Inspection, Unknown
 from ptqjax.report.page import by_transform, figure_texts, metric_headings, metric_text
-from ptqjax.validate import Validation
+from ptqjax.validate import Distance, Group, Validation
 
 _NODES = 5  # named of each operator without a lowering
 _WIDTH = 120  # characters of a line where no terminal says otherwise
@@ -35,27 +35,39 @@ def print_stages(stages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_validation(path: Path, found: Validation) -> None:
-    """Prints the distance of each group in steps, the likeness end to end, and warnings on stderr."""
+    """Prints the distance of each tensor in steps, per operator and of the whole programs; warnings go to stderr."""
+    headings = ["kernel", "alone: largest, steps", "equal, %", "end to end: largest, steps", "equal, %"]
     rows = [
-        [
-            group.tensor,
-            group.operator,
-            "integer" if group.integer else "float",
-            f"{group.largest}",
-            f"{100 * group.equal:.3f}",
-        ]
+        [group.tensor, group.operator, _kernel(group), *_distances(group.alone, group.end_to_end)]
         for group in found.groups
     ]
-    headings = ["tensor", "operator", "kernel", "largest difference, steps", "equal, %"]
-    _table(f"{path}: group by group, {found.num_samples} samples", headings, rows, numbers_from=3)
+    title = f"{path}: {found.num_samples} samples; each tensor from ONNX Runtime's own integers, and from the inputs"
+    _table(title, ["tensor", "operator", *headings], rows, numbers_from=3)
+    rows = [
+        [each.operator, f"{each.num_integer} of {each.num_groups}", *_distances(each.alone, each.end_to_end)]
+        for each in found.operators
+    ]
+    _table("By operator", ["operator", "in integers", *headings[1:]], rows, numbers_from=1)
     rows = [
         [name, f"{likeness.sqnr:.1f}", f"{100 * likeness.agreement:.2f}", f"{100 * likeness.equal:.2f}"]
         for name, likeness in (("integer program", found.integer), ("float program", found.float))
     ]
-    _table("End to end, against ONNX Runtime", ["", "SQNR, dB", "agreement, %", "equal, %"], rows, numbers_from=1)
+    _table("Outputs, end to end", ["", "SQNR, dB", "agreement, %", "equal, %"], rows, numbers_from=1)
     for warning in found.warnings:
         click.echo(f"Warning: {warning}", err=True)
     click.echo(f"largest difference in a group: {found.largest} steps; equal in at least {100 * found.equal:.3f} %")
+    farthest = found.farthest
+    click.echo(f"end to end: equal in at least {100 * farthest.end_to_end.equal:.3f} %, at '{farthest.tensor}'")
+
+
+def _kernel(group: Group) -> str:
+    if group.integer:
+        return "integer"
+    return "float" if group.is_verified else "unseen"
+
+
+def _distances(*distances: Distance) -> list[str]:
+    return [text for each in distances for text in (f"{each.largest}", f"{100 * each.equal:.3f}")]
 
 
 def print_evaluation(path: Path, found: Evaluation, reference: Evaluation | None) -> None:

@@ -1,0 +1,193 @@
+"""Compares an exported file in ONNX Runtime, in steps of its grids, with the integer program.
+
+One rounding that falls the other way changes all that follows, so exactness is judged twice: each group is recomputed
+from ONNX Runtime's own integers before it, and each tensor is computed all the way from the inputs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ptqjax import onnx_io
+from ptqjax.errors import DataError, ModelError
+from ptqjax.ir import Model, Node, Report, TensorSpec, rebuild, value_of
+from ptqjax.lowering import apply
+from ptqjax.transforms.fuse_quantized import fuse_quantized
+from ptqjax.transforms.saturation import warn_of_saturation
+from ptqjax.validate.findings import Distance, Group, Validation
+from ptqjax.validate.fusions import Fusions, is_seen_in_integers, operators, otherwise_fused
+from ptqjax.validate.runtime import model_file, optimized, run, session
+from ptqjax.validate.totals import NO_DISTANCE, Sums, with_elements
+
+
+def validate(
+    model: Model | str | os.PathLike[str] | bytes, batches: Iterable[Mapping[str, Any]], *, device: str = "cpu"
+) -> Validation:
+    """Returns how an exported QDQ model in ONNX Runtime compares with what is simulated.
+
+    Args:
+        model: The QDQ model: its file, the folder that `ptqjax quantize` wrote, its bytes, or the model as read.
+        batches: Inputs by name, samples along the first axis; one batch at a time is held.
+        device: Where ONNX Runtime computes: "cpu", "cuda" or "auto".
+
+    Raises:
+        ModelError: The model cannot be read or run, or is not quantized.
+        DataError: The batches do not fit, or there are none.
+        ConfigError: onnxruntime is not installed, or has no such device.
+    """
+    quantized = model if isinstance(model, Model) else onnx_io.read(model_file(model))
+    tensors = _quantized_tensors(quantized)
+    if not tensors:
+        raise ModelError(
+            "the model has no QuantizeLinear node: there is nothing to validate; export it quantized first"
+        )
+    programs = _Programs.of(quantized, tensors)
+    runtimes, fusions = _runtimes(programs, tensors, device)
+    tally = _Tally(alone=dict.fromkeys(tensors, NO_DISTANCE), end_to_end=dict.fromkeys(tensors, NO_DISTANCE))
+    for batch in batches:
+        tally = tally.plus(programs, runtimes, batch)
+    if not tally.num_samples:
+        raise DataError("there are no samples to validate with; give at least one batch")
+    groups = tuple(_group(fusions, quantized, name, tally) for name in tensors)
+    unverified = [group.tensor for group in groups if not group.is_verified]
+    return Validation(
+        groups=groups,
+        integer=tally.integer.likeness(),
+        float=tally.floating.likeness(),
+        num_samples=tally.num_samples,
+        fusion=programs.report,
+        warnings=(*otherwise_fused(fusions, unverified), *warn_of_saturation(programs.fused)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Programs:
+    """The models that are computed here."""
+
+    quantized: Model
+    """The QDQ model: what the float program computes."""
+    fused: Model
+    """The integer program."""
+    exposed: Model
+    """The integer program with all quantized tensors as outputs."""
+    cut: Model
+    """The integer program from each quantized tensor to those behind it."""
+    report: Report
+    """Which operators are computed in integers."""
+
+    @staticmethod
+    def of(quantized: Model, tensors: Mapping[str, np.dtype]) -> _Programs:
+        fused, report = fuse_quantized(quantized)
+        return _Programs(
+            quantized=quantized,
+            fused=fused,
+            exposed=_with_outputs(fused, tensors),
+            cut=_cut(fused, tensors),
+            report=report,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Runtimes:
+    """The models that ONNX Runtime computes, as sessions."""
+
+    exposed: Any
+    """With all quantized tensors as outputs."""
+    plain: Any
+    """As it is; the same session where exposing changes nothing."""
+
+
+def _runtimes(programs: _Programs, tensors: Mapping[str, np.dtype], device: str) -> tuple[_Runtimes, Fusions]:
+    exposed = _with_outputs(programs.quantized, tensors)
+    runtime = session(exposed, device=device)
+    fusions = Fusions(plain=optimized(programs.quantized), exposed=optimized(exposed), foreseen=programs.fused.graph)
+    is_same = operators(fusions.plain) == operators(fusions.exposed)
+    plain = runtime if is_same else session(programs.quantized, device=device)
+    return _Runtimes(exposed=runtime, plain=plain), fusions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tally:
+    """What was counted so far."""
+
+    alone: Mapping[str, Distance]
+    end_to_end: Mapping[str, Distance]
+    integer: Sums = field(default_factory=Sums)
+    floating: Sums = field(default_factory=Sums)
+    num_samples: int = 0
+
+    def plus(self, programs: _Programs, runtimes: _Runtimes, batch: Mapping[str, Any]) -> _Tally:
+        """Returns the tally with one batch more."""
+        quantized, fused = programs.quantized, programs.fused
+        found = run(runtimes.exposed, batch)
+        whole = found if runtimes.plain is runtimes.exposed else run(runtimes.plain, batch)
+        outputs = {spec.name: whole[spec.name] for spec in quantized.graph.outputs}
+        given = {**batch, **{name: found[name] for name in self.alone}}
+        again = apply(programs.cut.graph, programs.cut.params, given)
+        whole_way = apply(programs.exposed.graph, programs.exposed.params, batch)
+        return _Tally(
+            alone={name: with_elements(each, found[name], again[_again(name)]) for name, each in self.alone.items()},
+            end_to_end={
+                name: with_elements(each, found[name], whole_way[name]) for name, each in self.end_to_end.items()
+            },
+            integer=self.integer.plus(outputs, apply(fused.graph, fused.params, batch)),
+            floating=self.floating.plus(outputs, apply(quantized.graph, quantized.params, batch)),
+            num_samples=self.num_samples + len(next(iter(batch.values()))),
+        )
+
+
+def _quantized_tensors(model: Model) -> dict[str, np.dtype]:
+    """Returns the outputs of QuantizeLinear nodes with their types, in the order of the graph."""
+    quantizers = (node for node in model.graph.nodes if node.op_type == "QuantizeLinear")
+    return {node.output: _zero_point_type(model, node) for node in quantizers}
+
+
+def _zero_point_type(model: Model, quantizer: Node) -> np.dtype:
+    zero_point = value_of(model, quantizer.inputs[2]) if len(quantizer.inputs) > 2 else None  # noqa: PLR2004
+    return np.dtype(np.uint8) if zero_point is None else np.dtype(zero_point.dtype)
+
+
+def _specs(tensors: Mapping[str, np.dtype]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name=name, dtype=dtype, shape=None) for name, dtype in tensors.items())
+
+
+def _with_outputs(model: Model, tensors: Mapping[str, np.dtype]) -> Model:
+    graph = model.graph
+    return model.replace(graph=replace(graph, outputs=(*graph.outputs, *_specs(tensors))))
+
+
+def _again(tensor: str) -> str:
+    return f"{tensor} recomputed"
+
+
+def _cut(fused: Model, tensors: Mapping[str, np.dtype]) -> Model:
+    """Returns the model cut at `tensors`: each of them is an input, and an output under the name `_again` of it."""
+    graph = fused.graph
+    nodes = tuple(
+        replace(node, outputs=tuple(_again(name) if name in tensors else name for name in node.outputs))
+        for node in graph.nodes
+    )
+    again = _specs({_again(name): dtype for name, dtype in tensors.items()})
+    cut = replace(graph, inputs=(*graph.inputs, *_specs(tensors)), outputs=again, nodes=nodes)
+    return rebuild(fused.replace(graph=cut))
+
+
+def _group(fusions: Fusions, quantized: Model, tensor: str, tally: _Tally) -> Group:
+    node = fusions.foreseen.producers[tensor]
+    before = quantized.graph.producers.get(quantized.graph.producers[tensor].inputs[0])
+    is_foreseen = node.op_type != "QuantizeLinear"
+    integer = is_foreseen and is_seen_in_integers(fusions, tensor, node.op_type)
+    operator = node.op_type if integer else "" if before is None else before.op_type
+    return Group(
+        tensor=tensor,
+        operator=operator or "graph input",
+        is_foreseen=is_foreseen,
+        integer=integer,
+        alone=tally.alone[tensor],
+        end_to_end=tally.end_to_end[tensor],
+    )

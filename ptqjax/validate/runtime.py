@@ -1,0 +1,100 @@
+"""ONNX Runtime: sessions that are exact on every x86, what they compute, and the graphs that they run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptqjax import onnx_io
+from ptqjax.errors import ConfigError, DataError, ModelError
+from ptqjax.ir import Graph, Model
+
+
+def session(source: Model | str | os.PathLike[str] | bytes, *, device: str = "cpu", **options: Any) -> Any:
+    """Returns an ONNX Runtime session, exact on every x86.
+
+    Without VNNI, ONNX Runtime's default kernels for uint8 x int8 saturate at 16 bits; the session is opened with
+    `session.x64quantprecision`, which takes exact ones.
+
+    Args:
+        source: The model: a file, its bytes, or as read.
+        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        options: Further attributes of `onnxruntime.SessionOptions`.
+
+    Raises:
+        ConfigError: onnxruntime is not installed, or has no such device.
+        ModelError: ONNX Runtime does not accept the model.
+    """
+    try:
+        import onnxruntime  # noqa: PLC0415 - an extra: there may be none
+    except ImportError as error:
+        raise ConfigError(
+            "onnxruntime is not installed; install ptqjax[cpu], or ptqjax[cuda12] where there is an NVIDIA GPU"
+        ) from error
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # errors only
+    settings.add_session_config_entry("session.x64quantprecision", "1")
+    for name, value in options.items():
+        setattr(settings, name, value)
+    providers = _providers(device, onnxruntime.get_available_providers())
+    label = "the model" if isinstance(source, Model | bytes) else f"'{os.fspath(source)}'"
+    with _explained(ModelError, f"ONNX Runtime does not accept {label}"):
+        return onnxruntime.InferenceSession(_loadable(source), settings, providers=providers)
+
+
+def run(runtime: Any, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns all outputs of an ONNX Runtime session by name.
+
+    Raises:
+        DataError: The batch does not fit the model.
+    """
+    expected = {spec.name for spec in runtime.get_inputs()}
+    if set(batch) != expected:
+        raise DataError(f"the batch holds {sorted(batch)}; the model takes {sorted(expected)}")
+    names = [spec.name for spec in runtime.get_outputs()]
+    with _explained(DataError, "ONNX Runtime cannot run the batch"):
+        values = runtime.run(names, {name: np.asarray(value) for name, value in batch.items()})
+    return dict(zip(names, values, strict=True))
+
+
+@contextmanager
+def _explained(kind: type[ModelError | DataError], what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's errors have no common class of their own
+        raise kind(f"{what}: {error}") from error
+
+
+def _providers(device: str, available: Sequence[str]) -> list[str]:
+    cuda = "CUDAExecutionProvider"
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={device!r} is unknown; expected auto, cpu or cuda")
+    if device == "cuda" and cuda not in available:
+        raise ConfigError("device='cuda': this onnxruntime has no CUDA provider; install ptqjax[cuda12], or use 'cpu'")
+    use_cuda = device != "cpu" and cuda in available
+    return [*([cuda] if use_cuda else []), "CPUExecutionProvider"]
+
+
+def model_file(source: str | os.PathLike[str] | bytes) -> str | os.PathLike[str] | bytes:
+    """Returns the source, or the model in it where it is a folder that `ptqjax quantize` wrote."""
+    return source if isinstance(source, bytes) or not Path(source).is_dir() else Path(source) / "model.onnx"
+
+
+def _loadable(source: Model | str | os.PathLike[str] | bytes) -> str | bytes:
+    if isinstance(source, Model):
+        return onnx_io.to_proto(source).SerializeToString()
+    return source if isinstance(source, bytes) else os.fspath(model_file(source))  # pyright: ignore[reportReturnType]
+
+
+def optimized(model: Model) -> Graph:
+    """Returns the graph that ONNX Runtime makes of the model on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        session(model, optimized_model_filepath=str(path))
+        return onnx_io.read(path).graph
