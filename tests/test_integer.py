@@ -190,6 +190,29 @@ def test_a_product_of_more_axes_stays_apart_from_its_bias():
     assert as_foreseen(model, {"x": normal(8, 3, 6)}) == []
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(("op_type", "fused"), [("Gemm", "QGemm"), ("MatMul", "MatMulIntegerToFloat")])
+def test_a_product_that_stays_in_float_is_summed_in_integers(op_type, fused, granularity):
+    """The runtime scales an exact sum, which float32 arithmetic would have rounded term by term."""
+    weights = ["w", "b"] if op_type == "Gemm" else ["w"]
+    params = {"w": normal(700, 5), "b": normal(5)}
+    model = build(
+        [node(op_type, ["x", *weights], "m"), node("Elu", ["m"], "y")],
+        {name: params[name] for name in weights},
+        input_shape=("n", 700),
+        outputs=["y"],
+    )
+    batch = {"x": normal(64, 700)}
+    config = QuantizationConfig(ranges="min-max", granularity=granularity, exclude=("m", "y"))
+    quantized = insert_qdq(model, calibrate(model, [batch], config))
+    integers, report = fuse_quantized(quantized)
+    assert fused in {each.op_type for each in integers.graph.nodes}
+    assert [record.done for record in report] == [True]
+    found = validate(quantized, [batch])
+    assert not [warning for warning in found.warnings if "VNNI" not in warning]
+    assert found.integer.equal > found.float.equal
+
+
 @pytest.mark.parametrize("shape", [(5,), (1,)])
 def test_a_gemm_with_one_number_as_bias_is_as_foreseen(shape):
     nodes = [node("Gemm", ["x", "w", "b"], "y")]

@@ -2,12 +2,14 @@
 
 A group is an operator between DequantizeLinear and QuantizeLinear nodes. The rules are those of ONNX Runtime's CPU
 provider (1.32): all inputs dequantized from 8 bits, one reader, which quantizes to the same type, and between them at
-most a Relu or Clip that the quantizer's range implies. Data movement and operators that the runtime computes through
+most a Relu or Clip that the quantizer's range implies. Products whose result stays in float are summed in integers as
+well, and scaled. Data movement and operators that the runtime computes through
 tables give the same integers as they stand, in float, so they are left as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,8 @@ _UNARY = {
     "GlobalAveragePool": "QLinearGlobalAveragePool",
     "Softmax": "QLinearSoftmax",
 }
+# Operators that become one from integers to float.
+_IN_FLOAT = {"Gemm": "QGemm", "MatMul": "MatMulIntegerToFloat"}
 _INTEGER = {"Conv": "QLinearConv", "Gemm": "QGemm", "MatMul": "QLinearMatMul"} | _ELEMENTWISE | _UNARY
 
 
@@ -54,15 +58,18 @@ def fuse_quantized(model: Model) -> tuple[Model, Report]:
     replaced: dict[int, Node] = {}
     report: list[Record] = []
     gemms, merged = _gemms(model)
-    for product in model.graph.nodes:
-        node = gemms.get(product.output, product)
-        if node.op_type not in _INTEGER or node.domain or product.output in merged:
+    for found in model.graph.nodes:
+        node = gemms.get(found.output, found)
+        if node.op_type not in _INTEGER or node.domain or found.output in merged:
             continue
         group = _group(model, node)
         reason = group if isinstance(group, str) else _objection(model, group)
-        report.append(_record(node, reason))
-        if not reason and isinstance(group, _Group):
+        product = _product_in_float(model, node) if reason else None
+        if product is not None:
+            replaced[id(model.graph.producers[node.output])] = product
+        elif not reason and isinstance(group, _Group):
             replaced[id(group.quantizer)] = _integer_node(model, group)
+        report.append(_record(node, "" if product is not None else reason))
     nodes = [replaced.get(id(node), node) for node in model.graph.nodes]
     return rebuild(model, nodes=nodes), tuple(report)
 
@@ -115,6 +122,28 @@ def _group(model: Model, node: Node) -> _Group | str:
     if reader is None or reader.op_type != "QuantizeLinear":
         return "the output is not quantized, or read elsewhere"
     return _Group(node=node, dequantizers=tuple(dequantizers), quantizer=reader)
+
+
+def _product_in_float(model: Model, node: Node) -> Node | None:
+    """Returns a Gemm or MatMul of quantized operands, whose result no quantizer reads, as the product of integers.
+
+    None where it is not one, or its operands do not allow it.
+    """
+    producers = [model.graph.producers.get(name) for name in node.inputs if name]
+    dequantizers = [each for each in producers if each is not None and each.op_type == "DequantizeLinear"]
+    readers = model.graph.readers.get(node.output, ())
+    if (
+        node.op_type not in _IN_FLOAT
+        or len(dequantizers) < len(producers)
+        or any(reader.op_type == "QuantizeLinear" for reader in readers)
+    ):
+        return None
+    x_type, *other_types = (_grid_type(model, each) for each in dequantizers)
+    if x_type not in _EIGHT_BITS or _weight_objection(node.op_type, node.attribute("beta", 1.0), *other_types):
+        return None
+    if not _has_one_scale(model, dequantizers[0]) or any(each.attribute("block_size") for each in dequantizers):
+        return None
+    return _node_in_float(model, node, dequantizers)
 
 
 def _is_implied(model: Model, activation: Node, quantizer: Node) -> bool:
@@ -206,6 +235,24 @@ def _integer_node(model: Model, group: _Group) -> Node:
         outputs=group.quantizer.outputs,
         attributes=tuple(sorted(attributes.items())),
         domain="" if node.op_type in ("Conv", "MatMul") else _MICROSOFT,
+        name=node.name,
+    )
+
+
+def _node_in_float(model: Model, node: Node, dequantizers: Sequence[Node]) -> Node:
+    x, w, *bias = (_triple(dequantizer) for dequantizer in dequantizers)
+    weight = _without_zeros(model, w)
+    if node.op_type == "Gemm":
+        inputs = (*x, *weight, *(tensor for tensor, _, _ in bias))
+        attributes = tuple(each for each in node.attributes if each[0] != "beta")
+    else:
+        inputs, attributes = (x[0], w[0], x[1], w[1], x[2], weight[2]), ()
+    return Node(
+        op_type=_IN_FLOAT[node.op_type],
+        inputs=inputs,
+        outputs=(node.output,),
+        attributes=attributes,
+        domain=_MICROSOFT,
         name=node.name,
     )
 

@@ -39,7 +39,7 @@ def otherwise_fused(fusions: Fusions, unverified: Sequence[str]) -> list[str]:
     """
     plain, seen, foreseen = (operators(graph) for graph in (fusions.plain, fusions.exposed, fusions.foreseen))
     warnings = []
-    for name in sorted(name for name in {*plain, *seen, *foreseen} if name.startswith("Q") and name not in _TABLES):
+    for name in sorted(filter(_is_integer, {*plain, *seen, *foreseen})):
         if plain[name] != seen[name]:
             warnings.append(
                 f"exposing the integers changes how many {name} there are: {plain[name]}, {seen[name]} exposed; "
@@ -55,6 +55,10 @@ def otherwise_fused(fusions: Fusions, unverified: Sequence[str]) -> list[str]:
 
 # Operators that the runtime computes through tables, to the same integers as in float: left alone by `fuse_quantized`.
 _TABLES = ("QLinearConcat", "QLinearLeakyRelu", "QLinearSigmoid", "QLinearWhere", "QuantizeLinear")
+
+
+def _is_integer(operator: str) -> bool:
+    return operator == "MatMulIntegerToFloat" or (operator.startswith("Q") and operator not in _TABLES)
 
 
 def operators(graph: Graph) -> Counter[str]:
