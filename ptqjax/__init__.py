@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptqjax.config import QuantizationConfig
+    from ptqjax.encoding_files import read_encodings, read_state, write_encodings, write_state
     from ptqjax.errors import (
         ConfigError,
         DataDependentError,
@@ -62,9 +63,13 @@ __all__ = [
     "lowers",
     "quantize",
     "read",
+    "read_encodings",
+    "read_state",
     "simulate",
     "validate",
     "write",
+    "write_encodings",
+    "write_state",
 ]
 
 _ROOM = {
@@ -90,9 +95,13 @@ _ROOM = {
     "lowers": "ops",
     "quantize": "pipeline",
     "read": "onnx_io",
+    "read_encodings": "encoding_files",
+    "read_state": "encoding_files",
     "simulate": "simulate",
     "validate": "validate",
     "write": "onnx_io",
+    "write_encodings": "encoding_files",
+    "write_state": "encoding_files",
 }
 
 

@@ -18,7 +18,6 @@ from ptqjax import onnx_io
 from ptqjax.encoding_files import encodings_json, write_whole
 from ptqjax.errors import ConfigError, ModelError, OutputError
 from ptqjax.ir import Model, Node, only_reader, place_of
-from ptqjax.kernels.grid import integer_range
 from ptqjax.onnx_io.opset import blocking_node, with_opset
 from ptqjax.quantize.encodings import Encodings, concrete
 from ptqjax.quantize.qdq import MICROSOFT, insert_qdq, lowest_opset, lowest_opset_of
@@ -38,6 +37,7 @@ def export(
     name: str,
     *,
     settings: Mapping[str, Any] | None = None,
+    encodings_version: str | None = None,
 ) -> None:
     """Writes NAME.onnx, the QDQ model, and NAME.encodings into `directory`, which is made if it is missing.
 
@@ -50,17 +50,19 @@ def export(
         directory: Where to write.
         name: The files' name without suffix.
         settings: What else to state, such as the configuration; plain data.
+        encodings_version: The version of AIMET's schema that NAME.encodings has, see `write_encodings`; None: 1.0.0, or
+            2.0.0 where codes are in a float format that 1.0.0 has not.
 
     Raises:
         OutputError: `directory` cannot be made or written.
-        ConfigError: An encoding is for a tensor that the model has not, `name` is not a file's name, or weights are in
-            blocks and an operator bars the way to opset 21.
+        ConfigError: An encoding is for a tensor that the model has not, `name` is not a file's name, weights are in
+            blocks and an operator bars the way to opset 21, or `encodings_version` is unknown or lacks a kind of grid.
         ModelError: The result does not pass ONNX's checker, or an operator bars the way to opset 10.
     """
     if not name or Path(name).name != name:
         raise ConfigError(f"name={name!r} is not the name of a file; expected one without folders, such as 'model'")
-    quantized = with_provenance(quantized_model(model, encodings), model, encodings, settings or {})
-    text = json.dumps(encodings_json(model, encodings), indent=1) + "\n"
+    quantized = with_provenance(quantized_model(model, encodings, weights=weights), model, encodings, settings or {})
+    text = json.dumps(encodings_json(model, encodings, encodings_version), indent=1) + "\n"
     folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,31 +72,39 @@ def export(
     write_whole(folder / f"{name}.encodings", text.encode())
 
 
-def quantized_model(model: Model, encodings: Encodings) -> Model:
+def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integer") -> Model:
     """Returns the QDQ model that `export` writes: with the lowest opset that has its types, where nodes allow it.
 
     Attributes that became inputs are converted on the way. Where raising the opset would change an operator, the opset
-    stays, and QuantizeLinear and DequantizeLinear are those of ONNX Runtime's own operator set, which have all types.
-    Bounds per channel are applied to integers (`bound_integers`); Relu, Clip and bounds that the grid behind them
-    implies are left out (`drop_implied_clips`).
+    stays, and QuantizeLinear and DequantizeLinear are those of ONNX Runtime's own operator set, which have all integer
+    types. Bounds per channel are applied to integers (`bound_integers`); Relu, Clip and bounds that the grid behind
+    them implies are left out (`drop_implied_clips`).
+
+    Args:
+        model: The float model.
+        encodings: The grids by tensor, concrete; those that are not enabled are left out.
+        weights: "integer": integers (or short floats) with DequantizeLinear, biases in int32. "float": floats on their
+            grids with QuantizeLinear and DequantizeLinear behind them, biases floats on theirs: the form that TensorRT
+            reads.
 
     Raises:
         ModelError: The model is of an opset below 10, which ONNX Runtime cannot fuse into integers, and an operator
             would change its meaning if it were raised.
-        ConfigError: Weights are in blocks, which need opset 21 (ONNX Runtime's own operators have none), and an
-            operator would change its meaning there; they are blocks of 8 bits that ONNX Runtime cannot run; an
-            activation's grid does not fill its type (a file's QuantizeLinear saturates at the type's ends alone); or an
-            encoding is for a tensor that the model has not.
+        ConfigError: Weights are in blocks (opset 21) or tensors in float formats (19, 13 for bfloat16), which ONNX
+            Runtime's own operators have not, and an operator would change its meaning there; they are blocks of 8 bits
+            that ONNX Runtime cannot run; no operator has an encoding's grid (the message says which); an encoding is
+            for a tensor that the model has not; or `weights` is neither.
     """
     held = {name: concrete(encoding) for name, encoding in encodings.items()}
-    quantized = insert_qdq(model, held)
-    enabled = [encoding for encoding in held.values() if encoding.enabled]
+    enabled = {name: encoding for name, encoding in held.items() if encoding.enabled}
+    check_writable(model, enabled)
+    quantized = insert_qdq(model, held, weights=weights)
     if not enabled:
         return quantized
     _check_blocks(quantized)
-    _check_activations(model, held)
-    lowest = max(lowest_opset(encoding.dtype, encoding) for encoding in enabled)
-    raised = _raised(quantized, lowest, has_blocks=any(encoding.block_size is not None for encoding in enabled))
+    opsets = {name: lowest_opset(stored_grid(encoding), encoding) for name, encoding in enabled.items()}
+    fixed = {name: opset for name, opset in opsets.items() if needs_opset(stored_grid(enabled[name]), enabled[name])}
+    raised = _raised(quantized, max(opsets.values()), fixed)
     return drop_implied_clips(bound_integers(raised)[0])[0]
 
 
@@ -128,41 +138,31 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _raised(model: Model, lowest: int, *, has_blocks: bool) -> Model:
+def _raised(model: Model, lowest: int, fixed: Mapping[str, int]) -> Model:
     """Returns the model at the opset `lowest`, or at the highest below it that keeps what nodes mean.
+
+    Args:
+        model: The QDQ model.
+        lowest: The opset that has all its types.
+        fixed: For each tensor that ONNX's own operators alone can round, the opset since which they can.
 
     Raises:
         ModelError: The opset cannot be raised to where ONNX Runtime has integer operators.
-        ConfigError: Weights are in blocks, and the opset cannot be raised to where these exist.
+        ConfigError: It cannot be raised to an opset in `fixed`.
     """
     opset = model.graph.opset()
     wanted = max(lowest, _PER_CHANNEL_SINCE) if opset < _INTEGER_SINCE else lowest
     if opset >= wanted:
         return model
-    versions = sorted({wanted, *(each for each in (_INTEGER_SINCE, _PER_CHANNEL_SINCE) if opset < each < wanted)})
+    needed = max(fixed.values(), default=_INTEGER_SINCE)
+    versions = sorted({each for each in (_INTEGER_SINCE, _PER_CHANNEL_SINCE, needed, wanted) if opset < each <= wanted})
     blocked = {version: blocking_node(model, version) for version in versions}
     reached = max((version for version, node in blocked.items() if node is None), default=opset)
-    needed = lowest if has_blocks else _INTEGER_SINCE
     if reached < needed:
         node = blocked[min(version for version in versions if version >= needed)]
-        raise _cannot_be_raised(opset, needed, node, has_blocks=has_blocks)
+        tensor = next((name for name, since in fixed.items() if since == needed), None)
+        raise _cannot_be_raised(opset, needed, node, tensor)
     return _with_own_quantizers(with_opset(model, reached)) if reached > opset else model
-
-
-def _check_activations(model: Model, encodings: Encodings) -> None:
-    """Checks that the grids of activations fill their types.
-
-    Raises:
-        ConfigError: One does not.
-    """
-    for name, encoding in encodings.items():
-        if name in model.params or not encoding.enabled:
-            continue
-        if (float(encoding.qmin), float(encoding.qmax)) != tuple(map(float, integer_range(encoding.dtype))):
-            raise ConfigError(
-                f"the encoding of activation '{name}' has the integers {int(encoding.qmin)}..{int(encoding.qmax)}, "
-                f"which QuantizeLinear cannot saturate at; expected all of {encoding.dtype} (weights may have any grid)"
-            )
 
 
 def _check_blocks(quantized: Model) -> None:
@@ -197,13 +197,13 @@ def _reads_bytes(model: Model, node: Node | None) -> bool:
     return np.asarray(model.params[node.inputs[2]]).dtype in (np.int8, np.uint8)
 
 
-def _cannot_be_raised(opset: int, needed: int, node: Node | None, *, has_blocks: bool) -> ModelError | ConfigError:
+def _cannot_be_raised(opset: int, needed: int, node: Node | None, tensor: str | None) -> ModelError | ConfigError:
     place = "an operator" if node is None else place_of(node)
     remedy = f"convert it with onnx.version_converter.convert_version(model, {max(needed, _PER_CHANNEL_SINCE)}) first"
-    if has_blocks:
+    if tensor is not None:
         return ConfigError(
-            f"granularity in blocks needs opset {needed}; the model is of opset {opset}, and {place} would change its "
-            f"meaning there; {remedy}, or choose granularity='channel'"
+            f"the grid of '{tensor}' needs opset {needed}; the model is of opset {opset}, and {place} would change its "
+            f"meaning there; {remedy}, or choose granularity='channel' and integers"
         )
     return ModelError(
         f"the model is of opset {opset}; ONNX Runtime has integer operators from opset {needed} on, where {place} "

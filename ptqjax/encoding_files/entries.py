@@ -1,0 +1,195 @@
+"""What the entries of AIMET's schemas say of a tensor, in one form, and the encoding that this is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from ptqjax.encoding_files.tensor_axes import TensorAxes
+from ptqjax.kernels.grid import FLOAT_FORMATS
+from ptqjax.quantize.encodings import Encoding
+
+_INTEGERS = re.compile(r"(u?)int(\d+)")
+_MOST_BITS = 32
+
+
+class UnfitError(Exception):
+    """An entry that does not fit the model's tensor, or says something that no encoding of ours can be."""
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(f"found {found}, expected {expected}")
+        self.found = found
+        self.expected = expected
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """The grid of one tensor as files have it."""
+
+    dtype: str
+    """Type of the codes: "int4", "uint8", a float format."""
+    scale: np.ndarray
+    """float64: a scalar; [c] along `axis`; of the tensor's rank for blocks. Of low-power blocks, the channel's."""
+    zero_point: np.ndarray
+    """float64, as the type's integers have it; of the shape of `scale`, but for low-power blocks."""
+    axis: int | None = None
+    """The axis that scales run along, or blocks cut; None for one scale."""
+    block_size: int | None = None
+    """Number of neighbours along `axis` that share a scale; None where not by blocks."""
+    multiples: np.ndarray | None = None
+    """For low-power blocks, the integer that the channel's scale is multiplied by, for each block."""
+    scale_bits: int | None = None
+    """For low-power blocks, the bits of these integers."""
+
+
+def num_bits(dtype: str) -> int:
+    """Returns the bits of an integer type, which may be of any width up to 32.
+
+    Raises:
+        UnfitError: It is no such type.
+    """
+    match = _INTEGERS.fullmatch(dtype)
+    if match is None or not 1 < int(match[2]) <= _MOST_BITS:
+        raise UnfitError(f"the type {dtype!r}", f"int or uint of 2 to {_MOST_BITS} bits, or {', '.join(FLOAT_FORMATS)}")
+    return int(match[2])
+
+
+def entry_of(encoding: Encoding, axes: TensorAxes) -> Entry:
+    """Returns what files say of an encoding, whose leaves are concrete; axes are counted from the front.
+
+    What an entry cannot hold is left out: limits other than the type's (but for strictly symmetric grids, see
+    `encoding_of`), fractions of zero points, whether the encoding is enabled.
+
+    Raises:
+        UnfitError: The scales of low-power blocks are no multiples of one scale per channel.
+    """
+    scale = np.asarray(encoding.scale, np.float64)
+    dtype = encoding.float_format or f"{'u' if encoding.qmin >= 0 else ''}int{encoding.num_bits}"
+    shift = 0.0 if encoding.float_format else float(encoding.qmin) - _limits(dtype)[0]
+    zero_point = np.asarray(np.rint(np.asarray(encoding.zero_point, np.float64)) - shift)
+    axis = encoding.axis
+    if axis is not None and axes.shape is not None:
+        axis %= len(axes.shape)
+    entry = Entry(dtype=dtype, scale=scale, zero_point=zero_point, axis=axis, block_size=encoding.block_size)
+    return entry if encoding.scale_bits is None else _low_power(entry, encoding.scale_bits)
+
+
+def encoding_of(entry: Entry, axes: TensorAxes) -> Encoding:
+    """Returns the encoding that an entry means.
+
+    A signed grid whose zero point is -1 throughout is strictly symmetric: AIMET, which leaves the largest of the
+    unsigned integers unused, writes these so. An axis is spelled as placement spells it.
+
+    Raises:
+        UnfitError: The entry does not fit the tensor.
+    """
+    _check_layout(entry, axes)
+    scale = _effective_scale(entry)
+    if np.any(scale <= 0) or not np.isfinite(scale).all():
+        raise UnfitError(f"the scale {float(scale.min())} in float32", "scales that are finite and more than 0")
+    qmin, qmax = _limits(entry.dtype)
+    zero_point = np.broadcast_to(entry.zero_point, scale.shape)
+    if entry.dtype.startswith("int") and np.all(zero_point == -1):
+        qmin, zero_point = qmin + 1, np.zeros(scale.shape)
+    if np.any((zero_point < qmin) | (zero_point > qmax)) or np.any(zero_point != np.rint(zero_point)):
+        raise UnfitError(f"the zero point {_outside(zero_point, qmin, qmax)}", f"integers of {entry.dtype}")
+    return Encoding(
+        scale=scale,
+        zero_point=np.asarray(zero_point, np.float32),
+        qmin=np.asarray(qmin, np.float32),
+        qmax=np.asarray(qmax, np.float32),
+        enabled=np.asarray(True),
+        axis=_spelled(entry, axes),
+        block_size=entry.block_size,
+        float_format=entry.dtype if entry.dtype in FLOAT_FORMATS else None,
+        scale_bits=entry.scale_bits,
+    )
+
+
+def block_shapes(axes: TensorAxes, axis: int, block_size: int) -> list[tuple[int, ...]]:
+    """Returns the shapes that scales by blocks may have: one scale for all places of a kernel, or each its own."""
+    shape = axes.shape or ()
+    axis %= len(shape)
+    full = tuple(-(-size // block_size) if i == axis else size for i, size in enumerate(shape))
+    if axes.channel is None:
+        return [full]
+    kept = (axis, axes.channel % len(shape))
+    return [tuple(size if i in kept else 1 for i, size in enumerate(full)), full]
+
+
+def _effective_scale(entry: Entry) -> np.ndarray:
+    scale = np.asarray(entry.scale, np.float32)
+    return scale if entry.multiples is None else np.asarray(scale * entry.multiples.astype(np.float32))
+
+
+def _low_power(entry: Entry, scale_bits: int) -> Entry:
+    largest = entry.scale.max(axis=entry.axis, keepdims=True)
+    per_channel = np.asarray(np.ldexp(largest, -scale_bits))
+    multiples = np.asarray(np.rint(entry.scale / per_channel))
+    product = per_channel.astype(np.float32) * multiples.astype(np.float32)
+    if np.any(product != entry.scale.astype(np.float32)):
+        raise UnfitError("scales of low-power blocks that are no multiples of one scale per channel", "multiples")
+    return Entry(
+        dtype=entry.dtype,
+        scale=per_channel,
+        zero_point=entry.zero_point,
+        axis=entry.axis,
+        block_size=entry.block_size,
+        multiples=multiples,
+        scale_bits=scale_bits,
+    )
+
+
+def _limits(dtype: str) -> tuple[float, float]:
+    if dtype in FLOAT_FORMATS:
+        info = ml_dtypes.finfo(dtype)
+        return float(info.min), float(info.max)
+    bits = num_bits(dtype)
+    return (0.0, 2.0**bits - 1) if dtype.startswith("u") else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+
+
+def _check_layout(entry: Entry, axes: TensorAxes) -> None:
+    scale, axis = entry.scale if entry.multiples is None else entry.multiples, entry.axis
+    if axis is None:
+        if scale.ndim:
+            raise UnfitError(f"{scale.size} scales", "one scale")
+        return
+    if not axes.fits(axis):
+        raise UnfitError(f"the axis {axis}", f"an axis of a tensor of shape {axes.shape}")
+    if entry.block_size is None:
+        expected = [scale.shape[:1] if axes.shape is None else (axes.shape[axis],)]
+    elif axes.shape is None:
+        raise UnfitError("scales by blocks", "one scale, for a tensor that is no parameter")
+    else:
+        expected = block_shapes(axes, axis, entry.block_size)
+    if scale.shape not in expected:
+        raise UnfitError(f"scales of shape {scale.shape}", " or ".join(map(str, dict.fromkeys(expected))))
+    if entry.multiples is not None:
+        _check_multiples(entry, entry.multiples)
+
+
+def _check_multiples(entry: Entry, multiples: np.ndarray) -> None:
+    most = 2 ** (entry.scale_bits or 0)
+    if np.any(multiples != np.rint(multiples)) or np.any((multiples < 1) | (multiples > most)):
+        raise UnfitError("multiples of a channel's scale out of range", f"integers from 1 to {most}")
+    if np.any(multiples.max(axis=entry.axis) != most):
+        raise UnfitError("a channel none of whose blocks has the largest scale", f"a block with {most} in each channel")
+    try:
+        np.broadcast_shapes(entry.scale.shape, multiples.shape)
+    except ValueError:
+        raise UnfitError(f"scales per channel of shape {entry.scale.shape}", f"what fits {multiples.shape}") from None
+
+
+def _spelled(entry: Entry, axes: TensorAxes) -> int | None:
+    usual = axes.channel if entry.block_size is None else axes.summed
+    if entry.axis is None or usual is None:
+        return entry.axis
+    return usual if axes.same(entry.axis, usual) else entry.axis
+
+
+def _outside(zero_point: np.ndarray, qmin: float, qmax: float) -> float:
+    wrong = (zero_point < qmin) | (zero_point > qmax) | (zero_point != np.rint(zero_point))
+    return float(zero_point[wrong].reshape(-1)[0])
