@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -22,21 +22,23 @@ class Groups:
     """Tensors that a Min or Max bounds -> the group's result, whose encoding they share."""
 
 
-def find_groups(model: Model, target: Target) -> Groups:
-    """Returns the tensors inside the supergroups of `model`: a head with what follows it, and decomposed GELUs.
+def find_groups(model: Model, target: Target, supergroups: Sequence[tuple[str, ...]] = ()) -> Groups:
+    """Returns the tensors inside the supergroups of `model`; no operator is in two.
 
-    A head is a product, a sum or a normalization; a bias, the shift of an affine map per channel, a batch norm, clamps,
-    constant bounds and one activation function may follow, each the only reader of the one before. Source: the fusions
-    that `target` names.
+    First come the runs that `target` and `supergroups` list, the longest first: operators of these types, each the only
+    reader of the one before; depthwise convolutions are no exception. Then a head with what follows it: a head is a
+    product, a sum or a normalization; a bias, the shift of an affine map per channel, a batch norm, clamps, constant
+    bounds and one activation function may follow. And decomposed GELUs. Source: the fusions that `target` names.
     """
     inside: dict[str, str] = dict(_find_gelus(model))
     bounded: dict[str, str] = {}
     used: set[str] = set(inside)
+    chains = _find_runs(model, (*target.supergroups, *supergroups), used)
     for node in model.graph.nodes:
-        if node.op_type not in target.heads or node.domain or node.output in used:
-            continue
-        chain = _chain(model, node, target)
-        used.update(member.output for member in chain)
+        if (node.op_type in target.heads or node.op_type == "MatMul") and not node.domain and node.output not in used:
+            chains.append(_chain(model, node, target, used))
+            used.update(member.output for member in chains[-1])
+    for chain in chains:
         label = "+".join(member.op_type for member in chain)
         for member, follower in pairwise(chain):
             if follower.op_type in ("Min", "Max"):
@@ -46,13 +48,41 @@ def find_groups(model: Model, target: Target) -> Groups:
     return Groups(inside=inside, bounded=bounded)
 
 
-def _chain(model: Model, head: Node, target: Target) -> list[Node]:
+def _find_runs(model: Model, runs: Sequence[tuple[str, ...]], used: set[str]) -> list[list[Node]]:
+    """Returns the nodes of each run of operators that is listed, and adds their results to `used`."""
+    chains: list[list[Node]] = []
+    for run in sorted(set(runs), key=lambda run: (-len(run), run)):
+        for node in model.graph.nodes:
+            chain = _run_from(model, node, run)
+            if chain and used.isdisjoint(member.output for member in chain):
+                chains.append(chain)
+                used.update(member.output for member in chain)
+    return chains
+
+
+def _run_from(model: Model, node: Node, run: tuple[str, ...]) -> list[Node]:
+    """Returns the nodes of the run that begins at `node`; empty where none does."""
+    chain: list[Node] = []
+    following: Node | None = node
+    for operator in run:
+        if following is None or following.domain or following.op_type != operator:
+            return []
+        chain.append(following)
+        following = only_reader(model.graph, following.output)
+    return chain
+
+
+def _chain(model: Model, head: Node, target: Target, used: set[str]) -> list[Node]:
     """Returns the head and what follows it without rounding in between."""
     chain, has_curve = [head], False
     while (node := only_reader(model.graph, chain[-1].output)) is not None and not node.domain:
+        if node.output in used:
+            break
         previous = chain[-1]
         is_bias = previous.op_type == "MatMul" and _has_vector_behind(model, previous)
         is_bias |= shift_of(model, previous) == node.output
+        if not is_bias and head.op_type not in target.heads:
+            break
         is_normalization = node.op_type == "BatchNormalization" and previous.op_type not in target.clamps
         is_bound = node.op_type in ("Min", "Max") and _other_is_parameter(model, node, previous.output)
         is_curve = node.op_type in target.activations and not has_curve and node.inputs[0] == previous.output

@@ -1,0 +1,134 @@
+"""Which parameters are weights, and along which of their axes scales run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ptqjax.config import FLOAT_DTYPES, Target
+from ptqjax.config.settings import block_size_of
+from ptqjax.errors import ConfigError
+from ptqjax.ir import Model, Node
+from ptqjax.quantize.rules import Settings, num_bits
+from ptqjax.quantize.sites import CONSTANT, WEIGHT, Site
+
+_SUMMED_AXIS = {"Conv": (0, 1), "ConvTranspose": (1, 0), "MatMul": (-1, -2)}  # (output channel, what is summed)
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How an operator uses a weight."""
+
+    node: Node
+    """The operator."""
+    channel: int
+    """The weight's axis of output channels."""
+    summed: int
+    """The weight's axis that is summed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scales:
+    axis: int | None = None
+    block_size: int | None = None
+    why: str = ""
+
+
+def weight_uses(model: Model) -> dict[str, list[Use]]:
+    """Returns the parameters that operators multiply and sum, each with all its uses."""
+    uses: dict[str, list[Use]] = {}
+    for node in model.graph.nodes:
+        for tensor, channel, summed in _operand_axes(node):
+            if tensor in model.params:
+                uses.setdefault(tensor, []).append(Use(node, channel, summed))
+    return uses
+
+
+def rounded_parameters(model: Model, target: Target) -> dict[str, str]:
+    """Returns the other parameters that `target` has rounded like weights -> the operator that reads them."""
+    positions = dict(target.rounded_parameters)
+    found: dict[str, str] = {}
+    for node in model.graph.nodes:
+        for position in positions.get(node.op_type, ()) if not node.domain else ():
+            if position < len(node.inputs) and node.inputs[position] in model.params:
+                found[node.inputs[position]] = node.op_type
+    return found
+
+
+def weight_site(model: Model, tensor: str, uses: list[Use], settings: Settings) -> Site:
+    """Returns the site of a weight.
+
+    Raises:
+        ConfigError: Low-power blocks of floating-point codes are asked for.
+    """
+    scales = _scales(model, tensor, uses, settings.granularity)
+    is_low_power = scales.block_size is not None and settings.granularity.startswith("lpbq")
+    if is_low_power and settings.dtype in FLOAT_DTYPES:
+        raise ConfigError(
+            f"'{tensor}': granularity {settings.granularity!r} is for integers; {settings.dtype} has block:N"
+        )
+    reason = f"weight of {', '.join(sorted({use.node.op_type for use in uses}))}"
+    return Site(
+        tensor=tensor,
+        kind=WEIGHT,
+        dtype=settings.dtype,
+        symmetric=settings.symmetric,
+        root=tensor,
+        reason="; ".join(filter(None, (reason, scales.why, *settings.rules))),
+        axis=scales.axis,
+        block_size=scales.block_size,
+        power_of_two=settings.power_of_two,
+        scale_bits=num_bits(settings.dtype) if is_low_power else None,
+        ranges=settings.ranges,
+    )
+
+
+def parameter_site(tensor: str, settings: Settings, reason: str) -> Site:
+    """Returns the site of a parameter that has one scale."""
+    return Site(
+        tensor=tensor,
+        kind=CONSTANT,
+        dtype=settings.dtype,
+        symmetric=settings.symmetric,
+        root=tensor,
+        reason="; ".join((reason, *settings.rules)),
+        power_of_two=settings.power_of_two,
+        ranges=settings.ranges,
+    )
+
+
+def _operand_axes(node: Node) -> Iterator[tuple[str, int, int]]:
+    """Yields the operands that may be weights, each with the axis of the output channel and the one that is summed."""
+    if node.domain:
+        return
+    if node.op_type in _SUMMED_AXIS:
+        channel, summed = _SUMMED_AXIS[node.op_type]
+        yield node.inputs[1], channel, summed
+    if node.op_type == "Gemm":
+        channel = 0 if node.attribute("transB", 0) else 1
+        yield node.inputs[1], channel, 1 - channel
+        channel = 1 if node.attribute("transA", 0) else 0
+        yield node.inputs[0], channel, 1 - channel
+    if node.op_type == "MatMul":
+        yield node.inputs[0], -2, -1
+
+
+def _scales(model: Model, tensor: str, uses: list[Use], granularity: str) -> _Scales:
+    """Returns axis and block size of a weight's scales, and why they are not those asked for, if so."""
+    if granularity == "tensor":
+        return _Scales()
+    shape = np.shape(model.params[tensor])
+    if len(shape) < 2:  # noqa: PLR2004 - a matrix or more
+        return _Scales(why="one scale, because all values of a vector are summed: it has no channels")
+    disagree = len({(use.channel, use.summed) for use in uses}) > 1
+    if disagree or model.graph.num_readers(tensor) > len(uses):
+        return _Scales(why="one scale, because its readers disagree on the channel axis")
+    size, use = block_size_of(granularity), uses[0]
+    if size is None:
+        return _Scales(axis=use.channel)
+    if shape[use.summed] <= size:  # blocks would only split a kernel's positions: a scale for each of them
+        reason = f"a scale per channel, because {shape[use.summed]} summed values do not fill blocks of {size}"
+        return _Scales(axis=use.channel, why=reason)
+    return _Scales(axis=use.summed, block_size=size)

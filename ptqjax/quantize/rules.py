@@ -1,0 +1,186 @@
+"""What configuration and rules say of each tensor, before its place in the graph is looked at."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ptqjax.config import QuantizationConfig, Rule, Symmetry, Target, near_names
+from ptqjax.config.checks import FLOAT_DTYPES
+from ptqjax.config.constraints import resolved_symmetry
+from ptqjax.config.rules import described, set_fields
+from ptqjax.errors import ConfigError
+from ptqjax.ir import Graph, Model
+
+_DIGITS = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What is set for one tensor."""
+
+    is_weight: bool
+    """Whether it counts as a weight, or as an activation."""
+    dtype: str
+    """Type of the codes."""
+    given_symmetry: Symmetry | None
+    """How 0 lies on the grid; None for the default."""
+    granularity: str
+    """What shares a scale, if it is a weight."""
+    ranges: str
+    """The scheme; "" for that of the configuration."""
+    power_of_two: bool
+    """Whether scales are powers of two."""
+    fixed_range: tuple[float, float] | None = None
+    """The range, where a rule says so."""
+    off: str = ""
+    """What leaves the tensor in float, for people; "" where nothing does."""
+    on: bool = False
+    """Whether a rule asks for the tensor to be rounded."""
+    rules: tuple[str, ...] = ()
+    """The rules that set something else than whether it is rounded, for people."""
+    is_named: bool = False
+    """Whether one of these rules is for this tensor by name."""
+
+    @property
+    def symmetric(self) -> Symmetry:
+        """How 0 lies on the grid."""
+        return resolved_symmetry(self.given_symmetry, self.dtype, of_weights=self.is_weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What is set for the tensors of a model, and which tensors each rule is for."""
+
+    by_tensor: Mapping[str, Settings]
+    """By tensor."""
+    matches: tuple[tuple[Rule, tuple[str, ...]], ...]
+    """The configuration's rules, each with the tensors that it matches."""
+
+
+def settle(
+    model: Model, config: QuantizationConfig, target: Target, floating: Iterable[str], weights: Iterable[str]
+) -> Settled:
+    """Returns what `config` and the exceptions of `target` set for each of the tensors `floating`.
+
+    Args:
+        model: The model.
+        config: Settings and rules; the later rule wins.
+        target: Its exceptions come before the rules.
+        floating: All floating tensors.
+        weights: Those that count as weights.
+
+    Raises:
+        ConfigError: A pattern, an operator or a rule matches nothing.
+    """
+    names, weights = tuple(floating), frozenset(weights)
+    found = {name: _of_config(config, is_weight=name in weights) for name in names}
+    for pattern in config.exclude:
+        for name in _named("exclude", pattern, names):
+            found[name] = replace(found[name], off=f"excluded by the pattern {pattern!r}")
+    for rule in target.exceptions:
+        for name in _matching(model.graph, rule, found):
+            found[name] = _changed(found[name], rule, f"{target.name}'s {described(rule)}")
+    matches = []
+    for rule in config.rules:
+        if not rule.optional:
+            _check_exists(model.graph, rule, names)
+        matching = tuple(_matching(model.graph, rule, found))
+        if not matching and not rule.optional:
+            raise ConfigError(f"rules: no tensor meets all conditions of the {described(rule)}; widen them, or drop it")
+        for name in matching:
+            found[name] = _changed(found[name], rule, described(rule))
+        matches.append((rule, matching))
+    return Settled(found, tuple(matches))
+
+
+def num_bits(dtype: str) -> int:
+    """Returns the number of bits of a type's codes."""
+    return int(_DIGITS.findall(dtype)[0])
+
+
+def matches_name(pattern: str, name: str) -> bool:
+    """Tells whether a pattern of a rule or of `exclude` matches a name."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _of_config(config: QuantizationConfig, *, is_weight: bool) -> Settings:
+    return Settings(
+        is_weight=is_weight,
+        dtype=config.weights if is_weight else config.activations,
+        given_symmetry=config.weights_symmetric if is_weight else config.activations_symmetric,
+        granularity=config.granularity,
+        ranges=(config.weight_ranges if is_weight else config.activation_ranges) or "",
+        power_of_two=config.power_of_two,
+    )
+
+
+def _matching(graph: Graph, rule: Rule, found: Mapping[str, Settings]) -> Iterator[str]:
+    inputs = {spec.name for spec in graph.inputs}
+    for name, settings in found.items():
+        is_of = {
+            "both": True,
+            "weights": settings.is_weight,
+            "activations": not settings.is_weight,
+            "inputs": name in inputs,
+            "outputs": name in graph.output_names,
+        }
+        if not is_of[rule.of] or (rule.dtypes and settings.dtype not in rule.dtypes):
+            continue
+        if rule.tensors and not any(matches_name(pattern, name) for pattern in rule.tensors):
+            continue
+        if not rule.operators or not _operators(graph, name, rule.operands).isdisjoint(rule.operators):
+            yield name
+
+
+def _operators(graph: Graph, tensor: str, operands: tuple[int, ...]) -> set[str]:
+    """Returns the types of the operators that a rule means by a tensor's."""
+    readers = graph.readers.get(tensor, ())
+    if operands:
+        at = (node for node in readers if any(position in operands for position in _positions(node.inputs, tensor)))
+        return {node.op_type for node in at}
+    producer = graph.producers.get(tensor)
+    if producer is not None:
+        return {producer.op_type}
+    return {node.op_type for node in readers} if tensor in graph.parameters else set()
+
+
+def _positions(inputs: tuple[str, ...], tensor: str) -> Iterator[int]:
+    return (position for position, name in enumerate(inputs) if name == tensor)
+
+
+def _changed(settings: Settings, rule: Rule, text: str) -> Settings:
+    if rule.enabled is not None:
+        settings = replace(settings, off="" if rule.enabled else f"switched off by the {text}", on=rule.enabled)
+    given = {key: value for key, value in set_fields(rule).items() if key not in ("enabled", "least_bits", "symmetric")}
+    if rule.symmetric is not None:
+        given["given_symmetry"] = rule.symmetric
+    dtype = given.get("dtype", settings.dtype)
+    if rule.least_bits is not None and dtype not in FLOAT_DTYPES and num_bits(dtype) < rule.least_bits:
+        given["dtype"] = dtype.rstrip("0123456789") + str(rule.least_bits)
+    if all(getattr(settings, key) == value for key, value in given.items()):
+        return settings
+    is_named = settings.is_named or bool(rule.tensors)
+    return replace(settings, **given, rules=(*settings.rules, text), is_named=is_named)
+
+
+def _named(field: str, pattern: str, names: tuple[str, ...]) -> list[str]:
+    matching = [name for name in names if matches_name(pattern, name)]
+    if not matching:
+        near = near_names(pattern, names)
+        raise ConfigError(f"{field}: the pattern {pattern!r} matches none of {len(names)} tensors{near}")
+    return matching
+
+
+def _check_exists(graph: Graph, rule: Rule, names: tuple[str, ...]) -> None:
+    for pattern in rule.tensors:
+        _named("rules", pattern, names)
+    known = {node.op_type for node in graph.nodes}
+    for operator in rule.operators:
+        if operator not in known:
+            near = near_names(operator, known)
+            raise ConfigError(f"rules: the model has no operator {operator!r} (of {len(known)} types){near}")
