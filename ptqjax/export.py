@@ -20,7 +20,8 @@ from ptqjax.errors import ConfigError, ModelError, OutputError
 from ptqjax.ir import Model, Node, only_reader, place_of
 from ptqjax.onnx_io.opset import blocking_node, with_opset
 from ptqjax.quantize.encodings import Encodings, concrete
-from ptqjax.quantize.qdq import MICROSOFT, insert_qdq, lowest_opset, lowest_opset_of
+from ptqjax.quantize.opsets import MICROSOFT, check_writable, lowest_opset, lowest_opset_of, needs_opset, stored_grid
+from ptqjax.quantize.qdq import insert_qdq
 from ptqjax.transforms.implied_clips import drop_implied_clips
 from ptqjax.transforms.integer_bounds import bound_integers
 
@@ -38,6 +39,7 @@ def export(
     *,
     settings: Mapping[str, Any] | None = None,
     encodings_version: str | None = None,
+    weights: str = "integer",
 ) -> None:
     """Writes NAME.onnx, the QDQ model, and NAME.encodings into `directory`, which is made if it is missing.
 
@@ -52,11 +54,12 @@ def export(
         settings: What else to state, such as the configuration; plain data.
         encodings_version: The version of AIMET's schema that NAME.encodings has, see `write_encodings`; None: 1.0.0, or
             2.0.0 where codes are in a float format that 1.0.0 has not.
+        weights: How weights are written, see `quantized_model`.
 
     Raises:
         OutputError: `directory` cannot be made or written.
-        ConfigError: An encoding is for a tensor that the model has not, `name` is not a file's name, weights are in
-            blocks and an operator bars the way to opset 21, or `encodings_version` is unknown or lacks a kind of grid.
+        ConfigError: `name` is not a file's name, an encoding cannot be written (`quantized_model`), or
+            `encodings_version` is unknown or lacks a kind of grid.
         ModelError: The result does not pass ONNX's checker, or an operator bars the way to opset 10.
     """
     if not name or Path(name).name != name:

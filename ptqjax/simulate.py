@@ -17,7 +17,8 @@ from ptqjax.ir import Graph, Model
 from ptqjax.lowering import Intercept, apply, checked_inputs, compiled, interpret_by_samples, precision
 from ptqjax.quantize.bias import bias_encoding, bias_sites
 from ptqjax.quantize.encodings import Encoding, Encodings, fake_quantize
-from ptqjax.quantize.qdq import check_tensors, grid_dtypes, insert_qdq, with_own_biases
+from ptqjax.quantize.opsets import StoredGrid, stored_grids
+from ptqjax.quantize.qdq import check_tensors, insert_qdq, with_own_biases
 from ptqjax.transforms.fuse_quantized import fuse_quantized
 
 Simulation: TypeAlias = Callable[[Mapping[str, Any], Encodings, Mapping[str, Any]], dict[str, jax.Array]]
@@ -46,9 +47,9 @@ def simulate(model: Model, encodings: Encodings, *, arithmetic: str = "float") -
     if arithmetic == "float":
         return _with_checks(model.graph, partial(_float_program, model.graph))
     if arithmetic == "integer":
-        dtypes = tuple(sorted(grid_dtypes(encodings).items()))
-        fused, _ = fuse_quantized(insert_qdq(model, encodings, dtypes=dict(dtypes)))
-        return _with_checks(model.graph, partial(_integer_program, _IntegerGraphs(model.graph, fused.graph, dtypes)))
+        grids = tuple(sorted(stored_grids(encodings).items()))
+        fused, _ = fuse_quantized(insert_qdq(model, encodings, grids=dict(grids)))
+        return _with_checks(model.graph, partial(_integer_program, _IntegerGraphs(model.graph, fused.graph, grids)))
     raise ConfigError(f"arithmetic={arithmetic!r} is unknown; expected float or integer")
 
 
@@ -108,8 +109,8 @@ class _IntegerGraphs(NamedTuple):
     """The float model's graph."""
     fused: Graph
     """The quantized model's, with integer operators."""
-    dtypes: tuple[tuple[str, str], ...]
-    """The integer type of each quantized tensor, by name."""
+    grids: tuple[tuple[str, StoredGrid], ...]
+    """How a file holds each quantized tensor, by name."""
 
 
 @compiled
@@ -117,7 +118,7 @@ def _integer_program(
     graphs: _IntegerGraphs, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
     model = Model(graph=graphs.source, params=dict(params))
-    quantized = insert_qdq(model, encodings, dtypes=dict(graphs.dtypes))
+    quantized = insert_qdq(model, encodings, grids=dict(graphs.grids))
     return apply(graphs.fused, {name: quantized.params[name] for name in graphs.fused.parameters}, inputs)
 
 

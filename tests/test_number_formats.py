@@ -58,7 +58,7 @@ def assert_same_bits(found, expected):
 @pytest.mark.parametrize("name", FLOAT_FORMATS)
 @pytest.mark.parametrize("where", ["numpy", "jax", "jit"])
 def test_rounding_is_that_of_ml_dtypes(name, where):
-    """Jitted conversions are not: XLA may leave out that to bfloat16, or go to float8 by way of float16."""
+    """XLA may leave out a conversion there and back, or go to float8 by way of float16, and round twice."""
     x = hard_cases(name)
     run = {
         "numpy": lambda: round_to_format(x, name),

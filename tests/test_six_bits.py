@@ -1,4 +1,4 @@
-"""Weights of six bits: stored in eight, simulated as they are stored, and told apart in the encodings file."""
+"""Grids that do not fill their type: stored in the next wider one, simulated as stored, told apart in the encodings."""
 
 import json
 
@@ -7,11 +7,16 @@ import onnx
 import pytest
 
 from ptqjax import QuantizationConfig, calibrate, choose_encoding, export, simulate, validate
-from ptqjax.errors import ConfigError
 from ptqjax.export import quantized_model
+from ptqjax.kernels.grid import integer_range
 from ptqjax.quantize import make_encoding
+from ptqjax.quantize.encodings import fake_quantize, integers
 from ptqjax.validate import run, session
-from tests.models import Chain
+from tests.models import Chain, build, node
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def network():
@@ -22,7 +27,7 @@ def network():
 
 def quantized(granularity="channel"):
     model = network()
-    batch = {"x": np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)}
+    batch = {"x": normal(4, 3, 8, 8)}
     return model, calibrate(model, [batch], QuantizationConfig(weights="int6", granularity=granularity)), batch
 
 
@@ -69,9 +74,42 @@ def test_an_encoding_tells_its_storage_and_its_bits():
     assert float(encoding.scale) == pytest.approx(1 / 31, rel=0.05)
 
 
-def test_an_activation_of_six_bits_cannot_be_exported(tmp_path):
-    """QuantizeLinear saturates at the ends of int8."""
-    model, encodings, _ = quantized()
-    six = make_encoding(np.float32(0.1), np.float32(0), dtype="int6")
-    with pytest.raises(ConfigError, match=r"'x' has the integers -32\.\.31"):
-        export(model, encodings | {"x": six}, tmp_path, "model")
+@pytest.mark.parametrize("opset", [10, 17])
+def test_activations_of_six_bits_saturate_at_their_ends(tmp_path, opset):
+    """QuantizeLinear saturates at the ends of int8; a Clip before it (Max and Min before opset 11) at those of int6."""
+    chain = Chain(3, dtype=np.float32, opset=opset)
+    model = chain.conv(4, pad=1, bias=True).add("Relu").add("MaxPool", kernel_shape=(2, 2)).build()
+    encodings = calibrate(model, [{"x": normal(4, 3, 8, 8)}], QuantizationConfig(activations="int8"))
+    narrow = {
+        name: make_encoding(encoding.scale * 2, encoding.zero_point // 4, dtype="int6")
+        for name, encoding in encodings.items()
+        if name not in model.params
+    }
+    batch = {"x": 3 * normal(4, 3, 8, 8, seed=1)}
+    narrow = encodings | narrow
+    export(model, narrow, tmp_path, "model")
+    (y,) = run(session(tmp_path / "model.onnx"), batch).values()
+    for arithmetic in ("float", "integer"):
+        (simulated,) = simulate(model, narrow, arithmetic=arithmetic)(model.params, narrow, batch).values()
+        np.testing.assert_allclose(y, simulated, atol=1.01 * float(narrow[model.graph.outputs[0].name].scale))
+        assert np.mean(y == simulated) > 0.99
+    assert np.unique(integers(batch["x"], narrow["x"])).size == 64
+    assert validate(tmp_path, [batch]).largest == 0
+
+
+@pytest.mark.parametrize("dtype", ["int2", "uint3", "int5", "uint7", "int9", "uint12", "int15", "int8"])
+@pytest.mark.parametrize("opset", [10, 17])
+def test_what_is_rounded_in_a_file_equals_the_grid_to_the_bit(dtype, opset):
+    """At the ends, a step beyond, far beyond, at every tie and beside it; of strict grids, too."""
+    model = build([node("Identity", ["x"], "y")], {}, input_shape=("n",), outputs=["y"], opset=opset)
+    for scale, offset in ((0.1, 0), (1 / 3, 1), (7e-3, -1), (2e-38, 0), (1e33, 0)):
+        low = integer_range(dtype)[0]
+        zero_point = np.float32(max(offset, low + 1) if dtype[0] == "i" else 2 + offset)
+        encoding = make_encoding(np.float32(scale), zero_point, dtype=dtype, symmetric="strict")
+        codes = np.arange(float(encoding.qmin) - 3, float(encoding.qmax) + 4, 0.5, dtype=np.float64)
+        ends = ((codes - zero_point) * np.float32(scale)).astype(np.float32)
+        x = np.concatenate([ends, np.nextafter(ends, np.float32(9e37)), np.nextafter(ends, np.float32(-9e37)), [0]])
+        x = np.concatenate([x, [3e38, -3e38]]).astype(np.float32)
+        quantized = quantized_model(model, {"x": encoding})
+        (y,) = run(session(quantized), {"x": x}).values()
+        np.testing.assert_array_equal(y, fake_quantize(x, encoding), err_msg=f"{scale} {offset}")

@@ -72,7 +72,7 @@ def round_to_format(x: Any, name: str) -> Any:
     if array_namespace(x) is np:
         return _cast(np.asarray(x, np.float32), name)
     x = jnp.asarray(x, np.float32)
-    # Not by a conversion there and back: XLA leaves out that to bfloat16, and goes to float8 by way of float16.
+    # Not by a conversion there and back, which XLA may leave out (xla_allow_excess_precision), or do by way of float16.
     if name == "bfloat16":
         return jax.lax.reduce_precision(x, _SINGLE_BITS, _FORMATS[name].fraction_bits)
     return _rounded(x, _FORMATS[name])
