@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptqjax.ir import Model
-from ptqjax.quantize.placement import _operand_axes
+from ptqjax.quantize.granularity import _operand_axes
 from ptqjax.quantize.tensors import floating_tensors
 
 
