@@ -17,6 +17,7 @@ from ptqjax.ir import Record
 from ptqjax.quantize import BiasSite, Placement, Site
 from ptqjax.report.inspection import Inspection, Unknown
 from ptqjax.report.page import by_transform, figure_texts, metric_headings, metric_text
+from ptqjax.transforms.saturation import Saturation
 from ptqjax.validate import Distance, Group, Validation
 
 _NODES = 5  # named of each operator without a lowering
@@ -53,11 +54,23 @@ def print_validation(path: Path, found: Validation) -> None:
         for name, likeness in (("integer program", found.integer), ("float program", found.float))
     ]
     _table("Outputs, end to end", ["", "SQNR, dB", "agreement, %", "equal, %"], rows, numbers_from=1)
+    _print_saturating(found.saturating)
     for warning in found.warnings:
         click.echo(f"Warning: {warning}", err=True)
     click.echo(f"largest difference in a group: {found.largest} steps; equal in at least {100 * found.equal:.3f} %")
     farthest = found.farthest
     click.echo(f"end to end: equal in at least {100 * farthest.end_to_end.equal:.3f} %, at '{farthest.tensor}'")
+
+
+def _print_saturating(weights: Sequence[Saturation]) -> None:
+    if not weights:
+        return
+    rows = [
+        [each.weight, each.operator, f"{each.num_saturating:,} of {each.num_pairs:,}", f"{100 * each.fraction:.3g}"]
+        for each in weights
+    ]
+    headings = ["weight", "operator", "pairs of products beyond 16 bits", "%"]
+    _table("What may saturate on an x86 without VNNI", headings, rows, numbers_from=2)
 
 
 def _kernel(group: Group) -> str:

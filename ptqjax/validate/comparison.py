@@ -18,7 +18,7 @@ from ptqjax.errors import DataError, ModelError
 from ptqjax.ir import Model, Node, Report, TensorSpec, rebuild, value_of
 from ptqjax.lowering import apply
 from ptqjax.transforms.fuse_quantized import fuse_quantized
-from ptqjax.transforms.saturation import warn_of_saturation
+from ptqjax.transforms.saturation import saturating_weights, warn_of_saturation
 from ptqjax.validate.findings import Distance, Group, Validation
 from ptqjax.validate.fusions import Fusions, is_seen_in_integers, operators, otherwise_fused
 from ptqjax.validate.runtime import model_file, optimized, run, session
@@ -55,13 +55,15 @@ def validate(
         raise DataError("there are no samples to validate with; give at least one batch")
     groups = tuple(_group(fusions, quantized, name, tally) for name in tensors)
     unverified = [group.tensor for group in groups if not group.is_verified]
+    saturating = saturating_weights(programs.fused)
     return Validation(
         groups=groups,
         integer=tally.integer.likeness(),
         float=tally.floating.likeness(),
         num_samples=tally.num_samples,
         fusion=programs.report,
-        warnings=(*otherwise_fused(fusions, unverified), *warn_of_saturation(programs.fused)),
+        saturating=saturating,
+        warnings=(*otherwise_fused(fusions, unverified), *warn_of_saturation(saturating)),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptqjax.ir import Report
+from ptqjax.transforms.saturation import Saturation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +114,8 @@ class Validation:
     """How many samples were compared."""
     fusion: Report
     """Which operators the runtime computes in integers, which not, and why."""
+    saturating: tuple[Saturation, ...]
+    """The weights at which the runtime's default kernels may saturate on an x86 without VNNI."""
     warnings: tuple[str, ...]
     """What the reader should know: groups fused otherwise than foreseen, weights that saturate elsewhere."""
 
