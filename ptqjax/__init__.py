@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptqjax.config import QuantizationConfig
-    from ptqjax.encoding_files import read_encodings, read_state, write_encodings, write_state
+    from ptqjax.config import QuantizationConfig, Rule, config_from_aimet, read_config, write_config
+    from ptqjax.encoding_files import read_encodings, read_quantized, read_state, write_encodings, write_state
     from ptqjax.errors import (
         ConfigError,
         DataDependentError,
@@ -51,10 +51,12 @@ __all__ = [
     "PtqjaxError",
     "QuantizationConfig",
     "Record",
+    "Rule",
     "UnsupportedOperatorError",
     "apply",
     "calibrate",
     "choose_encoding",
+    "config_from_aimet",
     "correct_biases",
     "equalize",
     "evaluate",
@@ -63,11 +65,14 @@ __all__ = [
     "lowers",
     "quantize",
     "read",
+    "read_config",
     "read_encodings",
+    "read_quantized",
     "read_state",
     "simulate",
     "validate",
     "write",
+    "write_config",
     "write_encodings",
     "write_state",
 ]
@@ -83,10 +88,12 @@ _ROOM = {
     "PtqjaxError": "errors",
     "QuantizationConfig": "config",
     "Record": "ir",
+    "Rule": "config",
     "UnsupportedOperatorError": "errors",
     "apply": "lowering",
     "calibrate": "quantize",
     "choose_encoding": "quantize",
+    "config_from_aimet": "config",
     "correct_biases": "fit",
     "equalize": "transforms",
     "evaluate": "evaluate",
@@ -95,11 +102,14 @@ _ROOM = {
     "lowers": "ops",
     "quantize": "pipeline",
     "read": "onnx_io",
+    "read_config": "config",
     "read_encodings": "encoding_files",
+    "read_quantized": "encoding_files",
     "read_state": "encoding_files",
     "simulate": "simulate",
     "validate": "validate",
     "write": "onnx_io",
+    "write_config": "config",
     "write_encodings": "encoding_files",
     "write_state": "encoding_files",
 }

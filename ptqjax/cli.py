@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +47,20 @@ _data = click.option(
     type=click.Path(path_type=Path),
     help="One array per model input, first axis the samples, and optionally 'labels' (class indices).",
 )
+_config = click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Settings and rules: a .toml file, or one of AIMET's .json files. Options that are given win over it.",
+)
+_target = click.option(
+    "--target",
+    default="ort-cpu",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="What the runtime accepts, and its defaults in place of those that this help names.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -80,13 +93,20 @@ def commands() -> None:
     "it must still have.",
 )
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
-@click.option("--weights", default="int8", show_default=True, metavar="TYPE", help="int8, uint8, int4, uint4, int16.")
-@click.option("--activations", default="uint8", show_default=True, metavar="TYPE", help="uint8, int8, uint16, int16.")
+@_config
+@click.option(
+    "--weights",
+    default="int8",
+    show_default=True,
+    metavar="TYPE",
+    help="int2 to int16, uint2 to uint16, float8_e4m3fn, float8_e5m2, float16, bfloat16.",
+)
+@click.option("--activations", default="uint8", show_default=True, metavar="TYPE", help="The same types.")
 @click.option(
     "--granularity",
     default="channel",
     show_default=True,
-    metavar="tensor|channel|block:N",
+    metavar="tensor|channel|block:N|lpbq:N",
     help="What shares one scale in a weight.",
 )
 @click.option(
@@ -94,7 +114,7 @@ def commands() -> None:
     default="sqnr",
     show_default=True,
     metavar="RULE",
-    help="How a range is chosen: min-max, sqnr (least noise).",
+    help="How a range is chosen: min-max, moving-average, sqnr (least noise), percentile:P, mse, entropy.",
 )
 @click.option(
     "--equalize/--no-equalize",
@@ -138,13 +158,13 @@ def commands() -> None:
     metavar="PATTERN",
     help="Leave the tensors of this name in float; * and ? stand for any characters. May be given several times.",
 )
-@click.option("--target", default="ort-cpu", show_default=True, metavar="NAME|FILE", help="What the runtime accepts.")
+@_target
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the samples that learning draws."
 )
 @_device
 @reports_faults
-def quantize(model: Path, calibration: str, out: Path, device: str, **settings: Any) -> None:
+def quantize(model: Path, calibration: str, out: Path, device: str, config_file: Path | None, **settings: Any) -> None:
     """Quantize MODEL.onnx and write it to DIR, with its encodings and a report.
 
     \b
@@ -157,6 +177,8 @@ def quantize(model: Path, calibration: str, out: Path, device: str, **settings: 
         ptqjax quantize net.onnx --calibration data.npz --out q
         ptqjax quantize net.onnx --calibration data.npz --out q --granularity tensor
         ptqjax quantize net.onnx --calibration data.npz --out q --weights int4
+        ptqjax quantize net.onnx --calibration data.npz --out q --target tensorrt
+        ptqjax quantize net.onnx --calibration data.npz --out q --config settings.toml
         ptqjax quantize net.onnx --calibration data.npz --out q --no-equalize --correct none
         ptqjax quantize net.onnx --calibration data.npz --out q --exclude 'head/*' --exclude logits
         ptqjax quantize net.onnx --calibration none --out q
@@ -166,18 +188,22 @@ def quantize(model: Path, calibration: str, out: Path, device: str, **settings: 
     """
     import ptqjax
     from ptqjax import report
+    from ptqjax.config import load_target
     from ptqjax.report import tables
 
-    _require_consistent(calibration, **settings)
     has_data = calibration != _NO_DATA
-    settings["correct"] = settings["correct"] or ("empirical" if has_data else "analytic")
-    config = ptqjax.QuantizationConfig(**settings)
+    given = {name: value for name, value in _named().items() if name in settings}
+    config = _configured(config_file, dict(given))
+    _require_consistent(calibration, config, given)
+    if not has_data and config.correct == "empirical":
+        config = replace(config, correct="analytic")
     device_name, path = _use_device(device), Path(calibration) if has_data else None
     source = ptqjax.read(model)
     samples, batches = (None, None) if path is None else _load(path, source.graph)
     with published(out, _FILES) as folder, _progress() as follow:
         result = ptqjax.quantize(source, None if batches is None else follow(batches, "quantizing"), config)
-        ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config))
+        written = load_target(config.target).exported_weights
+        ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config), weights=written)
         rows: Sequence[Row] = ()
         if samples is not None:
             rows = _measured(source, result, follow(batches, "measuring"), samples, config)
@@ -200,35 +226,50 @@ def quantize(model: Path, calibration: str, out: Path, device: str, **settings: 
     click.echo(f"what the file is worth: ptqjax evaluate {out / 'model.onnx'} --data TEST.npz --reference {model}")
 
 
-def _require_consistent(
-    calibration: str, *, equalize: bool, absorb: str, correct: str | None, scaling: str, bounds: str, **_: Any
-) -> None:
+def _named() -> dict[str, Any]:
+    """Returns the options that are given by name."""
+    context = click.get_current_context()
+    by_name = click.core.ParameterSource.COMMANDLINE
+    return {name: value for name, value in context.params.items() if context.get_parameter_source(name) is by_name}
+
+
+def _configured(file: Path | None, given: dict[str, Any]) -> QuantizationConfig:
+    """Returns the settings of a file, or the defaults of the target, with those that are given in their place."""
+    import ptqjax
+
+    if file is None:
+        return ptqjax.QuantizationConfig.for_target(given.pop("target", "ort-cpu"), **given)
+    if file.suffix != ".json":
+        return ptqjax.read_config(file, **given)
+    config, notes = ptqjax.config_from_aimet(file, **given)
+    for note in notes:
+        click.echo(f"Note: {file.name}: {note}", err=True)
+    return config
+
+
+def _require_consistent(calibration: str, config: QuantizationConfig, given: dict[str, Any]) -> None:
     """Refuses what cannot be done, before any work.
 
     Raises:
         ConfigError: What needs samples is asked for by name, and there are none; or absorption is asked for by name,
             and equalization is off.
     """
-    if calibration == _NO_DATA and correct == "empirical":
+    if calibration == _NO_DATA and given.get("correct") == "empirical":
         raise ConfigError(
             "--correct empirical with --calibration none: the empirical correction is measured on samples; give a "
             "DATA.npz (a hundred will do, no labels needed), or take --correct analytic"
         )
-    if calibration == _NO_DATA and scaling == "learned":
+    if calibration == _NO_DATA and config.scaling == "learned":
         raise ConfigError(
             "--scaling learned with --calibration none: scales are learned on samples; give a DATA.npz, or take "
             "--scaling noise"
         )
-    by_name = click.core.ParameterSource.COMMANDLINE
-    for name, value in {"scaling": scaling, "bounds": bounds}.items():
-        if click.get_current_context().get_parameter_source(name) is by_name and not equalize and value != "off":
+    parts = {"scaling": "scaling", "bounds": "scaling", "absorb": "absorption"}
+    for name, part in parts.items():
+        if not config.equalize and given.get(name, "off") != "off":
             raise ConfigError(
-                f"--{name} {value} with --no-equalize: scaling is a part of equalization; leave one of the two out"
+                f"--{name} {given[name]} with --no-equalize: {part} is a part of equalization; leave one of the two out"
             )
-    if click.get_current_context().get_parameter_source("absorb") is by_name and absorb != "off" and not equalize:
-        raise ConfigError(
-            f"--absorb {absorb} with --no-equalize: absorption is a part of equalization; leave one of the two out"
-        )
 
 
 @commands.command()
@@ -309,22 +350,28 @@ def validate(model: Path, data: Path, device: str) -> None:
 
 @commands.command()
 @_model
+@_target
+@_config
 @reports_faults
-def inspect(model: Path) -> None:
+def inspect(model: Path, target: str, config_file: Path | None) -> None:
     """Show what is in MODEL.onnx and what can be done to it; nothing is computed or written.
 
     Inputs, outputs, operators and those without a lowering; what folding and equalization would do and what they would
-    leave alone, with the reason; which tensor would get which grid under the default settings.
+    leave alone, with the reason; which tensor would get which grid for a target, and why.
 
     \b
-    Example:
+    Examples:
         ptqjax inspect model.onnx
+        ptqjax inspect model.onnx --target tensorrt
+        ptqjax inspect model.onnx --config settings.toml
     """
+    del target  # it counts where it is given by name
     import ptqjax
     from ptqjax import report
     from ptqjax.report import tables
 
-    tables.print_inspection(model, report.inspect(ptqjax.read(model)))
+    config = _configured(config_file, {name: value for name, value in _named().items() if name == "target"})
+    tables.print_inspection(model, report.inspect(ptqjax.read(model), config))
 
 
 def _load(path: Path, graph: Graph) -> tuple[Samples, Batches]:
@@ -404,10 +451,16 @@ def _measured(
 
 
 def _fitting(config: QuantizationConfig, model: Model) -> QuantizationConfig:
-    """Returns `config` without the patterns that match no tensor of `model`: they are for what equalization adds."""
+    """Returns `config` without what is for tensors that `model` has not: they are for what equalization adds."""
+    from ptqjax.quantize.rules import matches_name
+
     inputs = [spec.name for spec in model.graph.inputs]
     names = [*model.graph.parameters, *inputs, *(name for node in model.graph.nodes for name in node.outputs)]
-    return replace(config, exclude=tuple(pattern for pattern in config.exclude if fnmatch.filter(names, pattern)))
+    return replace(
+        config,
+        exclude=tuple(pattern for pattern in config.exclude if any(matches_name(pattern, name) for name in names)),
+        rules=tuple(replace(rule, optional=True) for rule in config.rules),
+    )
 
 
 def _provenance(model: Path, data: Path | None) -> dict[str, Any]:

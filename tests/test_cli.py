@@ -145,6 +145,63 @@ def test_inspect_shows_operators_transforms_and_grids(place):
         assert words in result.stdout
 
 
+def test_inspect_says_for_a_target_which_grid_and_why(place):
+    result = run("inspect", place / "net.onnx", "--target", "tensorrt")
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    assert "Target tensorrt: NVIDIA TensorRT" in words
+    assert "int8 symmetric" in words
+    assert "added in float by target 'tensorrt'" in words
+
+
+def test_settings_of_a_file_count_and_options_win_over_them(place, tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text(
+        'weights = "int4"\nactivations = "uint16"\n[[rules]]\noperators = ["Conv"]\nof = "weights"\ndtype = "int5"\n'
+    )
+    result = run("inspect", place / "net.onnx", "--config", file)
+    assert result.exit_code == 0, result.output
+    assert " int5 " in result.stdout
+    assert " uint16 " in result.stdout
+    options = ["--calibration", place / "data.npz", "--no-equalize", "--correct", "none", "--ranges", "min-max"]
+    out = tmp_path / "q"
+    done = run("quantize", place / "net.onnx", "--out", out, "--config", file, "--activations", "uint8", *options)
+    assert done.exit_code == 0, done.output
+    settings = json.loads((out / "report.json").read_text())["settings"]
+    assert (settings["weights"], settings["activations"], settings["equalize"]) == ("int4", "uint8", False)
+
+
+def test_a_bad_file_of_settings_is_an_error_with_line_and_key(place, tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('\nweigths = "int4"\n')
+    result = run("inspect", place / "net.onnx", "--config", file)
+    assert result.exit_code == 2
+    assert "line 2: unknown key 'weigths'; near names: weights" in result.stderr
+
+
+def test_a_file_of_aimet_is_read_and_what_means_nothing_is_said(place, tmp_path):
+    file = tmp_path / "htp.json"
+    file.write_text(
+        json.dumps(
+            {
+                "defaults": {
+                    "ops": {"is_output_quantized": "True"},
+                    "params": {"is_quantized": "True", "is_symmetric": "True"},
+                },
+                "params": {},
+                "op_type": {"Relu": {"encoding_constraints": {"min": 0.0}}},
+                "supergroups": [{"op_list": ["Conv", "Relu"]}],
+                "model_input": {"is_input_quantized": "True"},
+                "model_output": {},
+            }
+        )
+    )
+    result = run("inspect", place / "net.onnx", "--config", file)
+    assert result.exit_code == 0, result.output
+    assert "Target aimet" in result.stdout
+    assert "Note: htp.json: op_type.Relu.encoding_constraints" in result.stderr
+
+
 def test_inspect_names_operators_without_lowering(place, tmp_path):
     onnx.save(network(last="RandomNormalLike"), tmp_path / "net.onnx")
     result = run("inspect", tmp_path / "net.onnx")
@@ -402,7 +459,7 @@ def test_a_folder_in_the_way_of_a_file_stops_the_run_before_it_begins(place, tmp
     ("options", "words"),
     [
         (["--no-such-option"], "No such option"),
-        (["--weights", "int7"], "int8"),
+        (["--weights", "int1"], "int8"),
         (["--granularity", "blocks"], "block:N"),
         (["--ranges", "snqr"], "sqnr"),
         (["--target", "ort-gpu"], "ort-cpu"),

@@ -34,7 +34,7 @@ _PASSES = ("MatmulAdd", "LayerNormalization", "RMSNormalization", "MaskedSoftmax
 
 
 def config_from_aimet(path: str | Path, **settings: Any) -> tuple[QuantizationConfig, tuple[str, ...]]:
-    """Returns the settings that mean what an AIMET configuration file means, and a note on each part that means nothing.
+    """Returns the settings that mean what an AIMET configuration file means, and notes on parts that mean nothing.
 
     The file says which tensors are rounded and how 0 lies on their grids; of widths and schemes it says nothing: they
     are the defaults here, or those of `settings`. The target is "aimet", which holds the rules that AIMET's code has.

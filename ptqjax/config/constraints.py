@@ -78,7 +78,7 @@ def _refusal(target: Target, key: str, given: Any, value: Any, allowed: tuple[An
     default = dict(target.defaults).get(key, allowed[0])
     return (
         f"{found} is not what target {target.name!r} takes: {', '.join(map(_text, allowed))}; set "
-        f"{key}={default!r}, or begin with QuantizationConfig.for_target({target.name!r}), which has the target's settings"
+        f"{key}={default!r}, or begin with QuantizationConfig.for_target({target.name!r}), with the target's settings"
     )
 
 

@@ -200,7 +200,7 @@ def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
     if tensor in plan.groups.inside:
         return plan.groups.inside[tensor]
     if plan.wanted is not None and tensor not in plan.wanted:
-        return f"read by no operator that target {plan.target.name!r} rounds for"
+        return f"no operator reads it that target {plan.target.name!r} rounds for"
     if (
         node is not None
         and moves_data(plan.model, node, plan.target)

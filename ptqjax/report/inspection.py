@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import QuantizationConfig, load_target
 from ptqjax.errors import ModelError, UnsupportedOperatorError
-from ptqjax.ir import Model, Node, Record, all_nodes, first_quantized_node, place_of
+from ptqjax.ir import Model, Node, Record, Report, all_nodes, first_quantized_node, place_of
 from ptqjax.ops import find_lowering
 from ptqjax.quantize import Placement, place
 from ptqjax.report.facts import contents, operator_name
@@ -42,16 +42,22 @@ class Inspection:
     """Which tensor would get which grid; None where the model cannot be quantized."""
     obstacle: str
     """Why the model cannot be quantized; "" where it can."""
+    config: QuantizationConfig
+    """The settings that `placement` is made by."""
 
 
 def inspect(model: Model, config: QuantizationConfig | None = None) -> Inspection:
-    """Returns what is in `model`, what the transforms would do to it, and where `config` would put grids."""
+    """Returns what is in `model`, what the transforms would do to it, and where `config` would put grids.
+
+    Raises:
+        ConfigError: `config` does not fit the model: see `place`.
+    """
+    config = QuantizationConfig() if config is None else config
     records, placement, obstacle = (), None, _obstacle(model)
     if not obstacle:
         try:
-            folded, fold_report = fold_batch_norms(model)
-            equalized, equalize_report = equalize(folded)
-            records, placement = (*fold_report, *equalize_report), place(equalized, config)
+            prepared, records = _prepared(model, config)
+            placement = place(prepared, config)
         except ModelError as error:
             obstacle = str(error)
     return Inspection(
@@ -60,7 +66,21 @@ def inspect(model: Model, config: QuantizationConfig | None = None) -> Inspectio
         records=records,
         placement=placement,
         obstacle=obstacle,
+        config=config,
     )
+
+
+def _prepared(model: Model, config: QuantizationConfig) -> tuple[Model, Report]:
+    """Returns the model as it would be quantized, and what was done to it, as far as that takes no data."""
+    folded, fold_report = fold_batch_norms(model)
+    if not config.equalize:
+        return folded, fold_report
+    bounds = config.bounds
+    if bounds == "exact" and not load_target(config.target).bounds_per_channel:
+        bounds = "auto"
+    scaling = "off" if config.scaling == "off" else "ranges"
+    equalized, equalize_report = equalize(folded, config.absorb, scaling=scaling, bounds=bounds)
+    return equalized, (*fold_report, *equalize_report)
 
 
 def _obstacle(model: Model) -> str:

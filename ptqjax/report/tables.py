@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ptqjax.config import QuantizationConfig
 from ptqjax.evaluate import Evaluation
 from ptqjax.ir import Record
-from ptqjax.quantize import BiasSite, Placement, Site
+from ptqjax.quantize import Placement
+from ptqjax.report.grids import HEADINGS, grid_rows, summary, target_line
 from ptqjax.report.inspection import Inspection, Unknown
 from ptqjax.report.page import by_transform, figure_texts, metric_headings, metric_text
 from ptqjax.transforms.saturation import Saturation
@@ -103,7 +105,8 @@ def print_inspection(path: Path, found: Inspection) -> None:
         click.echo(f"It cannot be quantized: {found.obstacle}")
         return
     _print_transforms(found.records)
-    _print_placement(found.placement)
+    click.echo(f"{target_line(found.config)}\n")
+    _print_placement(found.placement, found.config)
 
 
 def _print_contents(path: Path, found: Inspection) -> None:
@@ -155,29 +158,9 @@ def _record_row(record: Record) -> list[str]:
     return [mark, record.where[0], what, figures, record.reason]
 
 
-def _print_placement(placement: Placement) -> None:
-    rows = [[site.tensor, site.dtype, _per(site.axis), _tie(site), site.reason] for site in placement.sites]
-    rows += [[site.bias, "int32", _per(_scale_axis(site, placement)), "", _origin(site)] for site in placement.biases]
-    rows += [[entry.tensor, "float", "", "", entry.reason] for entry in placement.skipped]
-    _table("Which tensor would get which grid", ["tensor", "type", "per", "shares with", "why"], rows)
-
-
-def _per(axis: int | None) -> str:
-    return "tensor" if axis is None else f"axis {axis}"
-
-
-def _scale_axis(site: BiasSite, placement: Placement) -> int | None:
-    """Returns the axis of a bias that its scales run along; None where its weight has one scale, and so the bias."""
-    weight = placement.site(site.weight)
-    return None if weight is None or weight.axis is None else site.axis
-
-
-def _origin(site: BiasSite) -> str:
-    return f"bias: scale of '{site.input}' times scale of '{site.weight}'"
-
-
-def _tie(site: Site) -> str:
-    return "" if site.root == site.tensor else site.root
+def _print_placement(placement: Placement, config: QuantizationConfig) -> None:
+    title = f"Which tensor would get which grid: {summary(placement)}"
+    _table(title, HEADINGS, grid_rows(placement, config))
 
 
 def _shape(shape: Sequence[Any] | None) -> str:
