@@ -68,7 +68,7 @@ def in_batches(name: str, batches: Sequence[Sequence[np.ndarray]], kind: GridKin
         kind: Arrays with an element for each row of all matrices, one after the other; or scalars.
 
     Raises:
-        ConfigError: AIMET has no scheme of this name.
+        ConfigError: AIMET has no scheme of this name, or scales are to be powers of two.
     """
     percentage = _percentage(name) if name not in ("min-max", _SEARCH) else None
     begin, grids = 0, []
@@ -83,10 +83,17 @@ def in_batches(name: str, batches: Sequence[Sequence[np.ndarray]], kind: GridKin
 
 
 def fixed_grid(lowest: Any, highest: Any, kind: GridKind) -> _Grids:
-    """Returns scale and zero point of ranges that are known beforehand, widened to hold 0 and to span 0.01 at least."""
+    """Returns scale and zero point of ranges that are known beforehand, widened to hold 0 and to span 0.01 at least.
+
+    AIMET has an older formula for them: a strictly symmetric grid has lowest / 2^(b-1), as others have, and may end
+    above the lowest value; none is unsigned because no value is negative.
+    """
     low = np.minimum(np.asarray(lowest, dtype=np.float64), 0)
     high = np.maximum(np.asarray(highest, dtype=np.float64), 0)
-    return _as_integers(*aimet.grid_of_extremes(low, np.maximum(high, low + _LEAST_FIXED_RANGE), kind), kind.qmin)
+    high = np.maximum(high, low + _LEAST_FIXED_RANGE)
+    steps = np.asarray(kind.qmax, dtype=np.float64) - np.asarray(kind.qmin, dtype=np.float64)
+    low = np.where(np.logical_and(kind.symmetric, steps % 2 == 0), low * steps / (steps + 2), low)
+    return _as_integers(*aimet.grid_of_extremes(low, high, kind.replace(unsigned=np.asarray(False))), kind.qmin)
 
 
 def symmetry_in_use(name: str, symmetric: Symmetry, *, is_all_zero: bool) -> Symmetry:
@@ -150,9 +157,16 @@ def _grid_of_density(
 
 
 def _grid_of_extremes(lowest: Any, highest: Any, kind: GridKind) -> _Grids:
-    limit = LARGEST_VALUE / 2  # rounding the zero point moves an end by half a step, at 2 bits a third of the range
+    _check_scales(kind)
+    steps = np.asarray(kind.qmax, dtype=np.float64) - np.asarray(kind.qmin, dtype=np.float64)
+    limit = LARGEST_VALUE * np.floor(steps / 2) / np.ceil(steps / 2)  # a symmetric grid may have one code more below 0
     low, high = (np.clip(np.asarray(end, dtype=np.float64), -limit, limit) for end in (lowest, highest))
     return _as_integers(*aimet.grid_of_extremes(low, high, kind), kind.qmin)
+
+
+def _check_scales(kind: GridKind) -> None:
+    if np.any(kind.power_of_two):
+        raise ConfigError("power_of_two=True is not available with compatibility='aimet', which has no such scales")
 
 
 def _as_integers(step: np.ndarray, offset: np.ndarray, qmin: Any) -> _Grids:
