@@ -176,6 +176,14 @@ def test_every_batch_weighs_the_same_however_many_values_it_has() -> None:
     np.testing.assert_allclose(mass[mass > 0], [0.5, 0.5], rtol=1e-15)
 
 
+def test_a_share_that_is_reached_exactly_ends_the_range() -> None:
+    """A quarter of the values in each of four bins: 75 % end with the second bin, whose right edge is one bin on."""
+    scale, zero_point = in_batches("percentile:75", [[np.array([[1, 2, 3, 4]], np.float32)]], grid_kind("uint8"))
+    width = 3 / 512
+    assert 2 < scale[0] * 255 <= 2 + width * 1.001
+    assert zero_point[0] == 0
+
+
 @pytest.mark.parametrize("symmetric", SYMMETRIES)
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
 def test_all_zero_data_has_a_grid_of_one_on_both_sides(bits: int, symmetric: Symmetry) -> None:
