@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -75,7 +76,7 @@ def test_encodings_are_those_of_the_float_activations(model: Model) -> None:
     x = np.concatenate([batch["x"] for batch in DATA])
     np.testing.assert_array_equal(found["x"].scale, choose_encoding(x, dtype="uint8", ranges="min-max").scale)
     np.testing.assert_array_equal(
-        found["w2"].scale, choose_encoding(model.params["w2"], ranges="min-max", axis=0).scale
+        found["w2"].scale, choose_encoding(model.params["w2"], ranges="min-max", symmetric=True, axis=0).scale
     )
     wide = model.params["w1"], model.params["b1"]
     padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -196,7 +197,7 @@ def test_batches_stream_and_each_size_is_compiled_once(model: Model, monkeypatch
     alive: list[int] = []
     traces: list[object] = []
 
-    def counted(*arguments: object, **settings: object) -> object:
+    def counted(*arguments: Any, **settings: Any) -> object:
         traces.append(None)
         return interpret(*arguments, **settings)
 

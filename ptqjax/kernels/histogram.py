@@ -12,6 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 NUM_BINS = 4096
@@ -57,6 +58,16 @@ def add_values(
     return grown.replace(counts=_scatter_add(grown.counts, bins, counted.astype(jnp.int32)))
 
 
+def histogram_of(matrix: np.ndarray, num_bins: int = NUM_BINS) -> Histogram:
+    """Returns the histograms of the rows of a matrix in hand, on NumPy: what `add_values` makes of all of it."""
+    largest = np.abs(matrix).max(axis=1).astype(np.float32)
+    exponent = np.maximum(np.frexp(largest)[1] - (num_bins.bit_length() - 2), _LOWEST_EXPONENT)
+    bins = np.floor(np.ldexp(matrix, -exponent[:, None])).astype(np.int64) + num_bins // 2
+    flat = np.clip(bins, 0, num_bins - 1) + np.arange(len(matrix))[:, None] * num_bins
+    counts = np.bincount(flat.ravel(), minlength=len(matrix) * num_bins).reshape(len(matrix), num_bins)
+    return Histogram(counts=counts.astype(np.int32), exponent=exponent.astype(np.int32))
+
+
 def merge_histograms(first: Histogram, second: Histogram) -> Histogram:
     """Returns the histograms of both sets of data together."""
     exponent = jnp.maximum(first.exponent, second.exponent)
@@ -71,15 +82,6 @@ def widen(histogram: Histogram, exponent: Int[Array, " t"]) -> Histogram:
     bins = ((jnp.arange(2 * half, dtype=jnp.int32)[None, :] - half) >> doublings) + half
     counts = _scatter_add(jnp.zeros_like(histogram.counts), bins, histogram.counts)
     return Histogram(counts=counts, exponent=exponent)
-
-
-def representatives(num_bins: int = NUM_BINS) -> Float[Array, " b"]:
-    """Returns the value that stands for each bin, in units of the bins' width: its middle, but 0 next to 0.
-
-    Zeros are the most frequent value of an activation and lie on every grid: they must not seem to be rounded.
-    """
-    middles = jnp.arange(num_bins, dtype=jnp.float32) - (num_bins / 2 - 0.5)
-    return jnp.where(jnp.abs(middles) < 1, 0.0, middles)
 
 
 def power_of_two(exponent: Int[Array, "*shape"]) -> Float[Array, "*shape"]:

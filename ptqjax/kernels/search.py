@@ -1,47 +1,62 @@
 """The search for the range with the least error, over all tensors or channels at once, in one program.
 
 A candidate shrinks both ends of the observed range by a fraction each. Its error is what a grid on the shrunken range
-does to the data: sum of count * (x - rounded x)^2, times `SATURATION_WEIGHT` where x lies beyond the grid. First a
-lattice of fractions is tried, then a finer one around the best of each range.
+does to the data: the sum of (x - rounded x)^2, times a weight where x lies beyond the grid. First a lattice of
+fractions is tried, then finer ones around the best of each range. Widths, symmetry, the weight and the candidates are
+arrays: data of one shape are compiled for once.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from ptqjax.kernels import grid
 from ptqjax.kernels.ranges import GridKind, grid_of_range
 
 SATURATION_WEIGHT = 3.0
-"""How much an error from clipping weighs against one from rounding (the field's tf_enhanced scheme has the same)."""
+"""How much an error from clipping weighs against one from rounding in the scheme "sqnr"; the field's tf_enhanced has
+the same. With 1 (the scheme "mse") ranges end farther inside, the more so the fewer bits there are."""
 
 _ROW_LENGTH = (
     64  # a channel has 9 to some thousand weights; the rest of its last row is zeros, which round to themselves
 )
-_SYMMETRIC_STEP = 1 / 40
-_ASYMMETRIC_STEP = 1 / 14
+_SMALLEST_FRACTION = 1e-3
+_NARROWEST = 2.0**-10  # of a bin's width: what is left of a bin that an extreme cuts off
 
 
 class Rows(flax.struct.PyTreeNode):
     """Data of many ranges, cut into rows of equal length; each range has its own unit."""
 
     values: Any
-    """Shape [n, l], in units of the row's range."""
+    """Shape [n, l], in units of the row's range: numbers, or the lower ends of bins."""
+    uppers: Any
+    """The upper ends of bins, of the shape of `values`; None where these are numbers."""
     counts: Any
-    """How often each value occurs, of the shape of `values`; None where each occurs once."""
+    """How many numbers each bin holds, of the shape of `values`; None where these are numbers."""
     ranges: Any
     """The range that a row belongs to, shape [n], sorted."""
     lowest: Any
     """Smallest value of each range, in its unit, shape [r]."""
     highest: Any
     """Largest value of each range, in its unit, shape [r]."""
+
+
+class Candidates(flax.struct.PyTreeNode):
+    """Fractions of the two ends to try, one pair after the other."""
+
+    offsets: Any
+    """Shape [c, 2]: what is added to the pair at the centre, at first (1, 1)."""
+    begins: Any
+    """Boolean, shape [c]: whether the best pair so far is the centre from here on."""
+    count: Any
+    """How many are tried; the others fill the array up, so that all sets have one shape."""
 
 
 def rows_of(arrays: list[np.ndarray]) -> Rows:
@@ -60,6 +75,7 @@ def rows_of(arrays: list[np.ndarray]) -> Rows:
     num_rows, num_ranges = _rounded_up(len(values)), _rounded_up(len(repeats))
     return Rows(
         values=_filled(np.ldexp(values, -exponents[ranges][:, None]), num_rows, 0),
+        uppers=None,
         counts=None,
         ranges=_filled(ranges.astype(np.int32), num_rows, num_ranges - 1),
         lowest=_filled(np.ldexp(lowest, -exponents), num_ranges, 0),
@@ -67,69 +83,137 @@ def rows_of(arrays: list[np.ndarray]) -> Rows:
     )
 
 
-def search_fractions(rows: Rows, kind: GridKind, *, both_ends: bool) -> Float[Array, "r 2"]:
+def rows_of_bins(counts: Float[Array, "t b"], lowest: Float[Array, " t"], highest: Float[Array, " t"]) -> Rows:
+    """Returns a row for each histogram, whose bins have the width 1 and 0 in the middle, cut off at the extremes.
+
+    The two bins next to 0 count as empty: they hold zeros, the most frequent value of an activation, which lie on every
+    grid and must not seem to be rounded.
+    """
+    num_tensors, num_bins = counts.shape
+    edges = jnp.arange(num_bins, dtype=jnp.float32)[None, :] - num_bins // 2
+    lowers = jnp.clip(edges, lowest[:, None], highest[:, None])
+    is_zero = (edges == 0) | (edges == -1)
+    return Rows(
+        values=lowers,
+        uppers=jnp.maximum(jnp.clip(edges + 1, lowest[:, None], highest[:, None]), lowers + _NARROWEST),
+        counts=jnp.where(is_zero, 0, counts),
+        ranges=jnp.arange(num_tensors, dtype=jnp.int32),
+        lowest=lowest,
+        highest=highest,
+    )
+
+
+@jax.jit
+def search_fractions(
+    rows: Rows, kind: GridKind, saturation_weight: Float[Array, ""], candidates: Candidates
+) -> Float[Array, "r 2"]:
     """Returns the fractions of the lowest and the highest value that give each range the least error.
+
+    The same to the bit on any number of devices that `rows` are spread over; under `jax.set_mesh`, then.
 
     Args:
         rows: The data.
         kind: The grids, one or as many as there are ranges.
-        both_ends: Whether the ends shrink independently (for asymmetric grids) or together. Static under `jit`.
+        saturation_weight: How much an error from clipping weighs against one from rounding.
+        candidates: What is tried, `BOTH_ENDS` or `TOGETHER`.
 
     Returns:
-        Fractions in (0, 1], of which the first, 1, wins ties.
+        Fractions in (0, 1], of which the first wins ties.
     """
-    offsets, is_fine = _candidates(both_ends=both_ends)
     start = jnp.ones((rows.lowest.shape[0], 2), dtype=jnp.float32)
 
-    def try_one(carry: tuple[Any, Any, Any], candidate: tuple[Any, Any]) -> tuple[tuple[Any, Any, Any], None]:
+    def try_one(index: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         least, best, centre = carry
-        offset, begins_fine = candidate
-        centre = jnp.where(begins_fine, best, centre)
-        tried = jnp.clip(centre + offset[None, :], 1e-3, 1.0)
+        centre = jnp.where(candidates.begins[index], best, centre)
+        tried = jnp.clip(centre + candidates.offsets[index][None, :], _SMALLEST_FRACTION, 1.0)
         scale, zero_point = grid_of_range(rows.lowest * tried[:, 0], rows.highest * tried[:, 1], kind)
-        error = total_error(rows, scale, zero_point, kind)
+        error = total_error(rows, scale, zero_point, kind, saturation_weight)
         is_better = error < least
-        best = jnp.where(is_better[:, None], tried, best)
-        return (jnp.where(is_better, error, least), best, centre), None
+        return jnp.where(is_better, error, least), jnp.where(is_better[:, None], tried, best), centre
 
     nothing = jnp.full(start.shape[:1], jnp.inf, dtype=jnp.float32)
-    (_, best, _), _ = jax.lax.scan(try_one, (nothing, start, start), (offsets, is_fine))
-    return best
+    return jax.lax.fori_loop(0, candidates.count, try_one, (nothing, start, start))[1]
 
 
-search_fractions_jitted = partial(jax.jit, static_argnames="both_ends")(search_fractions)
-"""`search_fractions`, compiled."""
-
-
-def total_error(rows: Rows, scale: Float[Array, " r"], zero_point: Float[Array, " r"], kind: GridKind) -> Any:
+def total_error(rows: Rows, scale: Any, zero_point: Any, kind: GridKind, saturation_weight: Any) -> Float[Array, " r"]:
     """Returns the weighted squared error of each range on its grid, in squares of its unit."""
-    spread = [
+    spread = (
         jnp.broadcast_to(v, rows.lowest.shape)[rows.ranges][:, None] for v in (scale, zero_point, kind.qmin, kind.qmax)
-    ]
-    row_scale, row_zero, row_qmin, row_qmax = spread
-    wanted = jnp.round(rows.values / row_scale) + row_zero
-    codes = jnp.clip(wanted, row_qmin, row_qmax)
-    error = jnp.square(rows.values - grid.dequantize(codes, row_scale, row_zero))
-    error = error * jnp.where(wanted == codes, 1.0, SATURATION_WEIGHT)
-    error = error if rows.counts is None else error * rows.counts
-    return jax.ops.segment_sum(error.sum(axis=1), rows.ranges, rows.lowest.shape[0], indices_are_sorted=True)
+    )
+    error = _error_of_numbers if rows.uppers is None else _error_of_bins
+    per_row = _gathered(error(rows, _Grid(*spread), saturation_weight).sum(axis=1))
+    return jax.ops.segment_sum(per_row, rows.ranges, rows.lowest.shape[0], indices_are_sorted=True)
 
 
-def _candidates(*, both_ends: bool) -> tuple[Float[Array, "c 2"], Bool[Array, " c"]]:
-    """Returns offsets of the fractions, coarse ones from 1 and then fine ones from the best; and where these begin."""
-    step = _ASYMMETRIC_STEP if both_ends else _SYMMETRIC_STEP
-    coarse = np.arange(0, 0.9 * step - 1, -step)
-    fine = np.arange(4, -5, -1) * (step / 5) if both_ends else np.arange(7, -8, -1) * (step / 8)
-    first, second = (_lattice(part, both_ends=both_ends) for part in (coarse, fine))
-    begins_fine = np.arange(len(first) + len(second)) == len(first)
-    return jnp.asarray(np.concatenate([first, second]), dtype=jnp.float32), jnp.asarray(begins_fine)
+class _Grid(NamedTuple):
+    """The grid of each row, shape [n, 1]."""
+
+    scale: Any
+    zero_point: Any
+    qmin: Any
+    qmax: Any
 
 
-def _lattice(fractions: np.ndarray, *, both_ends: bool) -> np.ndarray:
-    if not both_ends:
-        return np.stack([fractions, fractions], axis=1)
+def _error_of_numbers(rows: Rows, to: _Grid, saturation_weight: Any) -> Any:
+    wanted = jnp.round(rows.values / to.scale) + to.zero_point
+    codes = jnp.clip(wanted, to.qmin, to.qmax)
+    error = jnp.square(rows.values - grid.dequantize(codes, to.scale, to.zero_point))
+    return error * jnp.where(wanted == codes, 1.0, saturation_weight)
+
+
+def _error_of_bins(rows: Rows, to: _Grid, saturation_weight: Any) -> Any:
+    """Returns the mean error of a number that lies anywhere in the bin, times the count.
+
+    In steps, the integral of (u - round(u))^2 from 0 to y is round(y) / 12 + (y - round(y))^3 / 3. So bins may be wider
+    than steps, as they are for 16 bits.
+    """
+    lower, upper = rows.values / to.scale, rows.uppers / to.scale
+    bottom, top = to.qmin - to.zero_point, to.qmax - to.zero_point
+    rounded = _integral_of_rounding(jnp.clip(lower, bottom - 0.5, top + 0.5), jnp.clip(upper, bottom - 0.5, top + 0.5))
+    above = _integral_of_square(jnp.maximum(lower - top, 0.5), jnp.maximum(upper - top, 0.5))
+    below = _integral_of_square(jnp.minimum(lower - bottom, -0.5), jnp.minimum(upper - bottom, -0.5))
+    mean = (rounded + saturation_weight * (above + below)) / (upper - lower)
+    return mean * jnp.square(to.scale) * rows.counts
+
+
+def _integral_of_rounding(lower: Any, upper: Any) -> Any:
+    nearest = jnp.round(lower), jnp.round(upper)
+    return (nearest[1] - nearest[0]) / 12 + _integral_of_square(lower - nearest[0], upper - nearest[1])
+
+
+def _integral_of_square(lower: Any, upper: Any) -> Any:
+    return (upper * upper * upper - lower * lower * lower) / 3
+
+
+def _gathered(values: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Returns the values on every device: a sum of parts would depend on where the parts are."""
+    return (
+        values if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(values, PartitionSpec())
+    )
+
+
+def _candidates(levels: list[np.ndarray], length: int) -> Candidates:
+    """Returns the offsets of one level after the other."""
+    offsets = np.concatenate(levels).astype(np.float32)
+    starts = np.cumsum([0, *map(len, levels)])[1:-1]
+    return Candidates(
+        offsets=_filled(offsets, length, 0),
+        begins=np.isin(np.arange(length), starts),
+        count=np.int32(len(offsets)),
+    )
+
+
+def _around(step: float, reach: int) -> np.ndarray:
+    return np.arange(reach, -reach - 1, -1) * step
+
+
+def _pairs(fractions: np.ndarray) -> np.ndarray:
     low, high = np.meshgrid(fractions, fractions, indexing="ij")
     return np.stack([low.ravel(), high.ravel()], axis=1)
+
+
+def _equal(fractions: np.ndarray) -> np.ndarray:
+    return np.stack([fractions, fractions], axis=1)
 
 
 def _pieces(matrix: np.ndarray) -> tuple[np.ndarray, int]:
@@ -150,3 +234,11 @@ def _rounded_up(count: int) -> int:
 def _filled(array: np.ndarray, length: int, value: int) -> np.ndarray:
     missing = np.full((length - len(array), *array.shape[1:]), value, dtype=array.dtype)
     return np.concatenate([array, missing])
+
+
+_NUM_CANDIDATES = 320
+
+BOTH_ENDS = _candidates([_pairs(np.arange(14) / -14), _pairs(_around(1 / 70, 4))], _NUM_CANDIDATES)
+"""For asymmetric grids: the ends shrink independently, in steps of 1/14 and then of 1/70."""
+TOGETHER = _candidates([_equal(np.arange(40) / -40), _equal(_around(1 / 320, 7))], _NUM_CANDIDATES)
+"""For symmetric grids: the ends shrink together, in steps of 1/40 and then of 1/320."""

@@ -10,9 +10,9 @@ import numpy as np
 
 from ptqjax.errors import DataError
 from ptqjax.ir import Model, place_of
-from ptqjax.kernels.ranges import grid_of_range
-from ptqjax.quantize.encodings import Encoding, make_encoding
-from ptqjax.quantize.placement import Site, kind_of
+from ptqjax.quantize.encodings import Encoding
+from ptqjax.quantize.placement import Site
+from ptqjax.quantize.site_encodings import encoding_of_range
 from ptqjax.transforms.linear import linear_layers
 from ptqjax.transforms.moments import channel_ranges
 
@@ -49,7 +49,7 @@ def encode_from_statistics(model: Model, sites: Sequence[Site]) -> dict[str, Enc
         own = channel_ranges(model, num_std=deviations)
         ranges |= {name: found for name, found in own.items() if name in names}
     _check_known(model, [site.tensor for site in sites], ranges)
-    return {site.tensor: _encoding(site, *ranges[site.tensor]) for site in sites}
+    return {site.tensor: encoding_of_range(site, *_ends(*ranges[site.tensor])) for site in sites}
 
 
 def _behind_depthwise_layers(model: Model) -> set[str]:
@@ -62,9 +62,8 @@ def _behind_depthwise_layers(model: Model) -> set[str]:
     return found
 
 
-def _encoding(site: Site, low: Any, high: Any) -> Encoding:
-    scale, zero_point = grid_of_range(np.min(low), np.max(high), kind_of(site))
-    return make_encoding(scale, zero_point, dtype=site.dtype, symmetric=site.symmetric)
+def _ends(low: Any, high: Any) -> tuple[Any, Any]:
+    return np.min(low), np.max(high)
 
 
 def _check_known(model: Model, tensors: Sequence[str], known: Mapping[str, Any]) -> None:

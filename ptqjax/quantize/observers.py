@@ -1,7 +1,6 @@
-"""Schemes that choose ranges: records of pure functions over bounded, mergeable state of many tensors at once.
+"""What is kept of streamed data: bounded, mergeable state of many tensors at once, as records of pure functions.
 
-A scheme sees data in two ways: batch after batch (an `Observer`, then `finish`), as activations come; and whole
-(`in_hand`), as weights are. Both return the grid of each tensor or channel.
+What ranges are made of it is told in `quantize.schemes`.
 """
 
 from __future__ import annotations
@@ -12,26 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ptqjax.errors import ConfigError
-from ptqjax.kernels.histogram import (
-    NUM_BINS,
-    Histogram,
-    add_values,
-    empty_histogram,
-    merge_histograms,
-    power_of_two,
-    representatives,
-)
-from ptqjax.kernels.ranges import GridKind, grid_of_range
-from ptqjax.kernels.search import Rows, rows_of, search_fractions_jitted
+from ptqjax.kernels.exact_sums import add_terms, empty_sums
+from ptqjax.kernels.histogram import Histogram, add_values, empty_histogram, merge_histograms
+from ptqjax.kernels.ranges import GridKind
 
 SAMPLES = 4096
-"""Values of a tensor that the histogram of `SQNR` counts for each sample of a batch; extremes are of all values.
+"""Values of a tensor that a histogram counts for each sample of a batch; extremes are of all values.
 
 Where fewer are counted than there are, the tail beyond the largest one counted may be clipped unseen."""
 
@@ -45,6 +34,17 @@ class Extremes(flax.struct.PyTreeNode):
     """Shape [t]."""
     highest: Any
     """Shape [t]."""
+
+
+class MeanExtremes(flax.struct.PyTreeNode):
+    """Extremes of all values of t tensors, and the sums of the extremes of each sample."""
+
+    extremes: Extremes
+    """Of all values."""
+    sums: Any
+    """Of the smallest and the largest values, as `kernels.exact_sums` has sums: shape [t, 2, e, p]."""
+    counts: Any
+    """Number of samples, int32, shape [t]; a tensor that does not divide into samples counts once a batch."""
 
 
 class Distribution(flax.struct.PyTreeNode):
@@ -87,28 +87,19 @@ class RangeScheme:
     """(matrices, grids) -> scale and zero point of each row of each matrix; one grid for each row."""
 
 
-def find_scheme(name: str) -> RangeScheme:
-    """Returns the scheme that `QuantizationConfig.ranges` names.
-
-    Raises:
-        ConfigError: There is none of this name.
-    """
-    scheme = next((scheme for scheme in (MIN_MAX, SQNR) if scheme.name == name), None)
-    if scheme is None:
-        raise ConfigError(f"ranges={name!r} is not yet available; expected one of {MIN_MAX.name}, {SQNR.name}")
-    return scheme
-
-
 def sampled(value: Float[Array, "..."], num_samples: int, limit: int = SAMPLES) -> Float[Array, " k"]:
     """Returns at most `limit` values of each of `num_samples` samples: always the same places, spread over all.
 
     The places are i * s modulo the sample's size n, with s coprime to n and near n times the golden ratio: evenly
     spread in space and over channels, wherever the channel axis is. A tensor that does not divide into samples is one.
     """
-    groups = num_samples if num_samples and value.size % num_samples == 0 else 1
-    rows = value.reshape(groups, -1).astype(jnp.float32)
-    size, wanted = rows.shape[1], limit * num_samples // groups
+    rows = _by_samples(value, num_samples).astype(jnp.float32)
+    size, wanted = rows.shape[1], limit * num_samples // rows.shape[0]
     return rows.reshape(-1) if size <= wanted else rows[:, _places(size, wanted)].reshape(-1)
+
+
+def _by_samples(value: Float[Array, "..."], num_samples: int) -> Float[Array, "n k"]:
+    return value.reshape(num_samples if num_samples and value.size % num_samples == 0 else 1, -1)
 
 
 def _places(size: int, wanted: int) -> np.ndarray:
@@ -139,16 +130,36 @@ def _update_extremes(state: Extremes, values: Sequence[Any], num_samples: int) -
     return _merge_extremes(state, _batch_extremes(values))
 
 
-def _grid_of_extremes(state: Extremes, kind: GridKind) -> tuple[Any, Any]:
-    return grid_of_range(np.asarray(state.lowest), np.asarray(state.highest), kind)
+def _init_mean_extremes(num_tensors: int) -> MeanExtremes:
+    return MeanExtremes(
+        extremes=_init_extremes(num_tensors),
+        sums=empty_sums(num_tensors, 2),
+        counts=jnp.zeros((num_tensors,), dtype=jnp.int32),
+    )
 
 
-def _grid_of_extremes_in_hand(matrices: list[np.ndarray], kind: GridKind) -> tuple[np.ndarray, np.ndarray]:
-    return grid_of_range(*_extremes_in_hand(matrices), kind)
+def _update_mean_extremes(state: MeanExtremes, values: Sequence[Any], num_samples: int) -> MeanExtremes:
+    rows = [_by_samples(value, num_samples) for value in values]
+    each = [jnp.stack([row.min(axis=1), row.max(axis=1)]).astype(jnp.float32) for row in rows]
+    longest = max(row.shape[0] for row in rows)
+    terms = jnp.stack([jnp.pad(ends, ((0, 0), (0, longest - ends.shape[1]))) for ends in each])  # zeros add nothing
+    sums = add_terms(state.sums.reshape(-1, *state.sums.shape[2:]), terms.reshape(-1, longest))
+    batch = Extremes(
+        lowest=jnp.stack([ends[0].min() for ends in each]), highest=jnp.stack([ends[1].max() for ends in each])
+    )
+    return MeanExtremes(
+        extremes=_merge_extremes(state.extremes, batch),
+        sums=sums.reshape(state.sums.shape),
+        counts=state.counts + np.asarray([row.shape[0] for row in rows], dtype=np.int32),
+    )
 
 
-def _extremes_in_hand(matrices: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate([m.min(axis=1) for m in matrices]), np.concatenate([m.max(axis=1) for m in matrices])
+def _merge_mean_extremes(first: MeanExtremes, second: MeanExtremes) -> MeanExtremes:
+    return MeanExtremes(
+        extremes=_merge_extremes(first.extremes, second.extremes),
+        sums=first.sums + second.sums,
+        counts=first.counts + second.counts,
+    )
 
 
 def _init_distribution(num_tensors: int) -> Distribution:
@@ -176,39 +187,16 @@ def _merge_distributions(first: Distribution, second: Distribution) -> Distribut
     )
 
 
-def _best_grid_of_distribution(state: Distribution, kind: GridKind) -> tuple[Any, Any]:
-    low, high = jnp.minimum(state.extremes.lowest, 0), jnp.maximum(state.extremes.highest, 0)
-    fractions = search_fractions_jitted(_rows_of_histogram(state.histogram, low, high), kind, both_ends=True)
-    return grid_of_range(np.asarray(low * fractions[:, 0]), np.asarray(high * fractions[:, 1]), kind)
-
-
-def _rows_of_histogram(histogram: Histogram, low: Any, high: Any) -> Rows:
-    num_tensors = histogram.exponent.shape[0]
-    unit = power_of_two(-histogram.exponent)
-    return Rows(
-        values=jnp.broadcast_to(representatives(NUM_BINS)[None, :], (num_tensors, NUM_BINS)),
-        counts=histogram.counts.astype(jnp.float32),
-        ranges=jnp.arange(num_tensors, dtype=jnp.int32),
-        lowest=low * unit,
-        highest=high * unit,
-    )
-
-
-def _best_grid_in_hand(matrices: list[np.ndarray], kind: GridKind) -> tuple[np.ndarray, np.ndarray]:
-    low, high = _extremes_in_hand(matrices)
-    rows = rows_of(matrices)
-    filled = jax.tree.map(lambda limit: _filled(np.broadcast_to(limit, low.shape), len(rows.lowest)), kind)
-    both_ends = not np.all(kind.symmetric)
-    fractions = np.asarray(search_fractions_jitted(rows, filled, both_ends=both_ends), dtype=np.float64)[: len(low)]
-    return grid_of_range(np.minimum(low, 0) * fractions[:, 0], np.maximum(high, 0) * fractions[:, 1], kind)
-
-
-def _filled(array: np.ndarray, length: int) -> np.ndarray:
-    return np.concatenate([array, np.repeat(array[-1:], length - len(array), axis=0)])
-
-
 EXTREMES = Observer(init=_init_extremes, update=_update_extremes, merge=_merge_extremes, extremes=lambda state: state)
 """Keeps the smallest and the largest value."""
+
+MEAN_EXTREMES = Observer(
+    init=_init_mean_extremes,
+    update=_update_mean_extremes,
+    merge=_merge_mean_extremes,
+    extremes=lambda state: state.extremes,
+)
+"""Keeps the sums of each sample's smallest and largest value."""
 
 DISTRIBUTION = Observer(
     init=_init_distribution,
@@ -217,13 +205,3 @@ DISTRIBUTION = Observer(
     extremes=lambda state: state.extremes,
 )
 """Keeps the extremes, and counts of a sample of the values."""
-
-MIN_MAX = RangeScheme(name="min-max", observer=EXTREMES, finish=_grid_of_extremes, in_hand=_grid_of_extremes_in_hand)
-"""The whole range that was seen."""
-
-SQNR = RangeScheme(name="sqnr", observer=DISTRIBUTION, finish=_best_grid_of_distribution, in_hand=_best_grid_in_hand)
-"""The range with the least error of rounding plus three times that of clipping, see `kernels.search`.
-
-Differs from aimet-onnx 2.42's tf_enhanced: nothing is dropped when later batches are wider than the first, every
-sample weighs the same, rounding is half to even, an end may stay while the other moves, and weights are not binned.
-"""

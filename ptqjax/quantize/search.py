@@ -8,80 +8,132 @@ from typing import Any
 import jax
 import numpy as np
 
-from ptqjax.config import ACTIVATION_DTYPES, WEIGHT_DTYPES
+from ptqjax.config.checks import check_dtype, check_symmetry
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.kernels.ranges import Symmetry, stack_kinds
-from ptqjax.quantize.encodings import Encoding, make_encoding
-from ptqjax.quantize.observers import RangeScheme, find_scheme
+from ptqjax.quantize.aimet_schemes import in_batches
+from ptqjax.quantize.encodings import Encoding
+from ptqjax.quantize.observers import RangeScheme
 from ptqjax.quantize.placement import WEIGHT, Site, kind_of
+from ptqjax.quantize.schemes import find_scheme
+from ptqjax.quantize.site_encodings import as_aimet_has_it, encoding_of_grid, grid_of_site, is_float
 
 
 def choose_encoding(
     samples: Any,
     *,
     dtype: str = "int8",
-    symmetric: Symmetry | None = None,
+    symmetric: Symmetry = False,
     ranges: str = "sqnr",
     axis: int | None = None,
     block_size: int | None = None,
+    compatibility: str | None = None,
+    power_of_two: bool = False,
+    scale_bits: int | None = None,
 ) -> Encoding:
     """Returns the encoding of an array, or of a list of batches together.
 
     All-zero data gives scale 1; an all-zero channel or block beside others takes the largest scale among them, because
-    a bias that is added to it has a multiple of that scale.
+    a bias that is added to it has a multiple of that scale. Data below the normal float32 numbers give the smallest
+    scale that is one; those near the largest are clipped where a code would be infinite.
 
     Args:
         samples: The data; a list or tuple of arrays is concatenated along the first axis.
-        dtype: Integer type of the grid, as in "int8", "uint8", "int4".
-        symmetric: Whether 0 lies in the middle of the grid; None: for signed types.
+        dtype: Type of the codes, as in "int8", "uint8", "int4", "float8_e4m3fn". A floating-point format takes its
+            scale from the largest magnitude, whatever the scheme; those of 16 bits have the scale 1.
+        symmetric: How 0 lies on the grid: False (anywhere), True (in the middle), "strict" (and the smallest integer of
+            a signed type unused), "unsigned" (at the smallest integer where no value is negative), "strict unsigned".
         ranges: The scheme, as `QuantizationConfig.ranges` has it.
         axis: Axis that has a scale for each position, or for each block of positions; None: one scale.
         block_size: Number of positions along `axis` that share a scale.
+        compatibility: "aimet" for the formulas of aimet-onnx 2.42: what it makes of the list batch by batch, of an
+            array as one batch. None: our own, for which batches do not matter.
+        power_of_two: Whether scales are powers of two.
+        scale_bits: For low-power blocks (LPBQ): the scales of a channel's blocks are multiples of one, by integers of
+            as many bits.
 
     Raises:
         DataError: The data are empty, not floating, or not finite.
-        ConfigError: `dtype` or `ranges` is unknown, `axis` does not exist, or a block has no axis or no size.
+        ConfigError: A setting is unknown, `axis` does not exist, or a block has no axis or no size.
     """
+    check_dtype("dtype", dtype)
+    check_symmetry("symmetric", symmetric)
     site = Site(
         tensor="samples",
         kind=WEIGHT,
-        dtype=_checked_dtype(dtype),
-        symmetric=not dtype.startswith("u") if symmetric is None else symmetric,
+        dtype=dtype,
+        symmetric=symmetric,
         root="samples",
         reason="chosen by the caller",
         axis=axis,
         block_size=block_size,
+        power_of_two=power_of_two,
+        scale_bits=scale_bits,
     )
+    scheme = find_scheme(ranges, compatibility)
     values = _joined(samples)
     _check_axis(site, values.ndim)
-    return encode_constants([site], {"samples": values}, find_scheme(ranges))["samples"]
+    if compatibility is not None and isinstance(samples, list | tuple) and not is_float(site):
+        return _encode_batches(site, [_checked("samples", np.asarray(batch)) for batch in samples], ranges)
+    return encode_constants([site], {"samples": values}, scheme, compatibility=compatibility)["samples"]
 
 
-def encode_constants(sites: Sequence[Site], values: Mapping[str, Any], scheme: RangeScheme) -> dict[str, Encoding]:
+def encode_constants(
+    sites: Sequence[Site], values: Mapping[str, Any], scheme: RangeScheme, *, compatibility: str | None = None
+) -> dict[str, Encoding]:
     """Returns the encodings of constant tensors, each on the grid of its site; all searched in one program.
+
+    Args:
+        sites: The tensors.
+        values: Them and others by name.
+        scheme: What chooses ranges; without effect on floating-point formats.
+        compatibility: Whose scheme it is, see `schemes.find_scheme`.
 
     Raises:
         DataError: A tensor is empty or holds NaN or infinity.
     """
     arrays = {site.tensor: _checked(site.tensor, np.asarray(values[site.tensor])) for site in sites}
-    encodings: dict[str, Encoding] = {}
+    encodings = {site.tensor: _encode_float(site, arrays[site.tensor]) for site in sites if is_float(site)}
     for is_symmetric in (True, False):  # their searches try different candidates
-        alike = [site for site in sites if bool(site.symmetric) is is_symmetric]
-        encodings |= _encode_alike(alike, arrays, scheme) if alike else {}
+        alike = [site for site in sites if not is_float(site) and bool(site.symmetric) is is_symmetric]
+        encodings |= _encode_alike(alike, arrays, scheme, compatibility) if alike else {}
     return {site.tensor: encodings[site.tensor] for site in sites}
 
 
-def _encode_alike(sites: Sequence[Site], arrays: Mapping[str, np.ndarray], scheme: RangeScheme) -> dict[str, Encoding]:
+def _encode_alike(
+    sites: Sequence[Site], arrays: Mapping[str, np.ndarray], scheme: RangeScheme, compatibility: str | None
+) -> dict[str, Encoding]:
     matrices = [_matrix(arrays[site.tensor], site) for site in sites]
     counts = [len(matrix) for matrix in matrices]
     spread = jax.tree.map(lambda limit: np.repeat(limit, counts), stack_kinds([kind_of(site) for site in sites]))
     scale, zero_point = scheme.in_hand(matrices, spread)
     ends = np.cumsum(counts)[:-1]
     parts = zip(sites, matrices, np.split(scale, ends), np.split(zero_point, ends), strict=True)
-    return {
-        site.tensor: _encoding(site, arrays[site.tensor].shape, _without_zeros(part_scale, matrix), part_zero)
-        for site, matrix, part_scale, part_zero in parts
-    }
+    found: dict[str, Encoding] = {}
+    for site, matrix, part_scale, part_zero in parts:
+        shape = arrays[site.tensor].shape
+        if compatibility is None:
+            found[site.tensor] = _encoding(site, shape, _without_zeros(part_scale, matrix), part_zero)
+        else:
+            as_theirs = as_aimet_has_it(site, scheme.name, is_all_zero=not matrix.any())
+            found[site.tensor] = _encoding(as_theirs, shape, part_scale, part_zero)
+    return found
+
+
+def _encode_float(site: Site, array: np.ndarray) -> Encoding:
+    matrix = _matrix(array, site)
+    scale, zero_point = grid_of_site(site, matrix.min(axis=1), matrix.max(axis=1))
+    return _encoding(site, array.shape, _without_zeros(scale, matrix), zero_point)
+
+
+def _encode_batches(site: Site, batches: Sequence[np.ndarray], ranges: str) -> Encoding:
+    """Returns the encoding of data whose division into batches matters."""
+    matrices = [_matrix(batch, site) for batch in batches]
+    if len({len(matrix) for matrix in matrices}) > 1:
+        raise DataError(f"samples: the batches have different sizes along axis {site.axis}, which has the scales")
+    grid = in_batches(ranges, [[matrix] for matrix in matrices], kind_of(site))
+    is_all_zero = not any(matrix.any() for matrix in matrices)
+    return _encoding(as_aimet_has_it(site, ranges, is_all_zero=is_all_zero), batches[0].shape, *grid)
 
 
 def _without_zeros(scale: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -92,14 +144,7 @@ def _without_zeros(scale: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 def _encoding(site: Site, shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray) -> Encoding:
     shape_of_scale = _scale_shape(site, shape)
-    return make_encoding(
-        scale.reshape(shape_of_scale),
-        zero_point.reshape(shape_of_scale),
-        dtype=site.dtype,
-        symmetric=site.symmetric,
-        axis=site.axis,
-        block_size=site.block_size,
-    )
+    return encoding_of_grid(site, scale.reshape(shape_of_scale), zero_point.reshape(shape_of_scale))
 
 
 def _scale_shape(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -126,6 +171,8 @@ def _matrix(array: np.ndarray, site: Site) -> np.ndarray:
 
 
 def _joined(samples: Any) -> np.ndarray:
+    if isinstance(samples, list | tuple) and not samples:
+        raise DataError("samples: the list is empty; expected one batch at least")
     try:
         if isinstance(samples, list | tuple):
             return np.concatenate([np.asarray(batch) for batch in samples])
@@ -146,15 +193,14 @@ def _checked(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _checked_dtype(dtype: str) -> str:
-    known = dict.fromkeys((*WEIGHT_DTYPES, *ACTIVATION_DTYPES))
-    if dtype not in known:
-        raise ConfigError(f"dtype={dtype!r} is unknown; expected one of {', '.join(known)}")
-    return dtype
-
-
 def _check_axis(site: Site, rank: int) -> None:
     if site.block_size is not None and (site.axis is None or site.block_size < 1):
         raise ConfigError(f"block_size={site.block_size}: expected 1 or more, and the axis that is cut into blocks")
     if site.axis is not None and not -rank <= site.axis < rank:
         raise ConfigError(f"axis={site.axis}: the data have {rank} axes")
+    if site.scale_bits is None:
+        return
+    if site.block_size is None or not 1 <= site.scale_bits <= 16:  # noqa: PLR2004
+        raise ConfigError(f"scale_bits={site.scale_bits}: expected 1 to 16, and a block_size")
+    if site.power_of_two or is_float(site):
+        raise ConfigError(f"scale_bits={site.scale_bits}: its scales are for integers, and no powers of two")
