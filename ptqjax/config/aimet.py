@@ -241,7 +241,9 @@ def _by_code(version: str, config: QuantizationConfig) -> Iterator[Rule]:
     """Yields the rules that AIMET's code has beside the file, some by hardware version ("": none is named)."""
     weights = resolved_symmetry(config.weights_symmetric, config.weights, of_weights=True)
     outputs = resolved_symmetry(config.activations_symmetric, config.activations, of_weights=False)
-    yield Rule(operators=("Conv", "ConvTranspose", "Gemm"), operands=(1,), of="activations", symmetric=weights)
+    yield Rule(
+        operators=("Conv", "ConvTranspose", "Gemm", "MatMul"), operands=(1,), of="activations", symmetric=weights
+    )
     yield Rule(operators=_NORMS_LIKE_OUTPUT, of="weights", dtype=config.activations, symmetric=outputs)
     yield Rule(operators=_NORMS_LIKE_OUTPUT, of="weights", least_bits=8)
     yield Rule(operators=_NORMS, of="weights", least_bits=8, symmetric=False)

@@ -43,7 +43,7 @@ class Rule:
     operators: tuple[str, ...] = ()
     """Operator types, as in "Conv": of the node that produces an activation, or of one that reads a parameter."""
     operands: tuple[int, ...] = ()
-    """Positions of inputs: where given, `operators` are those that read the tensor there, whatever produces it."""
+    """Positions of inputs: where given, `operators` are those that read the tensor there, also after it was moved."""
     dtypes: tuple[str, ...] = ()
     """Types that the tensor has so far, by the configuration and the rules before."""
     of: str = "both"

@@ -18,10 +18,11 @@ from ptqjax.ir import Model, Node
 from ptqjax.quantize.bias import BiasSite, bias_sites
 from ptqjax.quantize.granularity import parameter_site, rounded_parameters, weight_site, weight_uses
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
+from ptqjax.quantize.movement import moves_data
 from ptqjax.quantize.rules import Settings, Settled, settle
 from ptqjax.quantize.sites import ACTIVATION, CONSTANT, WEIGHT, Placement, Site, Skipped, kind_of
 from ptqjax.quantize.tensors import check_not_quantized, check_types, floating_tensors
-from ptqjax.quantize.ties import Decided, adopted_roots, differs, follow, moves_data, passed_on, wanted_tensors
+from ptqjax.quantize.ties import Decided, adopted_roots, differs, follow, passed_on, wanted_tensors
 
 __all__ = ["ACTIVATION", "CONSTANT", "WEIGHT", "Placement", "Site", "Skipped", "kind_of", "place"]
 

@@ -13,6 +13,7 @@ from ptqjax.config.constraints import resolved_symmetry
 from ptqjax.config.rules import described, set_fields
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model
+from ptqjax.quantize.movement import moved_tensors
 
 _DIGITS = re.compile(r"\d+")
 
@@ -76,18 +77,19 @@ def settle(
         ConfigError: A pattern, an operator or a rule matches nothing.
     """
     names, weights = tuple(floating), frozenset(weights)
+    moved = moved_tensors(model, target)
     found = {name: _of_config(config, is_weight=name in weights) for name in names}
     for pattern in config.exclude:
         for name in _named("exclude", pattern, names):
             found[name] = replace(found[name], off=f"excluded by the pattern {pattern!r}")
     for rule in target.exceptions:
-        for name in _matching(model.graph, rule, found):
+        for name in _matching(model.graph, rule, found, moved):
             found[name] = _changed(found[name], rule, f"{target.name}'s {described(rule)}")
     matches = []
     for rule in config.rules:
         if not rule.optional:
             _check_exists(model.graph, rule, names)
-        matching = tuple(_matching(model.graph, rule, found))
+        matching = tuple(_matching(model.graph, rule, found, moved))
         if not matching and not rule.optional:
             raise ConfigError(f"rules: no tensor meets all conditions of the {described(rule)}; widen them, or drop it")
         for name in matching:
@@ -119,7 +121,9 @@ def _of_config(config: QuantizationConfig, *, is_weight: bool) -> Settings:
     )
 
 
-def _matching(graph: Graph, rule: Rule, found: Mapping[str, Settings]) -> Iterator[str]:
+def _matching(
+    graph: Graph, rule: Rule, found: Mapping[str, Settings], moved: Mapping[str, tuple[str, ...]]
+) -> Iterator[str]:
     inputs = {spec.name for spec in graph.inputs}
     for name, settings in found.items():
         is_of = {
@@ -133,24 +137,26 @@ def _matching(graph: Graph, rule: Rule, found: Mapping[str, Settings]) -> Iterat
             continue
         if rule.tensors and not any(matches_name(pattern, name) for pattern in rule.tensors):
             continue
-        if not rule.operators or not _operators(graph, name, rule.operands).isdisjoint(rule.operators):
+        operators = _readers(graph, (name, *moved.get(name, ())), rule.operands) if rule.operands else _own(graph, name)
+        if not rule.operators or not operators.isdisjoint(rule.operators):
             yield name
 
 
-def _operators(graph: Graph, tensor: str, operands: tuple[int, ...]) -> set[str]:
-    """Returns the types of the operators that a rule means by a tensor's."""
-    readers = graph.readers.get(tensor, ())
-    if operands:
-        at = (node for node in readers if any(position in operands for position in _positions(node.inputs, tensor)))
-        return {node.op_type for node in at}
-    producer = graph.producers.get(tensor)
-    if producer is not None:
-        return {producer.op_type}
-    return {node.op_type for node in readers} if tensor in graph.parameters else set()
+def _own(graph: Graph, tensor: str) -> set[str]:
+    """Returns the type of the operator that produces a tensor, or those of a parameter's readers."""
+    if tensor in graph.producers:
+        return {graph.producers[tensor].op_type}
+    return {node.op_type for node in graph.readers.get(tensor, ())} if tensor in graph.parameters else set()
 
 
-def _positions(inputs: tuple[str, ...], tensor: str) -> Iterator[int]:
-    return (position for position, name in enumerate(inputs) if name == tensor)
+def _readers(graph: Graph, tensors: Iterable[str], operands: tuple[int, ...]) -> set[str]:
+    """Returns the types of the operators that read one of `tensors` at one of the positions `operands`."""
+    return {
+        node.op_type
+        for tensor in tensors
+        for node in graph.readers.get(tensor, ())
+        if any(name == tensor and position in operands for position, name in enumerate(node.inputs))
+    }
 
 
 def _changed(settings: Settings, rule: Rule, text: str) -> Settings:

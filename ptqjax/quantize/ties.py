@@ -6,23 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ptqjax.config import Target
-from ptqjax.ir import Graph, Model, Node, scalar_of
+from ptqjax.ir import Graph, Model, Node
+from ptqjax.quantize.movement import moves_data
 from ptqjax.quantize.rules import Settings
 from ptqjax.quantize.sites import ACTIVATION, Site, Skipped
 
 Decided = Mapping[str, Site | Skipped]
 """What was decided about tensors so far."""
-
-
-def moves_data(model: Model, node: Node, target: Target) -> bool:
-    """Tells whether each value of the node's result is one of its first input's, or zero."""
-    if node.domain:
-        return False
-    if node.op_type != "Pad":
-        return node.op_type in target.data_movement
-    value = node.inputs[2] if len(node.inputs) > 2 else ""  # noqa: PLR2004 - Pad's third input
-    is_zero = scalar_of(model, value) == 0 if value else node.attribute("value", 0.0) == 0
-    return node.attribute("mode", "constant") != "constant" or is_zero
 
 
 def passed_on(node: Node, tensor: str, target: Target) -> tuple[str, str] | None:
