@@ -20,10 +20,11 @@ from ptqjax.errors import ConfigError, ModelError, OutputError
 from ptqjax.ir import Model, Node, only_reader, place_of
 from ptqjax.onnx_io.opset import blocking_node, with_opset
 from ptqjax.quantize.encodings import Encodings, concrete
-from ptqjax.quantize.opsets import MICROSOFT, check_writable, lowest_opset, lowest_opset_of, needs_opset, stored_grid
+from ptqjax.quantize.opsets import MICROSOFT, check_writable, lowest_opset, lowest_opset_of, needs_opset, stored_grids
 from ptqjax.quantize.qdq import insert_qdq
 from ptqjax.transforms.implied_clips import drop_implied_clips
 from ptqjax.transforms.integer_bounds import bound_integers
+from ptqjax.transforms.runtime_precision import keep_precision
 
 __all__ = ["encodings_json", "export", "insert_qdq", "quantized_model"]
 
@@ -81,7 +82,8 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     Attributes that became inputs are converted on the way. Where raising the opset would change an operator, the opset
     stays, and QuantizeLinear and DequantizeLinear are those of ONNX Runtime's own operator set, which have all integer
     types. Bounds per channel are applied to integers (`bound_integers`); Relu, Clip and bounds that the grid behind
-    them implies are left out (`drop_implied_clips`).
+    them implies are left out (`drop_implied_clips`), and ONNX Runtime is kept from rounding operands of products that
+    the file has in more bits (`keep_precision`).
 
     Args:
         model: The float model.
@@ -105,10 +107,11 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     if not enabled:
         return quantized
     _check_blocks(quantized)
-    opsets = {name: lowest_opset(stored_grid(encoding), encoding) for name, encoding in enabled.items()}
-    fixed = {name: opset for name, opset in opsets.items() if needs_opset(stored_grid(enabled[name]), enabled[name])}
+    grids = stored_grids(model, enabled)
+    opsets = {name: lowest_opset(grid, enabled[name]) for name, grid in grids.items()}
+    fixed = {name: opset for name, opset in opsets.items() if needs_opset(grids[name], enabled[name])}
     raised = _raised(quantized, max(opsets.values()), fixed)
-    return drop_implied_clips(bound_integers(raised)[0])[0]
+    return keep_precision(drop_implied_clips(bound_integers(raised)[0])[0])[0]
 
 
 def with_provenance(quantized: Model, model: Model, encodings: Encodings, settings: Mapping[str, Any]) -> Model:

@@ -47,7 +47,7 @@ def simulate(model: Model, encodings: Encodings, *, arithmetic: str = "float") -
     if arithmetic == "float":
         return _with_checks(model.graph, partial(_float_program, model.graph))
     if arithmetic == "integer":
-        grids = tuple(sorted(stored_grids(encodings).items()))
+        grids = tuple(sorted(stored_grids(model, encodings).items()))
         fused, _ = fuse_quantized(insert_qdq(model, encodings, grids=dict(grids)))
         return _with_checks(model.graph, partial(_integer_program, _IntegerGraphs(model.graph, fused.graph, grids)))
     raise ConfigError(f"arithmetic={arithmetic!r} is unknown; expected float or integer")

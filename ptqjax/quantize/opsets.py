@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,9 @@ CASTS = {"float16": 10, "bfloat16": 16}
 """Formats that a Cast rounds to, with their numbers as element types in ONNX."""
 
 _BYTES = ("int8", "uint8", "int32")
-_HELD_IN = {"int2": "int4", "uint2": "uint4"}
+_BYTE, _HALF_BYTE = 8, 4  # bits
 _WIDE = ("int32", "uint32")
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _CAST_SINCE = {"float16": 6, "bfloat16": 13}
 
 
@@ -33,22 +34,32 @@ class StoredGrid(NamedTuple):
     """Whether the grid ends before the type does, so that an activation has to be clipped before it is rounded."""
 
 
-def stored_grid(encoding: Encoding) -> StoredGrid:
+def stored_grid(encoding: Encoding, *, is_activation: bool) -> StoredGrid:
     """Returns how a file holds the grid of an encoding; `qmin` and `qmax` must be concrete.
 
-    Integers of 2 bits are held in 4: ONNX Runtime 1.32 reads them (opset 25), but multiplies them wrongly (measured:
-    MatMul with an int2 weight of 6x6 gives 150,000 for 113,750, and other numbers each time).
+    Parameters of 2 bits are held in 4: ONNX Runtime 1.32 reads int2 (opset 25), but multiplies by it wrongly (measured:
+    MatMul with a 6x6 weight gives 150,000 for 113,750, and other numbers each time). Activations of fewer than 8 bits
+    are held in 8: it makes a QLinearConv of 4-bit ones, and then refuses it.
     """
     if encoding.float_format is not None:
         return StoredGrid(encoding.float_format)
-    dtype = _HELD_IN.get(encoding.dtype, encoding.dtype)
+    dtype = encoding.dtype
+    sign, bits = dtype.rstrip("0123456789"), encoding.num_bits
+    if is_activation and bits < _BYTE:
+        dtype = f"{sign}{_BYTE}"
+    elif bits <= _HALF_BYTE:
+        dtype = f"{sign}{_HALF_BYTE}"
     ends = (float(encoding.qmin), float(encoding.qmax))
     return StoredGrid(dtype, is_clipped=ends != tuple(map(float, integer_range(dtype))))
 
 
-def stored_grids(encodings: Mapping[str, Encoding]) -> dict[str, StoredGrid]:
+def stored_grids(model: Model, encodings: Mapping[str, Encoding]) -> dict[str, StoredGrid]:
     """Returns how files hold each enabled encoding, by tensor; the leaves must be concrete."""
-    return {name: stored_grid(encoding) for name, encoding in encodings.items() if bool(encoding.enabled)}
+    return {
+        name: stored_grid(encoding, is_activation=name not in model.params)
+        for name, encoding in encodings.items()
+        if bool(encoding.enabled)
+    }
 
 
 def lowest_opset(grid: StoredGrid, encoding: Encoding) -> int:
@@ -73,32 +84,43 @@ def needs_opset(grid: StoredGrid, encoding: Encoding) -> bool:
 
 
 def check_writable(model: Model, encodings: Mapping[str, Encoding]) -> None:
-    """Checks that ONNX has operators for the encodings, which are concrete and enabled.
+    """Checks that ONNX has operators for the encodings, which are concrete and enabled, and ONNX Runtime runs them.
 
     Raises:
         ConfigError: It has none for one of them.
     """
     for name, encoding in encodings.items():
-        reason = _objection(encoding, model.params.get(name), is_activation=name not in model.params)
+        is_parameter = name in model.params
+        reason = _parameter_objection(model, name, encoding) if is_parameter else _activation_objection(encoding)
         if reason:
             raise ConfigError(f"the encoding of '{name}' cannot be written: {reason}")
 
 
-def _objection(encoding: Encoding, value: Any, *, is_activation: bool) -> str:
-    """Returns why there are no operators for an encoding, and the remedy, or nothing."""
-    grid = stored_grid(encoding)
-    if is_activation and grid.dtype in _WIDE:
+def _activation_objection(encoding: Encoding) -> str:
+    """Returns why an activation cannot be rounded so, and the remedy, or nothing."""
+    grid = stored_grid(encoding, is_activation=True)
+    if grid.dtype in _WIDE:
         return f"QuantizeLinear has no {grid.dtype}; expected 16 bits at most for an activation"
-    if grid.dtype == "uint32" or (grid.dtype == "int32" and np.any(encoding.zero_point)):
-        return "DequantizeLinear has no uint32, and int32 with the zero point 0 alone; choose dtype='int32', symmetric"
-    if is_activation and encoding.block_size is not None:
+    if encoding.block_size is not None:
         return "blocks are for weights; expected one scale, or one for each position of an axis"
-    if is_activation and grid.is_clipped and encoding.axis is not None:
+    if grid.is_clipped and encoding.axis is not None:
         return (
             f"the integers {int(encoding.qmin)}..{int(encoding.qmax)} do not fill {grid.dtype}, and Clip has no bounds "
             f"per channel; choose one scale, or all integers of {grid.dtype}"
         )
-    if grid.dtype in CASTS and value is not None and not np.isfinite(quantize(np.asarray(value), encoding)).all():
+    return ""
+
+
+def _parameter_objection(model: Model, name: str, encoding: Encoding) -> str:
+    """Returns why a parameter cannot be held so, and the remedy, or nothing."""
+    grid = stored_grid(encoding, is_activation=False)
+    if grid.dtype == "uint32" or (grid.dtype == "int32" and np.any(encoding.zero_point)):
+        return "DequantizeLinear has no uint32, and int32 with the zero point 0 alone; choose dtype='int32', symmetric"
+    if grid.dtype == "int32" and any(
+        name in node.inputs[:2] for node in model.graph.nodes if node.op_type in _PRODUCTS
+    ):
+        return "ONNX Runtime multiplies by no 32-bit integers; they are for biases, and weights have 16 bits at most"
+    if grid.dtype in CASTS and not np.isfinite(quantize(np.asarray(model.params[name]), encoding)).all():
         largest = f"{float(encoding.qmax):.6g}"
         return f"a value is larger than {largest}, the largest number of {grid.dtype}; choose 'bfloat16' or an integer"
     return ""

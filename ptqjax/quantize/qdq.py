@@ -74,7 +74,7 @@ def insert_qdq(
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights={weights!r} is unknown; expected one of {', '.join(WEIGHTS)}")
-    grids = stored_grids(encodings) if grids is None else grids
+    grids = stored_grids(model, encodings) if grids is None else grids
     check_tensors(model.graph, grids)
     chosen = {name: encodings[name] for name in sorted(grids)}
     model, sources = with_own_copies(model, set(grids) & set(model.params))
