@@ -22,6 +22,7 @@ from ptqjax.onnx_io.opset import blocking_node, with_opset
 from ptqjax.quantize.encodings import Encodings, concrete
 from ptqjax.quantize.opsets import MICROSOFT, check_writable, lowest_opset, lowest_opset_of, needs_opset, stored_grids
 from ptqjax.quantize.qdq import insert_qdq
+from ptqjax.quantize.quantizers import GRIDS, untold_grids
 from ptqjax.transforms.implied_clips import drop_implied_clips
 from ptqjax.transforms.integer_bounds import bound_integers
 from ptqjax.transforms.runtime_precision import keep_precision
@@ -29,7 +30,7 @@ from ptqjax.transforms.runtime_precision import keep_precision
 __all__ = ["encodings_json", "export", "insert_qdq", "quantized_model"]
 
 _INTEGER_SINCE = 10  # the opset of QLinearConv, into which ONNX Runtime fuses
-_PER_CHANNEL_SINCE = 13  # the opset of DequantizeLinear along an axis
+_PER_CHANNEL_SINCE = 13  # the opset of DequantizeLinear along an axis; biases in float need 11 for ONNX Runtime's Round
 
 
 def export(
@@ -110,7 +111,8 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     grids = stored_grids(model, enabled)
     opsets = {name: lowest_opset(grid, enabled[name]) for name, grid in grids.items()}
     fixed = {name: opset for name, opset in opsets.items() if needs_opset(grids[name], enabled[name])}
-    raised = _raised(quantized, max(opsets.values()), fixed)
+    lowest = max(*opsets.values(), _PER_CHANNEL_SINCE if weights == "float" else 0)
+    raised = _raised(quantized, lowest, fixed)
     return keep_precision(drop_implied_clips(bound_integers(raised)[0])[0])[0]
 
 
@@ -122,6 +124,8 @@ def with_provenance(quantized: Model, model: Model, encodings: Encodings, settin
         "ptqjax.encodings_sha256": _digest(json.dumps(encodings_json(model, encodings)).encode()),
         "ptqjax.settings": json.dumps(dict(settings), sort_keys=True, default=str),
     }
+    untold = untold_grids(model, encodings)
+    stated |= {GRIDS: json.dumps(untold, sort_keys=True)} if untold else {}
     metadata = tuple(sorted({**dict(quantized.graph.metadata), **stated}.items()))
     return quantized.replace(graph=replace(quantized.graph, metadata=metadata))
 

@@ -18,7 +18,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("lowering",), {"ir", "kernels", "ops"}),
     (("quantize",), {"ir", "kernels", "config", "transforms", "lowering"}),
     (("simulate",), {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize"}),
-    (("encoding_files",), {"kernels", "ir", "config", "quantize"}),
+    (("encoding_files",), {"kernels", "ir", "config", "quantize", "onnx_io"}),
     (
         ("export",),
         {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize", "onnx_io", "encoding_files"},

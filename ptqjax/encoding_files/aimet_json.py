@@ -14,11 +14,11 @@ from ptqjax.encoding_files.aimet_schemas import SCHEMAS, Schema
 from ptqjax.encoding_files.entries import Entry, UnfitError, encoding_of, entry_of
 from ptqjax.encoding_files.located_json import Located
 from ptqjax.encoding_files.own_fields import check_finite, fields_of, is_identical
-from ptqjax.encoding_files.tensor_axes import TensorAxes, tensor_axes
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model
 from ptqjax.quantize.bias import bias_encoding, bias_sites
 from ptqjax.quantize.encodings import Encoding, Encodings, concrete
+from ptqjax.quantize.tensor_axes import TensorAxes, tensor_axes
 
 OWN = "ptqjax"
 """The key of an entry under which all fields stand, where the entry's other keys do not tell them."""

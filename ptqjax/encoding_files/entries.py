@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from ptqjax.encoding_files.tensor_axes import TensorAxes
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.quantize.encodings import Encoding
+from ptqjax.quantize.tensor_axes import TensorAxes
 
 _INTEGERS = re.compile(r"(u?)int(\d+)")
 _MOST_BITS = 32
@@ -102,7 +102,7 @@ def encoding_of(entry: Entry, axes: TensorAxes) -> Encoding:
         qmin=np.asarray(qmin, np.float32),
         qmax=np.asarray(qmax, np.float32),
         enabled=np.asarray(True),
-        axis=_spelled(entry, axes),
+        axis=axes.spelled(entry.axis, entry.block_size),
         block_size=entry.block_size,
         float_format=entry.dtype if entry.dtype in FLOAT_FORMATS else None,
         scale_bits=entry.scale_bits,
@@ -181,13 +181,6 @@ def _check_multiples(entry: Entry, multiples: np.ndarray) -> None:
         np.broadcast_shapes(entry.scale.shape, multiples.shape)
     except ValueError:
         raise UnfitError(f"scales per channel of shape {entry.scale.shape}", f"what fits {multiples.shape}") from None
-
-
-def _spelled(entry: Entry, axes: TensorAxes) -> int | None:
-    usual = axes.channel if entry.block_size is None else axes.summed
-    if entry.axis is None or usual is None:
-        return entry.axis
-    return usual if axes.same(entry.axis, usual) else entry.axis
 
 
 def _outside(zero_point: np.ndarray, qmin: float, qmax: float) -> float:

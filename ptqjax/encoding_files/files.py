@@ -12,13 +12,13 @@ from ptqjax.encoding_files.aimet_json import encodings_json
 from ptqjax.encoding_files.aimet_reading import Mismatch, encodings_of_json, fitting, of_unknown
 from ptqjax.encoding_files.entries import UnfitError
 from ptqjax.encoding_files.located_json import read_json
-from ptqjax.encoding_files.tensor_axes import tensor_axes
 from ptqjax.encoding_files.tensors import encodings_of_tensors, tensors_of_encodings
 from ptqjax.encoding_files.whole_files import write_whole
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model
 from ptqjax.quantize.encodings import Encodings
 from ptqjax.quantize.placement import place
+from ptqjax.quantize.tensor_axes import tensor_axes
 
 _TENSORS = ".safetensors"
 _SHOWN = 5  # mismatches in a message

@@ -26,6 +26,11 @@ class TensorAxes:
         """Tells whether two spellings of an axis mean the same one."""
         return one == other or (self.shape is not None and (one - other) % len(self.shape) == 0)
 
+    def spelled(self, axis: int | None, block_size: int | None) -> int | None:
+        """Returns the axis of scales as placement spells it, where it is that of channels or that of blocks."""
+        usual = self.channel if block_size is None else self.summed
+        return usual if axis is not None and usual is not None and self.same(axis, usual) else axis
+
     def fits(self, axis: int) -> bool:
         """Tells whether the tensor may have the axis."""
         return self.shape is None or -len(self.shape) <= axis < len(self.shape)
