@@ -76,6 +76,12 @@ def bias_encoding(encodings: Mapping[str, Encoding], site: BiasSite) -> Encoding
     )
 
 
+def float_bias() -> Encoding:
+    """Returns the encoding of a bias that stays in float beside a rounded input and weight: one that is not enabled."""
+    end = np.float32(LARGEST_CODE)
+    return Encoding(scale=np.float32(1), zero_point=np.float32(0), qmin=-end, qmax=end, enabled=np.asarray(False))
+
+
 def guard_biases(model: Model, encodings: Encodings, *, fixed_point: bool = False) -> tuple[Encodings, Report]:
     """Returns encodings under which sums and biases fit into int32, and a record for each bound that raised a scale.
 

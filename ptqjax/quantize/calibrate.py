@@ -17,7 +17,7 @@ from ptqjax.ir import Graph, Model, Report
 from ptqjax.kernels.ranges import stack_kinds
 from ptqjax.lowering import compiled, interpret
 from ptqjax.quantize.batches import checked_batches, num_samples
-from ptqjax.quantize.bias import guard_biases
+from ptqjax.quantize.bias import float_bias, guard_biases
 from ptqjax.quantize.data_free import encode_from_statistics
 from ptqjax.quantize.encodings import Encoding, Encodings
 from ptqjax.quantize.observers import Observer, RangeScheme
@@ -78,15 +78,15 @@ def calibrate_and_report(
     """
     config = QuantizationConfig() if config is None else config
     frozen = {} if frozen is None else frozen
-    sites = place(model, config).sites
+    placement = place(model, config)
+    sites = placement.sites
     _check_frozen(frozen, sites)
     free = [site for site in sites if site.root not in frozen and site.tensor not in frozen]
     own = dict(frozen) | _encode_known(model, free, config)
     observed = [site for site in free if site.root == site.tensor and site.tensor not in own]
     own |= encode_from_statistics(model, observed) if batches is None else _encode(model, batches, observed, config)
-    return guard_biases(
-        model, {site.tensor: own[site.tensor if site.tensor in frozen else site.root] for site in sites}
-    )
+    encodings = {site.tensor: own[site.tensor if site.tensor in frozen else site.root] for site in sites}
+    return guard_biases(model, encodings | {name: float_bias() for name in placement.float_biases})
 
 
 def _check_frozen(frozen: Mapping[str, Encoding], sites: Sequence[Site]) -> None:

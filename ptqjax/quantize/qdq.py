@@ -51,13 +51,13 @@ def insert_qdq(
     """Returns the quantized model in QDQ form.
 
     A weight W becomes the integer parameter W_quantized, whose DequantizeLinear writes W; a bias likewise, in int32
-    with the scale s_x s_w, where input and weight are quantized. An activation X is read through QuantizeLinear
-    (X_quantized) and DequantizeLinear (X_dequantized); where X is a graph output, it is the dequantized tensor that is
-    called X. For formats of 16 bits, a Cast stands for each of the two. Each layer has its own copy of a weight or bias
-    that several read: a bias's scale is its layer's, and ONNX Runtime refuses a weight shared by integer layers where
-    session.x64quantprecision is set. Relu and Clip stay: a runtime removes them where the range implies them. Readers
-    inside subgraphs read the float tensor. Nodes that the model's opset does not have yet are of the domain
-    com.microsoft.
+    with the scale s_x s_w, where input and weight are quantized and it is not left in float (`float_bias`). An
+    activation X is read through QuantizeLinear (X_quantized) and DequantizeLinear (X_dequantized); where X is a graph
+    output, it is the dequantized tensor that is called X. For formats of 16 bits, a Cast stands for each of the two.
+    Each layer has its own copy of a weight or bias that several read: a bias's scale is its layer's, and ONNX Runtime
+    refuses a weight shared by integer layers where session.x64quantprecision is set. Relu and Clip stay: a runtime
+    removes them where the range implies them. Readers inside subgraphs read the float tensor. Nodes that the model's
+    opset does not have yet are of the domain com.microsoft.
 
     A grid that ends before its type does (6 bits in int8; int8 without -128) has a Clip at its ends before the
     QuantizeLinear, to the same integers: with n an end, fl(n s) / s rounds to n, and rounding is monotone.
@@ -80,7 +80,8 @@ def insert_qdq(
     model, sources = with_own_copies(model, set(grids) & set(model.params))
     chosen |= {copy: chosen[source] for copy, source in sources.items()}
     grids = {**grids, **{copy: grids[source] for copy, source in sources.items()}}
-    model = with_own_biases(model, chosen)
+    kept = {site.bias: encodings[site.bias] for site in bias_sites(model) if site.bias in set(encodings) - set(chosen)}
+    model = with_own_biases(model, chosen | kept)
     graph = model.graph
     parameter = _parameter if weights == "integer" else _rounded_parameter
     pieces = [
@@ -89,7 +90,7 @@ def insert_qdq(
         else _activation(graph, name, encoding, grids[name])
         for name, encoding in chosen.items()
     ]
-    pieces += _biases(model, chosen, weights)
+    pieces += _biases(model, chosen | kept, weights)
     nodes = [*_renamed(graph.nodes, pieces), *(node for piece in pieces for node in piece.nodes)]
     params = dict(model.params)
     for piece in pieces:
