@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqjax.config import QuantizationConfig, load_target
+from ptqjax.config import FLOAT_DTYPES, QuantizationConfig, load_target
 from ptqjax.errors import ConfigError
 from ptqjax.fit.behaviour import observe_behaviour, observe_shares_beyond
 from ptqjax.fit.bias_correction import correct_biases
@@ -23,6 +23,7 @@ from ptqjax.kernels.grid import integer_range
 from ptqjax.lowering import apply
 from ptqjax.quantize import Encodings, calibrate
 from ptqjax.quantize.headroom import widened
+from ptqjax.quantize.rules import num_bits
 from ptqjax.quantize.tensors import is_floating
 from ptqjax.simulate import simulate
 from ptqjax.transforms.behaviour import Behaviour
@@ -70,12 +71,17 @@ class _Trial:
 
 def steps_of(config: QuantizationConfig) -> Steps:
     """Returns how fine the grids of `config` are."""
-    low, high = integer_range(config.activations)
     return Steps(
-        weights=integer_range(config.weights)[1] // (2 if config.weights.startswith("u") else 1),
-        activations=high - low,
+        weights=_steps_of_type(config.weights) // 2,
+        activations=_steps_of_type(config.activations),
         per_channel=config.granularity != "tensor",
     )
+
+
+def _steps_of_type(dtype: str) -> int:
+    """Returns how many steps a grid of `dtype` has from end to end; floating-point codes count as integers as wide."""
+    low, high = integer_range(f"int{num_bits(dtype)}" if dtype in FLOAT_DTYPES else dtype)
+    return high - low
 
 
 def scale_as_configured(
