@@ -10,8 +10,7 @@ import numpy as np
 from ptqjax.ir import Model, Node, value_of
 
 _NAMED = 3  # weights in the warning
-# Where the operators have the weight and the zero point of the input that it is multiplied with.
-_OPERANDS = {"QLinearConv": (3, 2), "QLinearMatMul": (3, 2), "QGemm": (3, 2), "MatMulIntegerToFloat": (1, 4)}
+_WEIGHT = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3, "MatMulIntegerToFloat": 1}  # position among the inputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,12 +40,12 @@ def saturating_weights(fused: Model) -> tuple[Saturation, ...]:
     Those kernels (instruction VPMADDUBSW) add two products uint8 x int8 that are neighbours in their order of terms,
     and saturate at [-2**15, 2**15 - 1]. With inputs from 0 to 255, a pair can exceed it where its positive weights come
     to more than 128, or its negative ones to less than -128. A product's terms are in the order of the sum, a
-    convolution's with channels last. Depthwise kernels add in 32 bits.
+    convolution's with channels last. Depthwise kernels add in 32 bits. int8 inputs are made uint8 by the runtime.
 
     Args:
         fused: A model with integer operators, as `fuse_quantized` returns it, with concrete weights.
     """
-    found = (_saturation(fused, node) for node in fused.graph.nodes if node.op_type in _OPERANDS)
+    found = (_saturation(fused, node) for node in fused.graph.nodes if node.op_type in _WEIGHT)
     return tuple(each for each in found if each is not None)
 
 
@@ -64,11 +63,9 @@ def warn_of_saturation(weights: Sequence[Saturation]) -> list[str]:
 
 
 def _saturation(fused: Model, node: Node) -> Saturation | None:
-    name, zero_point_name = (
-        node.inputs[index] if index < len(node.inputs) else "" for index in _OPERANDS[node.op_type]
-    )
-    weight, x_zero_point = value_of(fused, name), value_of(fused, zero_point_name)
-    if weight is None or x_zero_point is None or weight.dtype != np.int8 or x_zero_point.dtype != np.uint8:
+    name = node.inputs[_WEIGHT[node.op_type]]
+    weight = value_of(fused, name)
+    if weight is None or weight.dtype != np.int8:
         return None
     if node.op_type == "QLinearConv" and weight.shape[1] == 1:
         return None

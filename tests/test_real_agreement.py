@@ -1,0 +1,60 @@
+"""Exported real models compute in ONNX Runtime what is simulated: each tensor alone, and from the inputs to the end.
+
+The bars are those of `scripts/bench_validation.py`, which measures all models. Found (x86 with fused multiply-add):
+every integer equal, so a bar that is missed means that the runtime or the simulation has changed.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+CASES = [
+    ("mlperf_resnet8_cifar10", "tensor", 14),
+    ("mlperf_resnet8_cifar10", "channel", 14),
+    ("resnet20_cifar10", "tensor", 30),
+    ("resnet20_cifar10", "channel", 30),
+    ("mlperf_vww_mobilenet_v1_0.25_96", "tensor", 29),
+    ("mlperf_vww_mobilenet_v1_0.25_96", "channel", 29),
+    ("mobilenet_v1_0.25_224", "tensor", 29),
+    ("squeezenet_v1.1", "channel", 27),
+    ("tiny_vit_cifar10", "channel", 23),
+    ("mlperf_ad01_autoencoder", "tensor", 10),
+    ("other/mnist_cntk", "channel", 5),
+    ("other/superresolution_core_op18", "tensor", 4),
+    ("other/silero_vad_16k_op15", "channel", 6),
+]
+"""Model, granularity, and how many of its tensors the runtime computes in integers."""
+
+
+@pytest.fixture(scope="module")
+def bench(shared):
+    """The script, as a module; `shared` holds its models."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        yield importlib.import_module("bench_validation")
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+def settings(granularity, **more):
+    return {"granularity": granularity, "scaling": "weights", "ranges": "min-max", "correct": "none", **more}
+
+
+@pytest.mark.parametrize(("name", "granularity", "num_integer"), CASES)
+def test_a_real_model_is_what_is_simulated(bench, name, granularity, num_integer):
+    finding = bench.validated(name, settings(granularity), 2)
+    assert bench.missed(finding) == []
+    assert sum(group.integer for group in finding.found.groups) == num_integer
+    assert finding.found.unverified == ()
+    assert not [warning for warning in finding.found.warnings if "VNNI" not in warning]
+
+
+def test_with_weights_of_seven_bits_nothing_saturates(bench):
+    finding = bench.validated("mlperf_resnet8_cifar10", settings("channel", weights="int7", target="ort-cpu-avx2"), 2)
+    assert finding.found.saturating == ()
+    assert finding.found.warnings == ()
+    assert bench.missed(finding) == []
