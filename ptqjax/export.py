@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from ptqjax import onnx_io
 from ptqjax.encoding_files import encodings_json, write_whole
 from ptqjax.errors import ConfigError, ModelError, OutputError
-from ptqjax.ir import Model, Node, only_reader, place_of
+from ptqjax.ir import Model, Node, place_of
 from ptqjax.onnx_io.opset import blocking_node, with_opset
 from ptqjax.quantize.encodings import Encodings, concrete
 from ptqjax.quantize.opsets import MICROSOFT, check_writable, lowest_opset, lowest_opset_of, needs_opset, stored_grids
@@ -97,9 +96,9 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
         ModelError: The model is of an opset below 10, which ONNX Runtime cannot fuse into integers, and an operator
             would change its meaning if it were raised.
         ConfigError: Weights are in blocks (opset 21) or tensors in float formats (19, 13 for bfloat16), which ONNX
-            Runtime's own operators have not, and an operator would change its meaning there; they are blocks of 8 bits
-            that ONNX Runtime cannot run; no operator has an encoding's grid (the message says which); an encoding is
-            for a tensor that the model has not; or `weights` is neither.
+            Runtime's own operators have not, and an operator would change its meaning there; no operator has an
+            encoding's grid (the message says which); an encoding is for a tensor that the model has not; or `weights`
+            is neither.
     """
     held = {name: concrete(encoding) for name, encoding in encodings.items()}
     enabled = {name: encoding for name, encoding in held.items() if encoding.enabled}
@@ -107,7 +106,6 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     quantized = insert_qdq(model, held, weights=weights)
     if not enabled:
         return quantized
-    _check_blocks(quantized)
     grids = stored_grids(model, enabled)
     opsets = {name: lowest_opset(grid, enabled[name]) for name, grid in grids.items()}
     fixed = {name: opset for name, opset in opsets.items() if needs_opset(grids[name], enabled[name])}
@@ -173,38 +171,6 @@ def _raised(model: Model, lowest: int, fixed: Mapping[str, int]) -> Model:
         tensor = next((name for name, since in fixed.items() if since == needed), None)
         raise _cannot_be_raised(opset, needed, node, tensor)
     return _with_own_quantizers(with_opset(model, reached)) if reached > opset else model
-
-
-def _check_blocks(quantized: Model) -> None:
-    """Checks that ONNX Runtime runs the products by blocks.
-
-    It (1.32) makes MatMulIntegerToFloat of 8-bit operands whose product stays in float, whatever the granularity, and
-    then fails on the scales of blocks.
-
-    Raises:
-        ConfigError: There is such a product.
-    """
-    graph = quantized.graph
-    for node in graph.nodes:
-        if node.op_type != "MatMul" or node.domain:
-            continue
-        operands = [graph.producers.get(name) for name in node.inputs]
-        reader = only_reader(graph, node.output)
-        if reader is not None and reader.op_type == "QuantizeLinear":
-            continue
-        if all(map(partial(_reads_bytes, quantized), operands)) and any(
-            operand is not None and operand.attribute("block_size") for operand in operands
-        ):
-            raise ConfigError(
-                f"granularity in blocks: {place_of(node)} has 8-bit operands and a result that is not quantized, which "
-                "ONNX Runtime cannot run with scales per block; choose weights='int4', or granularity='channel'"
-            )
-
-
-def _reads_bytes(model: Model, node: Node | None) -> bool:
-    if node is None or node.op_type != "DequantizeLinear":
-        return False
-    return np.asarray(model.params[node.inputs[2]]).dtype in (np.int8, np.uint8)
 
 
 def _cannot_be_raised(opset: int, needed: int, node: Node | None, tensor: str | None) -> ModelError | ConfigError:

@@ -177,7 +177,7 @@ def test_axes_become_an_input_on_the_way_to_blocks(tmp_path, op_type):
 
 
 def test_blocks_in_a_transformer_that_reduces(shared, tmp_path):
-    """ONNX Runtime takes blocks of 4 bits; those of 8 bits whose product stays in float it mistakes."""
+    """Blocks of 8 bits whose product stays in float ONNX Runtime would mistake, but for a Clip that changes nothing."""
     model = read(shared / "models" / "tiny_vit_cifar10.onnx")
     batch = {model.graph.inputs[0].name: np.load(shared / "data" / "cifar10" / "calibration.npz")["input"][:2]}
     config = QuantizationConfig(ranges="min-max", granularity="block:32", weights="int4")
@@ -186,8 +186,11 @@ def test_blocks_in_a_transformer_that_reduces(shared, tmp_path):
     assert dict(read(tmp_path / "vit.onnx").graph.opsets) == {"": 21}
     assert run(session(tmp_path / "vit.onnx"), batch)["output"].shape == (2, 10)
     wide = calibrate(model, [batch], replace(config, weights="int8"))
-    with pytest.raises(ConfigError, match=r"MatMul.*cannot run with scales per block.*int4"):
-        export(model, wide, tmp_path, "wide")
+    export(model, wide, tmp_path, "wide")
+    (y,) = run(session(tmp_path / "wide.onnx"), batch).values()
+    (simulated,) = simulate(model, wide, arithmetic="integer")(model.params, wide, batch).values()
+    # One rounding that falls the other way in one of 4 blocks moves logits by some steps.
+    np.testing.assert_allclose(y, simulated, atol=0.05 * np.abs(y).max())
 
 
 OPSETS = (7, 8, 9, 10, 11, 12, 13, 15, 17, 21)

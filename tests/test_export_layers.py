@@ -7,7 +7,8 @@ import numpy as np
 import onnx
 import pytest
 
-from ptqjax import apply, export, simulate
+from ptqjax import apply, export, read, simulate
+from ptqjax.errors import ConfigError
 from ptqjax.ir import Node, TensorSpec
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.kernels.ranges import grid_kind, grid_of_range, scale_of_float_range
@@ -159,7 +160,7 @@ def ranges_of_blocks(value, axis, size, how):
     return how(value.reshape(shape), axis=axis + 1)
 
 
-def encode(value, grid, *, axis, summed):
+def encode(value, grid, *, axis, summed, block):
     """The grid between the least and the greatest value."""
     settings = {}
     if grid.per == "tensor":
@@ -168,8 +169,8 @@ def encode(value, grid, *, axis, summed):
         low, high = (reduced(value, axis, how) for how in (np.min, np.max))
         settings = {"axis": axis}
     else:
-        low, high = (ranges_of_blocks(value, summed, 4, how) for how in (np.min, np.max))
-        settings = {"axis": summed, "block_size": 4}
+        low, high = (ranges_of_blocks(value, summed, block, how) for how in (np.min, np.max))
+        settings = {"axis": summed, "block_size": block}
     if grid.dtype in FLOAT_FORMATS:
         return make_encoding(scale_of_float_range(low, high, grid.dtype), np.float32(0), dtype=grid.dtype, **settings)
     scale, zero_point = grid_of_range(low, high, grid_kind(grid.dtype, symmetric=grid.symmetric))
@@ -179,7 +180,7 @@ def encode(value, grid, *, axis, summed):
     return make_encoding(scale, zero_point, dtype=grid.dtype, symmetric=grid.symmetric, **settings)
 
 
-def encoded(layer, case):
+def encoded(layer, case, *, block=4):
     """The model with all its tensors on grids, and inputs that reach beyond them."""
     model = build(layer.nodes, layer.params, input_shape=layer.input_shape, outputs=["y"], opset=10)
     x = normal(*layer.input_shape, seed=3)
@@ -188,7 +189,10 @@ def encoded(layer, case):
     model = model.replace(graph=replace(model.graph, outputs=outputs))
     values = {"x": x, "w": layer.params["w"], "y": y}
     grids = {"x": case.activation, "w": case.weight, "y": case.activation}
-    encodings = {name: encode(values[name], grid, axis=layer.axis, summed=layer.summed) for name, grid in grids.items()}
+    encodings = {
+        name: encode(values[name], grid, axis=layer.axis, summed=layer.summed, block=block)
+        for name, grid in grids.items()
+    }
     return model, encodings, {"x": 1.2 * x}
 
 
@@ -230,3 +234,70 @@ def test_the_file_equals_the_simulation(tmp_path, name, case):
     (y,) = run(session(tmp_path / "layer.onnx"), batch).values()
     np.testing.assert_array_equal(fake_quantize(y, encodings["y"]), y)
     assert_equals_the_simulation(model, encodings, batch, y)
+
+
+IN_FLOAT = runs(LAYERS, ["bytes per tensor", "bytes per channel"]) + runs(
+    ["Conv, groups", "MatMul + Add"],
+    ["weights with zero points", "weights of 6 bits", "weights of 2 bits", "blocks of 4 bits", "e4m3", "float16"],
+)
+
+
+@pytest.mark.parametrize(("name", "case"), IN_FLOAT)
+def test_weights_as_rounded_floats_equal_the_simulation(tmp_path, name, case):
+    """Parameters in float alone, on their grids; both operators behind weights, none behind biases."""
+    model, encodings, batch = encoded(LAYERS[name], CASES[case])
+    export(model, encodings, tmp_path, "layer", weights="float")
+    onnx.checker.check_model(onnx.load(tmp_path / "layer.onnx"), full_check=True)
+    written = read(tmp_path / "layer.onnx")
+    if case != "float16":  # which reading folds
+        np.testing.assert_array_equal(written.params["w_rounded"], fake_quantize(model.params["w"], encodings["w"]))
+        kinds = [written.graph.producers[name].op_type for name in ("w_quantized", "w")]
+        assert kinds == ["QuantizeLinear", "DequantizeLinear"]
+    assert "b" not in model.params or written.params["b"].dtype == np.float32
+    (y,) = run(session(tmp_path / "layer.onnx"), batch).values()
+    assert_equals_the_simulation(model, encodings, batch, y)
+
+
+def test_how_weights_are_written_is_one_of_two(tmp_path):
+    model, encodings, _ = encoded(LAYERS["Gemm"], CASES["bytes per tensor"])
+    with pytest.raises(ConfigError, match="weights='int8' is unknown; expected one of integer, float"):
+        export(model, encodings, tmp_path, "layer", weights="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def wide(trans_b):
+    w = normal(*((24, 64) if trans_b else (64, 24)), seed=1)
+    return Layer([node("Gemm", ["x", "w"], "y", transB=trans_b)], {"w": w}, (4, 64), 1 - trans_b, trans_b)
+
+
+WIDE = {
+    "Gemm": wide(0),
+    "Gemm, transB": wide(1),
+    "MatMul": Layer([node("MatMul", ["x", "w"], "y")], {"w": normal(64, 24, seed=1)}, (4, 64), -1, -2),
+    "MatMul, positive axes": Layer([node("MatMul", ["x", "w"], "y")], {"w": normal(64, 24, seed=1)}, (4, 64), 1, 0),
+    "behind a Transpose": Layer(
+        [node("Transpose", ["w"], "t", perm=(1, 0)), node("MatMul", ["x", "t"], "y")],
+        {"w": normal(24, 64, seed=1)},
+        (4, 64),
+        0,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("per", ["channel", "block", "low-power block"])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "uint4"])
+@pytest.mark.parametrize("activation", [UINT8, UINT16, None], ids=["uint8", "uint16", "float"])
+def test_wide_products_in_few_bits_equal_the_simulation(tmp_path, name, per, dtype, activation):
+    """Blocks of 16 and more are what ONNX Runtime has MatMulNBits for, which rounds activations to 8 bits."""
+    weight = Grid(dtype, dtype[0] == "i", per)
+    model, encodings, batch = encoded(WIDE[name], Case(weight, activation or UINT16), block=16)
+    grid = encodings["y"]
+    if activation is None:
+        encodings = {"w": encodings["w"]}
+    export(model, encodings, tmp_path, "layer")
+    (y,) = run(session(tmp_path / "layer.onnx"), batch).values()
+    for arithmetic in ("float", "integer"):
+        (simulated,) = simulate(model, encodings, arithmetic=arithmetic)(model.params, encodings, batch).values()
+        assert np.abs(in_steps(np.asarray(simulated) - y, y, grid)).max() <= 1.01

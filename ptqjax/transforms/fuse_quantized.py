@@ -174,6 +174,8 @@ def _bound(model: Model, clip: Node, end: str, absent: float) -> float | None:
 
 def _objection(model: Model, group: _Group) -> str:
     """Returns why the runtime leaves the group in float, or nothing."""
+    if any(node.attribute("block_size") for node in group.dequantizers):
+        return "a scale for each block; integers need one for each channel at most"
     y_type = _grid_type(model, group.quantizer)
     x_type, *other_types = (_grid_type(model, node) for node in group.dequantizers)
     op_type = group.node.op_type

@@ -1,12 +1,14 @@
-"""Products that ONNX Runtime would compute more coarsely than the file says, written so that it does not.
+"""Products that ONNX Runtime would compute more coarsely than the file says, or not at all, written so that it does.
 
-Two of its rewrites (1.32, on by default) change results:
+Three of its rewrites (1.32, on by default) stand in the way:
 
 - It rounds the weight of a Conv, ConvTranspose or Gemm to int8, one scale for all, where the weight is a constant in
   float and the input dequantized. One layer with a float16 weight and 16-bit activations is off by up to 366 steps
   (measured). A Clip without bounds behind the input's DequantizeLinear keeps it from that.
 - It multiplies by 4- and 8-bit weights that an axis 0 or 1 is dequantized along, not in integers, as MatMulNBits, which
   rounds activations to 8 bits (up to 206 steps of 16 bits, measured). Counted from the end, the axis escapes it.
+- It makes MatMulIntegerToFloat of a MatMul of 8-bit operands whose result stays in float, and then fails on the scales
+  of blocks. A Clip without bounds keeps it from that, too.
 """
 
 from __future__ import annotations
@@ -34,8 +36,11 @@ def keep_precision(model: Model) -> tuple[Model, Report]:
         if node.op_type not in _PRODUCTS or node.domain:
             continue
         if _would_be_rounded(model, node):
-            model = _with_clip(model, node)
+            model = _with_clip(model, node, 0)
             report.append(_record(node, "a Clip without bounds keeps the weight in float"))
+        elif _would_be_refused(model, node):
+            model = _with_clip(model, node, int(_type_of_codes(model, node.inputs[0], block_size=True) is not None))
+            report.append(_record(node, "a Clip without bounds keeps the product in float"))
         elif _would_round_activations(model, node):
             found = _with_axis_from_the_end(model, node)
             if found is not None:
@@ -50,6 +55,16 @@ def _would_be_rounded(model: Model, node: Node) -> bool:
         if reader is None or reader.op_type != "Add":
             return False
     return _type_of_codes(model, node.inputs[0]) is not None and _is_float_constant(model, node.inputs[1])
+
+
+def _would_be_refused(model: Model, node: Node) -> bool:
+    if node.op_type != "MatMul":
+        return False
+    reader = only_reader(model.graph, node.output)
+    if reader is not None and reader.op_type == "QuantizeLinear":
+        return False
+    has_blocks = any(_type_of_codes(model, name, block_size=True) for name in node.inputs)
+    return has_blocks and all(_type_of_codes(model, name) in _BYTES for name in node.inputs)
 
 
 def _is_float_constant(model: Model, tensor: str) -> bool:
@@ -84,19 +99,20 @@ def _weight(model: Model, node: Node) -> tuple[Node | None, Node | None]:
     return (found, transpose) if found.inputs[0] in model.params else (None, None)
 
 
-def _type_of_codes(model: Model, tensor: str) -> str | None:
-    """Returns the type that `tensor` is dequantized from; None where it is not."""
+def _type_of_codes(model: Model, tensor: str, *, block_size: bool = False) -> str | None:
+    """Returns the type that `tensor` is dequantized from, if asked only where in blocks; None where it is not."""
     node = model.graph.producers.get(tensor)
-    if node is None or node.op_type != "DequantizeLinear":
+    if node is None or node.op_type != "DequantizeLinear" or (block_size and not node.attribute("block_size")):
         return None
     zero_point = model.params.get(node.inputs[2]) if len(node.inputs) > 2 else None  # noqa: PLR2004 - the third
     return "unknown" if zero_point is None else np.dtype(zero_point.dtype).name
 
 
-def _with_clip(model: Model, node: Node) -> Model:
-    clipped = fresh_name(model.graph, f"{node.inputs[0]}_{node.output}")
-    clip = Node(op_type="Clip", inputs=node.inputs[:1], outputs=(clipped,))
-    reader = replace(node, inputs=(clipped, *node.inputs[1:]))
+def _with_clip(model: Model, node: Node, index: int) -> Model:
+    """Returns the model with a Clip that changes nothing on an input of the node."""
+    clipped = fresh_name(model.graph, f"{node.inputs[index]}_{node.output}")
+    clip = Node(op_type="Clip", inputs=(node.inputs[index],), outputs=(clipped,))
+    reader = replace(node, inputs=(*node.inputs[:index], clipped, *node.inputs[index + 1 :]))
     return rebuild(model, nodes=[*(reader if each is node else each for each in model.graph.nodes), clip])
 
 
@@ -128,5 +144,5 @@ def _record(node: Node, what: str) -> Record:
         done=True,
         what=what,
         where=(node.output,),
-        reason="ONNX Runtime would round an operand of the product to 8 bits",
+        reason="ONNX Runtime would round an operand of the product to 8 bits, or refuse the product",
     )

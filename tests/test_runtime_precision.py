@@ -1,0 +1,113 @@
+"""Products that ONNX Runtime would compute more coarsely than the file says: far off as they are, equal as written."""
+
+import numpy as np
+import pytest
+
+from ptqjax import apply, onnx_io, simulate
+from ptqjax.export import quantized_model
+from ptqjax.ir import text
+from ptqjax.kernels.ranges import grid_kind, grid_of_range
+from ptqjax.quantize import make_encoding
+from ptqjax.quantize.qdq import insert_qdq
+from ptqjax.transforms.runtime_precision import keep_precision
+from ptqjax.validate import run, session
+from tests.models import build, node
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def encode(value, dtype, *, axis=None, block_size=None):
+    if block_size:
+        blocks = value.reshape(-1, block_size, value.shape[-1])
+        low, high = blocks.min(axis=1), blocks.max(axis=1)
+    else:
+        others = None if axis is None else tuple(i for i in range(value.ndim) if i != axis % value.ndim)
+        low, high = value.min(axis=others), value.max(axis=others)
+    scale, zero_point = grid_of_range(low, high, grid_kind(dtype, symmetric=dtype[0] == "i"))
+    return make_encoding(scale, zero_point, dtype=dtype, axis=axis, block_size=block_size)
+
+
+W, V = normal(24, 64, seed=1), normal(6, 8, 3, 3, seed=1)
+# Nodes, the parameter w, the shape of x, and what is quantized beside x and y.
+PLACES = {
+    "Conv with a weight in float": ([node("Conv", ["x", "w"], "y")], V, (2, 8, 7, 7), None),
+    "Gemm with a weight in float": ([node("Gemm", ["x", "w"], "y", transB=1)], W, (4, 64), None),
+    "Gemm along axis 1": ([node("Gemm", ["x", "w"], "y")], W.T, (4, 64), {"dtype": "int8", "axis": 1}),
+    "MatMul behind a Transpose": (
+        [node("Transpose", ["w"], "t", perm=(1, 0)), node("MatMul", ["x", "t"], "y")],
+        W,
+        (4, 64),
+        {"dtype": "int8", "axis": 0},
+    ),
+    "MatMul in blocks": (
+        [node("MatMul", ["x", "w"], "y")],
+        W.T,
+        (4, 64),
+        {"dtype": "int4", "axis": 0, "block_size": 16},
+    ),
+}
+
+
+def quantized(name):
+    """The model in 16 bits at opset 21, where no integer operator is in the way."""
+    nodes, w, shape, grid = PLACES[name]
+    w = np.ascontiguousarray(w)
+    model = build(nodes, {"w": w}, input_shape=shape, outputs=["y"], opset=21)
+    x = normal(*shape, seed=2)
+    y = np.asarray(apply(model.graph, model.params, {"x": x})["y"])
+    encodings = {"x": encode(x, "uint16"), "y": encode(y, "uint16")}
+    encodings |= {"w": encode(w, **grid)} if grid else {}
+    return model, encodings, {"x": x}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_without_it_the_runtime_is_far_off_and_with_it_equal(name):
+    model, encodings, batch = quantized(name)
+    plain = insert_qdq(model, encodings)
+    kept, report = keep_precision(plain)
+    assert [record.where for record in report] == [("y_float",)]
+    assert all(record.done and record.reason for record in report)
+    expected = np.asarray(simulate(model, encodings)(model.params, encodings, batch)["y"])
+    distance = {}
+    for what, each in (("plain", plain), ("kept", kept)):
+        found = run(session(each), batch)["y"]
+        distance[what] = np.abs(found - expected).max() / float(encodings["y"].scale)
+        np.testing.assert_array_equal(apply(each.graph, each.params, batch)["y"], expected)
+    assert distance["kept"] <= 1.01  # a sum in another order
+    assert distance["plain"] > 20  # steps of 16 bits; where this fails, the runtime no longer needs it
+
+
+def test_eight_bit_blocks_whose_product_stays_in_float_are_run():
+    w = np.ascontiguousarray(W.T)
+    model = build([node("MatMul", ["x", "w"], "y")], {"w": w}, input_shape=(4, 64), outputs=["y"], opset=21)
+    x = normal(4, 64, seed=2)
+    encodings = {"x": encode(x, "uint8"), "w": encode(w, "int8", axis=-2, block_size=16)}
+    plain = insert_qdq(model, encodings)
+    with pytest.raises(Exception, match="MatMulIntegerToFloat"):
+        run(session(plain), {"x": x})
+    found = run(session(quantized_model(model, encodings)), {"x": x})["y"]
+    expected = np.asarray(simulate(model, encodings)(model.params, encodings, {"x": x})["y"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_computed_in_integers_is_left_as_it_is():
+    nodes = [node("Conv", ["x", "w"], "c"), node("Flatten", ["c"], "f"), node("Gemm", ["f", "v"], "y")]
+    params = {"w": normal(2, 3, 1, 1), "v": normal(8, 5)}
+    model = build(nodes, params, input_shape=(2, 3, 2, 2), outputs=["y"], opset=13)
+    activations = {name: make_encoding(np.float32(0.1), np.float32(9), dtype="uint8") for name in ("x", "c", "f", "y")}
+    encodings = activations | {"w": encode(params["w"], "int8", axis=0), "v": encode(params["v"], "int8", axis=1)}
+    plain = insert_qdq(model, encodings)
+    kept, report = keep_precision(plain)
+    assert not report
+    assert text(kept) == text(plain)
+
+
+def test_it_is_idempotent():
+    for name in PLACES:
+        model, encodings, _ = quantized(name)
+        once, _ = keep_precision(insert_qdq(model, encodings))
+        twice, report = keep_precision(once)
+        assert not report
+        assert onnx_io.to_proto(twice) == onnx_io.to_proto(once)
