@@ -141,8 +141,8 @@ def total_error(rows: Rows, scale: Any, zero_point: Any, kind: GridKind, saturat
         jnp.broadcast_to(v, rows.lowest.shape)[rows.ranges][:, None] for v in (scale, zero_point, kind.qmin, kind.qmax)
     )
     error = _error_of_numbers if rows.uppers is None else _error_of_bins
-    per_row = _gathered(error(rows, _Grid(*spread), saturation_weight).sum(axis=1))
-    return jax.ops.segment_sum(per_row, rows.ranges, rows.lowest.shape[0], indices_are_sorted=True)
+    per_row, ranges = _gathered((error(rows, _Grid(*spread), saturation_weight).sum(axis=1), rows.ranges))
+    return jax.ops.segment_sum(per_row, ranges, rows.lowest.shape[0], indices_are_sorted=True)
 
 
 class _Grid(NamedTuple):
@@ -185,11 +185,10 @@ def _integral_of_square(lower: Any, upper: Any) -> Any:
     return (upper * upper * upper - lower * lower * lower) / 3
 
 
-def _gathered(values: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Returns the values on every device: a sum of parts would depend on where the parts are."""
-    return (
-        values if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(values, PartitionSpec())
-    )
+def _gathered(arrays: Any) -> Any:
+    """Returns the arrays on every device: a sum of parts would depend on where the parts are."""
+    is_alone = jax.sharding.get_abstract_mesh().empty
+    return arrays if is_alone else jax.lax.with_sharding_constraint(arrays, PartitionSpec())
 
 
 def _candidates(levels: list[np.ndarray], length: int) -> Candidates:
