@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ptqjax.data import Batches, Samples
     from ptqjax.ir import Graph, Model
     from ptqjax.pipeline import Result
+    from ptqjax.quantize import Encodings
     from ptqjax.report import Row
 
 _BATCH = 32  # samples at a time
@@ -158,13 +159,29 @@ def commands() -> None:
     metavar="PATTERN",
     help="Leave the tensors of this name in float; * and ? stand for any characters. May be given several times.",
 )
+@click.option(
+    "--encodings",
+    "encodings_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Keep the grids in this file (AIMET's JSON, or .safetensors), and find the others. Turns equalization off.",
+)
 @_target
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the samples that learning draws."
 )
 @_device
 @reports_faults
-def quantize(model: Path, calibration: str, out: Path, device: str, config_file: Path | None, **settings: Any) -> None:
+def quantize(
+    model: Path,
+    calibration: str,
+    out: Path,
+    device: str,
+    *,
+    config_file: Path | None,
+    encodings_file: Path | None,
+    **settings: Any,
+) -> None:
     """Quantize MODEL.onnx and write it to DIR, with its encodings and a report.
 
     \b
@@ -181,6 +198,7 @@ def quantize(model: Path, calibration: str, out: Path, device: str, config_file:
         ptqjax quantize net.onnx --calibration data.npz --out q --config settings.toml
         ptqjax quantize net.onnx --calibration data.npz --out q --no-equalize --correct none
         ptqjax quantize net.onnx --calibration data.npz --out q --exclude 'head/*' --exclude logits
+        ptqjax quantize net.onnx --calibration data.npz --out q --encodings earlier/model.encodings
         ptqjax quantize net.onnx --calibration none --out q
 
     With 'labels' in DATA.npz, the table at the end shows top-1 accuracy as well. Without samples nothing is measured:
@@ -193,15 +211,19 @@ def quantize(model: Path, calibration: str, out: Path, device: str, config_file:
 
     has_data = calibration != _NO_DATA
     given = {name: value for name, value in _named().items() if name in settings}
+    if encodings_file is not None:
+        given = _without_equalization(given)
     config = _configured(config_file, dict(given))
     _require_consistent(calibration, config, given)
     if not has_data and config.correct == "empirical":
         config = replace(config, correct="analytic")
     device_name, path = _use_device(device), Path(calibration) if has_data else None
     source = ptqjax.read(model)
+    frozen = None if encodings_file is None else _frozen(encodings_file, source)
     samples, batches = (None, None) if path is None else _load(path, source.graph)
     with published(out, _FILES) as folder, _progress() as follow:
-        result = ptqjax.quantize(source, None if batches is None else follow(batches, "quantizing"), config)
+        data = None if batches is None else follow(batches, "quantizing")
+        result = ptqjax.quantize(source, data, config, frozen=frozen)
         written = load_target(config.target).exported_weights
         ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config), weights=written)
         rows: Sequence[Row] = ()
@@ -224,6 +246,24 @@ def quantize(model: Path, calibration: str, out: Path, device: str, config_file:
         click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")
     click.echo(f"wrote {out / 'model.onnx'}; what was done and why: {out / 'report.html'}")
     click.echo(f"what the file is worth: ptqjax evaluate {out / 'model.onnx'} --data TEST.npz --reference {model}")
+
+
+def _without_equalization(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options with equalization off.
+
+    Raises:
+        ConfigError: It is asked for by name.
+    """
+    if given.get("equalize"):
+        raise ConfigError("--equalize with --encodings: scaled tensors have other ranges; leave one of the two out")
+    return given | {"equalize": False}
+
+
+def _frozen(file: Path, source: Model) -> Encodings:
+    """Returns the encodings in a file, which are for the model with folded batch norms."""
+    import ptqjax
+
+    return ptqjax.read_encodings(file, ptqjax.fold_batch_norms(source)[0])[0]
 
 
 def _named() -> dict[str, Any]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptqjax.config import QuantizationConfig
+from ptqjax.errors import ConfigError
 from ptqjax.fit import correct_biases, scale_as_configured
 from ptqjax.ir import Model, Report
-from ptqjax.quantize import Encodings, calibrate_and_report, check_not_quantized, guard_biases, widened
+from ptqjax.quantize import Encoding, Encodings, calibrate_and_report, check_not_quantized, guard_biases, widened
 from ptqjax.transforms import fold_batch_norms, prepare
 
 
@@ -38,7 +39,11 @@ class Result:
 
 
 def quantize(
-    model: Model, batches: Iterable[Mapping[str, Any]] | None, config: QuantizationConfig | None = None
+    model: Model,
+    batches: Iterable[Mapping[str, Any]] | None,
+    config: QuantizationConfig | None = None,
+    *,
+    frozen: Mapping[str, Encoding] | None = None,
 ) -> Result:
     """Returns the quantized model: folded, equalized, calibrated and corrected as `config` says.
 
@@ -47,21 +52,27 @@ def quantize(
         batches: Calibration data: arrays by input name, samples along the first axis. Gone through several times; an
             iterator, which can be gone through only once, is kept in memory. None: batch norms tell.
         config: What to do; None for the defaults.
+        frozen: Encodings that are kept, by tensor of the model with folded batch norms; the others are found. Where a
+            bias would not fit into int32 otherwise, its weight's scale is raised all the same.
 
     Raises:
         DataError: The batches do not fit the model.
-        ConfigError: A setting does not fit the model or the data.
+        ConfigError: A setting does not fit the model or the data; or encodings are frozen, and equalization, which
+            scales what they are for, is on.
         ModelError: The model is quantized already, is not in float32, or its parameters are not finite.
     """
     config = config or QuantizationConfig()
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
     check_not_quantized(model)
+    if frozen and config.equalize:
+        raise ConfigError("equalize=True: it scales the tensors that frozen encodings are for; choose equalize=False")
     folded, fold_report = fold_batch_norms(model)
     prepared, prepare_report = prepare(folded, config.absorb) if config.equalize else (folded, ())
     choice = scale_as_configured(prepared, batches, config)
     equalized, equalize_report = choice.model, (*prepare_report, *choice.report)
-    encodings, calibrate_report = calibrate_and_report(equalized, batches, config)
-    encodings = widened(equalized, encodings, choice.headroom, config)
+    calibrated, calibrate_report = calibrate_and_report(equalized, batches, config, frozen=frozen)
+    kept = {name: calibrated[name] for name in frozen or {}}
+    encodings = widened(equalized, calibrated, choice.headroom, config) | kept
     corrects = choice.correct != "none"
     corrected, correct_report = (
         correct_biases(equalized, encodings, batches, method=choice.correct) if corrects else (equalized, ())

@@ -411,7 +411,7 @@ def test_a_reference_that_does_not_fit_is_named(place, tmp_path):
 
 @pytest.mark.parametrize("fault", [RuntimeError("nobody\nforesaw this"), OSError(28, "No space left"), KeyError()])
 def test_what_nobody_foresaw_is_one_line(place, tmp_path, monkeypatch, fault):
-    def fail(*_):
+    def fail(*_, **__):
         raise fault
 
     monkeypatch.setattr(ptqjax, "quantize", fail)

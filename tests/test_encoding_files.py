@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import ptqjax
+from ptqjax.cli import commands
 from ptqjax.config import QuantizationConfig
 from ptqjax.encoding_files import Mismatch, encodings_json
 from ptqjax.encoding_files.own_fields import is_identical
@@ -387,6 +389,46 @@ def test_with_a_configuration_every_tensor_to_be_rounded_needs_an_entry(tmp_path
     assert ptqjax.read_encodings(path, model)[1] == ()
     _, mismatches = ptqjax.read_encodings(path, model, strict=False, config=QuantizationConfig())
     assert sorted(mismatch.tensor for mismatch in mismatches) == ["g", "r"]
+
+
+def test_what_a_file_holds_is_frozen_and_the_rest_is_calibrated(tmp_path):
+    """Read, freeze, calibrate: what the file holds stays to the bit; the rest is what calibration alone finds."""
+    model, batches = network(), [{"x": normal(3, 6, 6, 6, seed=i)} for i in range(2)]
+    config = QuantizationConfig(ranges="min-max", equalize=False, correct="none")
+    free = ptqjax.calibrate(model, batches, config)
+    held = {"w": EXAMPLES["w"][-1], "r": UINT8[-1], "p": STRICT[-1]}
+    ptqjax.write_encodings(tmp_path / "some.encodings", model, held, "2.0.0")
+    frozen, _ = ptqjax.read_encodings(tmp_path / "some.encodings", model)
+    found = ptqjax.calibrate(model, batches, config, frozen=frozen)
+    moved = {"f": held["p"]}  # a Flatten moves the values of `p`
+    assert_identical(found, free | held | moved)
+    through_all = ptqjax.quantize(model, batches, config, frozen=frozen)
+    assert_identical(through_all.encodings, found)
+    with pytest.raises(ConfigError, match="equalize=False"):
+        ptqjax.quantize(model, batches, replace(config, equalize=True), frozen=frozen)
+    wide = ptqjax.quantize(model, batches, replace(config, headroom=2.0), frozen=frozen).encodings
+    assert_identical({name: wide[name] for name in held}, held)
+    assert wide["x"].scale == 2 * free["x"].scale
+
+
+def test_the_command_line_keeps_what_a_file_holds(tmp_path):
+    model = network()
+    (output,) = model.graph.outputs
+    model = model.replace(graph=replace(model.graph, outputs=(replace(output, shape=("N", 5)),)))
+    held = {"w": EXAMPLES["w"][-1], "r": UINT8[-1]}
+    ptqjax.write(model, tmp_path / "m.onnx")
+    ptqjax.write_encodings(tmp_path / "some.encodings", model, held)
+    np.savez(tmp_path / "data.npz", x=normal(4, 6, 6, 6))
+    arguments = ["quantize", str(tmp_path / "m.onnx"), "--calibration", str(tmp_path / "data.npz"), "--out"]
+    arguments += [str(tmp_path / "out"), "--encodings", str(tmp_path / "some.encodings")]
+    result = CliRunner().invoke(commands, arguments)
+    assert result.exit_code == 0, result.output
+    found, _ = ptqjax.read_encodings(tmp_path / "out" / "model.encodings", model)
+    assert len(found) > len(held)
+    assert_identical({name: found[name] for name in held}, held)
+    refused = CliRunner().invoke(commands, [*arguments, "--equalize"])
+    assert refused.exit_code != 0
+    assert "--equalize with --encodings" in refused.output
 
 
 def damaged(**changes):
