@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,7 @@ def guard_biases(model: Model, encodings: Encodings, *, fixed_point: bool = Fals
     Source: aimet-onnx 2.42, which always applies all three.
     """
     guarded, records = dict(encodings), []
-    for site in _weighted_layers(model) if fixed_point else bias_sites(model):
+    for site in _weighted_layers(model, guarded) if fixed_point else _with_int32(bias_sites(model), guarded):
         x, weight = guarded.get(site.input), guarded.get(site.weight)
         if x is None or weight is None or not _has_integer_sums(x, weight, site):
             continue
@@ -117,9 +118,14 @@ def guard_biases(model: Model, encodings: Encodings, *, fixed_point: bool = Fals
     return guarded, tuple(records)
 
 
-def _weighted_layers(model: Model) -> Iterator[BiasSite]:
+def _with_int32(sites: Iterable[BiasSite], encodings: Mapping[str, Encoding]) -> list[BiasSite]:
+    """Returns the sites whose biases have no encoding of their own, which would decide in place of their layer's."""
+    return [site for site in sites if site.bias not in encodings]
+
+
+def _weighted_layers(model: Model, encodings: Mapping[str, Encoding]) -> Iterator[BiasSite]:
     """Yields the layers with a weight that is a parameter; without a bias where it cannot be int32."""
-    with_bias = {(site.input, site.weight): site for site in bias_sites(model)}
+    with_bias = {(site.input, site.weight): site for site in _with_int32(bias_sites(model), encodings)}
     for node in model.graph.nodes:
         layer = _layer(node)
         if layer is not None and layer.weight in model.params:
@@ -149,17 +155,17 @@ def _bounds(model: Model, site: BiasSite, x: Encoding, y: Encoding | None) -> It
     step = float(x.scale)
     bias = np.asarray(model.params[site.bias], dtype=np.float64) if site.bias else np.zeros(())
     if site.bias:
-        yield "|b| / (s_x s_w) would exceed 2^31 - 2^15", _least(np.abs(bias), step)
+        yield "|b| / (s_x s_w) would exceed 2^31 - 2^15", _least(bias, step)
     if y is not None:
         smallest = _SMALLEST_MULTIPLIER * float(y.scale) / step
         yield "s_x s_w / s_y would be below 2^-23.5", np.asarray(smallest)
         below_zero = (float(y.zero_point) - float(y.qmin)) * float(y.scale)
-        yield "|b - z_y s_y| / (s_x s_w) would exceed 2^31 - 2^15", _least(np.abs(bias - below_zero), step)
+        yield "|b - z_y s_y| / (s_x s_w) would exceed 2^31 - 2^15", _least(bias - below_zero, step)
 
 
-def _least(magnitude: np.ndarray, step: float) -> np.ndarray:
+def _least(value: Any, step: float) -> np.ndarray:
     # One part in 2**20 more, so that rounding s_x * s_w to float32 cannot carry the quotient over the limit.
-    return magnitude * (1 + 2.0**-20) / (LARGEST_CODE * step)
+    return np.asarray(np.abs(value) * (1 + 2.0**-20) / (LARGEST_CODE * step))
 
 
 def _in_shape_of(scale: np.ndarray, least: np.ndarray, site: BiasSite) -> np.ndarray:
