@@ -40,7 +40,7 @@ def load(tmp_path: Path):
     return read_with
 
 
-def defaults(**more: str) -> dict[str, Any]:
+def defaults(**more: Any) -> dict[str, Any]:
     return {"defaults": BASE["defaults"] | more}
 
 

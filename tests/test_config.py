@@ -2,12 +2,28 @@
 
 import dataclasses
 import importlib.resources
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from ptqjax.config import QuantizationConfig, load_target, near_names, target_names
-from ptqjax.errors import ConfigError
+from ptqjax.config import (
+    FLOAT_DTYPES,
+    SYMMETRIES,
+    QuantizationConfig,
+    Rule,
+    config_from_toml,
+    config_to_toml,
+    load_target,
+    near_names,
+    read_config,
+    target_names,
+    write_config,
+)
+from ptqjax.config.checks import DTYPES
+from ptqjax.errors import ConfigError, OutputError
+from ptqjax.kernels import grid, ranges
 
 
 def test_defaults_are_those_of_the_contract() -> None:
@@ -95,3 +111,130 @@ def test_a_bad_target_file_is_an_error_that_names_the_key(tmp_path: Path, text: 
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_target(str(path))
+
+
+def test_types_and_symmetries_are_those_that_grids_have() -> None:
+    assert FLOAT_DTYPES == grid.FLOAT_FORMATS
+    assert SYMMETRIES == ranges.SYMMETRIES
+    for dtype in set(DTYPES) - set(FLOAT_DTYPES):
+        assert grid.integer_range(dtype)[1] > 0
+
+
+# A target's own settings
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_settings_for_a_target_are_its_defaults_and_what_is_given_wins(name: str) -> None:
+    config = QuantizationConfig.for_target(name, seed=3)
+    assert (config.target, config.seed) == (name, 3)
+    assert {key: getattr(config, key) for key, _ in load_target(name).defaults} == dict(load_target(name).defaults)
+
+
+def test_the_default_target_has_the_defaults_of_the_contract() -> None:
+    assert QuantizationConfig.for_target("ort-cpu") == QuantizationConfig()
+
+
+# Files
+
+RULES = (
+    Rule(tensors=("conv1*", "re:.*/Add_\\d+"), of="activations", dtype="int16", symmetric="strict unsigned"),
+    Rule(operators=("MatMul",), operands=(1,), dtypes=("uint16",), enabled=False, optional=True),
+    Rule(of="weights", granularity="lpbq:32", ranges="percentile:99.99", power_of_two=True, least_bits=8),
+    Rule(tensors=('a "name" \\ with\ttabs, \x7f and ü',), fixed_range=(-1.0, 0.1), symmetric=False),
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantizationConfig(),
+        *(QuantizationConfig.for_target(name) for name in target_names()),
+        QuantizationConfig(
+            weights="float8_e4m3fn", activations="uint13", granularity="block:7", ranges="entropy", weight_ranges="mse",
+            activation_ranges="percentile:99.9", activations_symmetric=False, power_of_two=True, biases="float",
+            compatibility="aimet", equalize=False, headroom=1.2, seed=7, exclude=("a*", "re:b"),
+            supergroups=(("Conv", "Sigmoid"), ("Add", "Relu", "Tanh")), rules=RULES,
+        ),
+        QuantizationConfig(target="generic-per-channel", weights_symmetric=None, rules=RULES[:1]),  # not its default
+        QuantizationConfig(headroom=1 / 3 + 1),
+    ],
+    ids=lambda config: config.target,
+)  # fmt: skip
+def test_a_file_is_read_as_it_was_written_to_the_last_bit(config: QuantizationConfig, tmp_path: Path) -> None:
+    write_config(config, tmp_path / "settings.toml")
+    assert read_config(tmp_path / "settings.toml") == config
+    assert config_from_toml(config_to_toml(config)) == config
+
+
+def test_what_a_file_leaves_out_is_the_targets_default_and_what_is_given_wins() -> None:
+    config = config_from_toml('target = "tensorrt"\nseed = 4', granularity="tensor")
+    assert config == QuantizationConfig.for_target("tensorrt", seed=4, granularity="tensor")
+    assert config_from_toml("", target="qnn-htp") == QuantizationConfig.for_target("qnn-htp")
+
+
+ONE_RULE = '[[rules]]\ntensors = ["a"]\ndtype = "int4"'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('\n\nweigths = "int8"', "config, line 3: unknown key 'weigths'; near names: weights"),
+        ('seed = 1\nweights = "int1"', "line 2: weights='int1' is unknown"),
+        ('target = "tensorrt"\n\nactivations = "uint8"', "line 3: activations='uint8' is not what"),
+        ('target = "ort"', "line 1: target='ort' is unknown"),
+        ("seed = \nx = 1", "is not TOML: .*line 1"),
+        (f'{ONE_RULE}\n\n[[rules]]\ntensors = ["b"]\ndtyp = "int4"', "line 7: .*'dtyp'; near names"),
+        (f'{ONE_RULE}\n[[rules]]\nof = "weigths"\nenabled = true', "line 5: of='weigths'"),
+        ('rules = [{tensors = ["a"]}]', "line 1: rule for 'a' sets nothing"),
+        ('rules = "all"', "line 1: rules is 'all'; expected tables"),
+        ('target = "generic-per-tensor"\n[[rules]]\ngranularity = "channel"', "line 2: .*not take channel"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_an_error_with_line_and_key(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_from_toml(text)
+
+
+def test_a_file_that_cannot_be_read_or_written_is_an_error_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none.toml' cannot be read"):
+        read_config(tmp_path / "none.toml")
+    (tmp_path / "latin.toml").write_bytes(b'weights = "\xe9"')
+    with pytest.raises(ConfigError, match=r"latin.toml' cannot be read"):
+        read_config(tmp_path / "latin.toml")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_config(QuantizationConfig(), tmp_path)
+
+
+WRONG_TYPES = {
+    "weights = 8": "weights=8 is unknown",
+    "equalize = 1": "equalize=1: expected True or False",
+    "power_of_two = 0": "power_of_two=0: expected True or False",
+    'exclude = "conv"': "exclude='conv': expected a tuple of patterns",
+    'supergroups = ["Conv", "Relu"]': "supergroups='Conv': expected a tuple of operators",
+    "activations_symmetric = 1": "activations_symmetric=1 is unknown",
+    "headroom = true": "headroom=True: expected a number",
+    "target = 3": "target=3 is unknown",
+    "granularity = 4": "granularity=4 is unknown",
+    '[[rules]]\ntensors = "conv"\nenabled = true': "tensors='conv': expected a tuple of patterns",
+    '[[rules]]\ndtypes = [["int8"]]\nenabled = true': "expected a tuple of types",
+    "[[rules]]\nfixed_range = [1]": "expected two finite numbers",
+    "[[rules]]\nleast_bits = true": "a number from 2 to 16",
+}
+
+
+def test_values_of_a_wrong_type_are_errors_as_others_are() -> None:
+    """In a process without the checks of types that tests add, which would come first."""
+    code = f"""
+from ptqjax.config import config_from_toml
+from ptqjax.errors import ConfigError
+for text, message in {WRONG_TYPES!r}.items():
+    try:
+        config_from_toml(text)
+    except ConfigError as error:
+        assert message in str(error), (text, str(error))
+        assert "line" in str(error), (text, str(error))
+    else:
+        raise AssertionError(text)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import pytest
 
 from ptqjax.config import QuantizationConfig, Rule, load_target
 from ptqjax.errors import ConfigError
-from ptqjax.quantize import place
+from ptqjax.quantize import calibrate, place
 from ptqjax.quantize.placement import Site
 from tests.test_placement import CONV, MATRIX, SAME, build, floats, plan
 
@@ -81,6 +81,13 @@ def test_all_settings_reach_the_site() -> None:
     assert (site.symmetric, site.axis, site.ranges, site.power_of_two) == ("strict", None, "mse", True)
     site = sites(Rule(tensors=("s",), fixed_range=(0.0, 2.0), symmetric="unsigned"))["s"]
     assert (site.fixed_range, site.symmetric) == ((0.0, 2.0), "unsigned")
+
+
+def test_a_constant_operand_may_have_a_known_range() -> None:
+    model = build(("Add", "x k", "y"), k=floats(4, 6, 6))
+    config = QuantizationConfig(rules=(Rule(tensors=("k",), fixed_range=(-4.0, 4.0), symmetric=True, dtype="int8"),))
+    found = calibrate(model, [{"x": floats(1, 4, 6, 6)}], config)["k"]
+    assert float(found.scale) == np.float32(4 / 127)
 
 
 def test_schemes_are_apart_for_weights_and_activations() -> None:
@@ -184,6 +191,8 @@ def test_a_moved_tensor_follows_its_source_unless_it_is_named() -> None:
         (Rule(tensors=("c1",), dtype="int4"), "changes no grid, because 'c1' stays in float: inside Conv\\+Relu"),
         (Rule(tensors=("b1",), dtype="int4"), "'b1' stays in float: it is a bias, which follows its layer"),
         (Rule(operators=("MaxPool",), dtype="int4"), "'p' has the encoding of 'c2'; set it where the grid is"),
+        (Rule(tensors=("w1",), fixed_range=(-1.0, 1.0)), r"'w1' \(weight\) has no known range; its values are in hand"),
+        (Rule(tensors=("s",), granularity="tensor"), r"'s' \(activation\) has no granularity; it has one scale"),
     ],
     ids=lambda value: "" if isinstance(value, Rule) else value[:30],
 )

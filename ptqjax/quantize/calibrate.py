@@ -101,12 +101,12 @@ def _check_frozen(frozen: Mapping[str, Encoding], sites: Sequence[Site]) -> None
 
 def _encode_known(model: Model, sites: Sequence[Site], config: QuantizationConfig) -> dict[str, Encoding]:
     """Returns the encodings that follow from the model alone: of parameters, fixed ranges and casts."""
-    constant = [site for site in sites if site.kind != ACTIVATION]
+    constant = [site for site in sites if site.kind != ACTIVATION and site.fixed_range is None]
     found: dict[str, Encoding] = {}
     for scheme, alike in _by_scheme(constant, config):
         found |= encode_constants(alike, model.params, scheme, compatibility=config.compatibility)
     for site in sites:
-        if site.kind == ACTIVATION and site.fixed_range is not None:
+        if site.fixed_range is not None:
             found[site.tensor] = fixed_encoding(site, compatibility=config.compatibility)
         elif site.kind == ACTIVATION and not needs_range(site):
             found[site.tensor] = cast_encoding(site)

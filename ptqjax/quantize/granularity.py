@@ -94,6 +94,7 @@ def parameter_site(tensor: str, settings: Settings, reason: str) -> Site:
         symmetric=settings.symmetric,
         root=tensor,
         reason="; ".join((reason, *settings.rules)),
+        fixed_range=settings.fixed_range,
         power_of_two=settings.power_of_two,
         ranges=settings.ranges,
     )

@@ -246,13 +246,28 @@ def _activation_site(
 
 
 def _check_effects(settled: Settled, placement: Placement) -> None:
-    """Checks that each rule that sets a grid is for one tensor at least that has a grid of its own."""
-    roots = {site.tensor for site in placement.sites if site.root == site.tensor}
+    """Checks that each rule that sets a grid is for one tensor at least that has such a grid of its own."""
+    own = {site.tensor: site for site in placement.sites if site.root == site.tensor}
     for rule, matches in settled.matches:
-        if rule.optional or set(set_fields(rule)) <= {"enabled"} or not roots.isdisjoint(matches):
+        wanted = set(set_fields(rule)) - {"enabled"}
+        if rule.optional or not wanted or any(wanted & _settable(own[name]) for name in matches if name in own):
             continue
-        name = matches[0]
-        site, reasons = placement.site(name), {entry.tensor: entry.reason for entry in placement.skipped}
-        why = f"'{name}' has the encoding of '{site.root}'" if site is not None else f"'{name}' stays in float: "
-        why += "" if site is not None else reasons.get(name, "it is a bias, which follows its layer")
-        raise ConfigError(f"rules: the {described(rule)} changes no grid, because {why}; set it where the grid is")
+        why = _why_without_effect(matches[0], own, placement)
+        raise ConfigError(f"rules: the {described(rule)} changes no grid, because {why}")
+
+
+def _settable(site: Site) -> set[str]:
+    """Returns the fields of a rule that mean something for a site."""
+    fields = {"dtype", "least_bits", "symmetric", "ranges", "power_of_two"}
+    return fields | {"granularity" if site.kind == WEIGHT else "fixed_range"}
+
+
+def _why_without_effect(tensor: str, own: Mapping[str, Site], placement: Placement) -> str:
+    if tensor in own:
+        lacks = "known range; its values are in hand" if own[tensor].kind == WEIGHT else "granularity; it has one scale"
+        return f"'{tensor}' ({own[tensor].kind}) has no {lacks}"
+    site = placement.site(tensor)
+    if site is not None:
+        return f"'{tensor}' has the encoding of '{site.root}'; set it where the grid is"
+    reasons = {entry.tensor: entry.reason for entry in placement.skipped}
+    return f"'{tensor}' stays in float: {reasons.get(tensor, 'it is a bias, which follows its layer')}"
