@@ -455,7 +455,10 @@ def test_float_models_come_back_as_they_are():
     assert (encodings, report) == ({}, ())
 
 
-@pytest.mark.parametrize("metadata", ["{", "[]", '{"w": 3}', '{"w": {"limits": "no"}}', '{"w": {"limits": [1]}}'])
+@pytest.mark.parametrize(
+    "metadata",
+    ["{", "[]", '{"w": 3}', '{"w": {"limits": "no"}}', '{"w": {"limits": [1]}}', '{"w": {"scale_bits": "x"}}'],
+)
 def test_damaged_metadata_are_an_error(metadata):
     model = build([node("MatMul", ["x", "w"], "y")], {"w": normal(6, 6)}, input_shape=("N", 6), outputs=["y"])
     quantized = quantized_model(model, {"w": make_encoding(np.float32(0.1), 0, dtype="int8")})
