@@ -16,7 +16,7 @@ from ptqjax.kernels.exact_sums import add_terms, empty_sums, means_of
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.kernels.histogram import histogram_of
 from ptqjax.kernels.ranges import GridKind, Symmetry, grid_kind, grid_of_range, stack_kinds
-from ptqjax.quantize import choose_encoding
+from ptqjax.quantize import choose_encoding, schemes
 from ptqjax.quantize.encodings import fake_quantize, integers
 from ptqjax.quantize.low_power import compose, decompose
 from ptqjax.quantize.observers import DISTRIBUTION
@@ -288,18 +288,28 @@ def test_entropy_clips_nothing_where_steps_are_narrower_than_bins(rng: np.random
 
 
 def test_zeros_do_not_change_the_range_of_entropy(rng: np.random.Generator) -> None:
-    x = np.abs(rng.laplace(size=(4, 2000))).astype(np.float32)
+    x = np.abs(rng.laplace(size=(8, 2000))).astype(np.float32)  # all are counted
     with_zeros = np.concatenate([x, np.zeros_like(x)], axis=1)
     kind = grid_kind("uint8")
     assert streamed(ENTROPY, [x], kind) == streamed(ENTROPY, [with_zeros], kind)
 
 
-def test_entropy_in_hand_is_that_of_the_stream(rng: np.random.Generator) -> None:
-    x = rng.laplace(size=(700, 900)).astype(np.float32)  # more rows than are taken at once
-    found = choose_encoding(x, ranges="entropy", axis=0)
-    for row in (0, 511, 512, 699):
-        scale, zero_point = streamed(ENTROPY, [x[row : row + 1]], grid_kind("int8"))
+def test_entropy_in_hand_is_that_of_the_stream(rng: np.random.Generator, monkeypatch) -> None:
+    monkeypatch.setattr(schemes, "_ROWS_AT_ONCE", 2)
+    x = rng.laplace(size=(5, 9, 1000)).astype(np.float32)
+    found = choose_encoding(x, dtype="int4", ranges="entropy", axis=0)
+    for row in range(5):
+        scale, zero_point = streamed(ENTROPY, [x[row, :4], x[row, 4:]], grid_kind("int4"))
         assert (float(found.scale[row]), float(found.zero_point[row])) == (scale, zero_point)
+
+
+def test_entropy_leaves_the_range_of_few_values_whole(rng: np.random.Generator) -> None:
+    few = rng.laplace(size=(1, schemes.FEWEST_FOR_ENTROPY - 1)).astype(np.float32)
+    many = np.concatenate([few, few[:, :1]], axis=1)
+    for x, is_whole in ((few, True), (many, False)):
+        whole = choose_encoding(x, dtype="int4", ranges="min-max")
+        assert (choose_encoding(x, dtype="int4", ranges="entropy").scale == whole.scale) == is_whole
+        assert (streamed(ENTROPY, [x[:, :4096], x[:, 4096:]], grid_kind("int4"))[0] == whole.scale) == is_whole
 
 
 # Means of extremes
