@@ -29,6 +29,7 @@ from bench_accuracy import NETWORKS, ROOT, SHARED, arrays_task, known_task
 from bench_header import header
 
 import ptqjax
+from ptqjax.transforms.saturation import Saturation
 from ptqjax.validate import OperatorSummary, Validation
 
 sys.path.insert(0, str(ROOT))
@@ -146,6 +147,7 @@ HEADINGS = (
     "outputs equal, %",
     "SQNR, dB",
     "float program: SQNR, dB",
+    "weights that may saturate without VNNI",
 )
 """The columns of the table."""
 
@@ -170,6 +172,7 @@ def row(finding: Finding) -> list[str]:
         _percent(found.integer.equal),
         _decibels(found.integer.sqnr),
         _decibels(found.float.sqnr),
+        _saturating(found.saturating),
     ]
 
 
@@ -216,6 +219,14 @@ def _percent(fraction: float) -> str:
 
 def _decibels(value: float) -> str:
     return "equal" if value == float("inf") else f"{value:.1f}"
+
+
+def _saturating(weights: Sequence[Saturation]) -> str:
+    """Returns how many weights may saturate, and how many of their pairs of products."""
+    if not weights:
+        return "none"
+    share = sum(each.num_saturating for each in weights) / sum(each.num_pairs for each in weights)
+    return f"{len(weights)} ({100 * share:.2g} % of their pairs)"
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

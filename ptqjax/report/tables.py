@@ -39,7 +39,7 @@ def print_stages(stages: Sequence[Mapping[str, Any]]) -> None:
 
 def print_validation(path: Path, found: Validation) -> None:
     """Prints the distance of each tensor in steps, per operator and of the whole programs; warnings go to stderr."""
-    headings = ["kernel", "alone: largest, steps", "equal, %", "end to end: largest, steps", "equal, %"]
+    headings = ["kernel", "alone, steps", "equal, %", "end to end, steps", "equal, %"]
     rows = [
         [group.tensor, group.operator, _kernel(group), *_distances(group.alone, group.end_to_end)]
         for group in found.groups
@@ -59,9 +59,10 @@ def print_validation(path: Path, found: Validation) -> None:
     _print_saturating(found.saturating)
     for warning in found.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    click.echo(f"largest difference in a group: {found.largest} steps; equal in at least {100 * found.equal:.3f} %")
+    click.echo(f"largest difference in a group: {found.largest} steps; equal in at least {_percent(found.equal)} %")
     farthest = found.farthest
-    click.echo(f"end to end: equal in at least {100 * farthest.end_to_end.equal:.3f} %, at '{farthest.tensor}'")
+    where = "" if farthest.end_to_end.equal == 1 else f", at '{farthest.tensor}'"
+    click.echo(f"end to end: equal in at least {_percent(farthest.end_to_end.equal)} %{where}")
 
 
 def _print_saturating(weights: Sequence[Saturation]) -> None:
@@ -82,7 +83,12 @@ def _kernel(group: Group) -> str:
 
 
 def _distances(*distances: Distance) -> list[str]:
-    return [text for each in distances for text in (f"{each.largest}", f"{100 * each.equal:.3f}")]
+    return [text for each in distances for text in (f"{each.largest}", _percent(each.equal))]
+
+
+def _percent(fraction: float) -> str:
+    """Returns a fraction in percent; 100.000 stands for all, without exception."""
+    return "100.000" if fraction == 1 else f"{min(100 * fraction, 99.999):.3f}"
 
 
 def print_evaluation(path: Path, found: Evaluation, reference: Evaluation | None) -> None:
