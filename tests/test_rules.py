@@ -72,7 +72,7 @@ def test_the_later_rule_wins_field_by_field() -> None:
         "w1": ("int4", True),
         "w2": ("int6", True),
     }
-    assert "rule for 'w2'" in found["w2"].reason
+    assert "dtype=int6 by the rule for 'w2'" in found["w2"].reason
 
 
 def test_all_settings_reach_the_site() -> None:

@@ -16,6 +16,7 @@ from ptqjax.ir import Graph, Model
 from ptqjax.quantize.movement import moved_tensors
 
 _DIGITS = re.compile(r"\d+")
+_FIELDS = {"given_symmetry": "symmetric"}  # as a rule calls them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +42,7 @@ class Settings:
     on: bool = False
     """Whether a rule asks for the tensor to be rounded."""
     rules: tuple[str, ...] = ()
-    """The rules that set something else than whether it is rounded, for people."""
+    """What rules set that was otherwise before, each with the rule, for people."""
     is_named: bool = False
     """Whether one of these rules is for this tensor by name."""
 
@@ -84,7 +85,7 @@ def settle(
             found[name] = replace(found[name], off=f"excluded by the pattern {pattern!r}")
     for rule in target.exceptions:
         for name in _matching(model.graph, rule, found, moved):
-            found[name] = _changed(found[name], rule, f"{target.name}'s {described(rule)}")
+            found[name] = _changed(found[name], rule, f"target {target.name!r}")
     matches = []
     for rule in config.rules:
         if not rule.optional:
@@ -93,7 +94,7 @@ def settle(
         if not matching and not rule.optional:
             raise ConfigError(f"rules: no tensor meets all conditions of the {described(rule)}; widen them, or drop it")
         for name in matching:
-            found[name] = _changed(found[name], rule, described(rule))
+            found[name] = _changed(found[name], rule, f"the {described(rule)}")
         matches.append((rule, matching))
     return Settled(found, tuple(matches))
 
@@ -161,17 +162,19 @@ def _readers(graph: Graph, tensors: Iterable[str], operands: tuple[int, ...]) ->
 
 def _changed(settings: Settings, rule: Rule, text: str) -> Settings:
     if rule.enabled is not None:
-        settings = replace(settings, off="" if rule.enabled else f"switched off by the {text}", on=rule.enabled)
+        settings = replace(settings, off="" if rule.enabled else f"switched off by {text}", on=rule.enabled)
     given = {key: value for key, value in set_fields(rule).items() if key not in ("enabled", "least_bits", "symmetric")}
     if rule.symmetric is not None:
         given["given_symmetry"] = rule.symmetric
     dtype = given.get("dtype", settings.dtype)
     if rule.least_bits is not None and dtype not in FLOAT_DTYPES and num_bits(dtype) < rule.least_bits:
         given["dtype"] = dtype.rstrip("0123456789") + str(rule.least_bits)
-    if all(getattr(settings, key) == value for key, value in given.items()):
+    given = {key: value for key, value in given.items() if getattr(settings, key) != value}
+    if not given:
         return settings
+    what = ", ".join(f"{_FIELDS.get(key, key)}={value}" for key, value in given.items())
     is_named = settings.is_named or bool(rule.tensors)
-    return replace(settings, **given, rules=(*settings.rules, text), is_named=is_named)
+    return replace(settings, **given, rules=(*settings.rules, f"{what} by {text}"), is_named=is_named)
 
 
 def _named(field: str, pattern: str, names: tuple[str, ...]) -> list[str]:

@@ -9,6 +9,7 @@ from ptqjax.quantize import BiasSite, Placement, Site
 
 HEADINGS = ("tensor", "grid", "per", "range", "shares with", "why")
 """What `grid_rows` has in its columns."""
+_USUAL_BITS = 32
 
 _ZERO = {
     False: "",
@@ -20,12 +21,16 @@ _ZERO = {
 
 
 def target_line(config: QuantizationConfig) -> str:
-    """Returns what the target is and what it makes of all layers alike."""
+    """Returns what the target is, and what of it is not as usual."""
     target = load_target(config.target)
-    biases = {"int32": "biases are int32", "float": "biases stay in float"}[config.biases or target.biases]
-    sums = f"products are summed in {target.accumulator_bits} bits"
-    written = "" if target.exported_weights == "integer" else "; weights are written as floats"
-    return f"Target {target.name}: {target.description}; {biases}; {sums}{written}."
+    parts = [f"Target {target.name}: {target.description}"]
+    if (biases := config.biases or target.biases) != "int32":
+        parts.append(f"biases are {biases}")
+    if target.accumulator_bits != _USUAL_BITS:
+        parts.append(f"products are summed in {target.accumulator_bits} bits")
+    if target.exported_weights != "integer":
+        parts.append(f"weights are written as {target.exported_weights}")
+    return "; ".join(parts)
 
 
 def grid_rows(placement: Placement, config: QuantizationConfig) -> list[list[str]]:
