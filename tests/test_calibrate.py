@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ptqjax.config import QuantizationConfig
-from ptqjax.errors import DataError, ModelError
+from ptqjax.config import QuantizationConfig, Rule
+from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.ir import Model
 from ptqjax.lowering import apply, interpret
 from ptqjax.onnx_io import read
 from ptqjax.quantize import calibrate, calibrate_and_report, choose_encoding, place
+from ptqjax.quantize.low_power import compose, decompose
 from ptqjax.quantize.qdq import insert_qdq
 from ptqjax.simulate import simulate
 
@@ -55,7 +56,7 @@ DATA = [{"x": floats(4, 3, 12, 12) * spread} for spread in (1, 3, 0.5)]
 MIN_MAX = QuantizationConfig(ranges="min-max")
 
 
-@pytest.mark.parametrize("ranges", ["min-max", "sqnr"])
+@pytest.mark.parametrize("ranges", ["min-max", "moving-average", "sqnr", "percentile:99.5", "mse", "entropy"])
 def test_order_and_grouping_of_batches_do_not_matter(model: Model, ranges: str) -> None:
     config = QuantizationConfig(ranges=ranges)
     expected = calibrate(model, DATA, config)
@@ -234,6 +235,7 @@ def test_batches_stream_and_each_size_is_compiled_once(model: Model, monkeypatch
         ([{"x": floats(4, 3, 12, 13)}], "shape 4x3x12x13; expected nx3x12x12"),
         ([{"x": floats(0, 3, 12, 12)}], "has no elements"),
         ([DATA[0], {"x": np.full((4, 3, 12, 12), np.inf, np.float32)}], "batch 1: input 'x' holds inf at "),
+        ([DATA[0], DATA[1], {"x": np.full((4, 3, 12, 12), np.nan, np.float32)}], "batch 2: input 'x' holds nan at "),
     ],
 )
 def test_bad_batches_are_an_error_that_names_the_place(model: Model, batches, message: str) -> None:
@@ -241,7 +243,7 @@ def test_bad_batches_are_an_error_that_names_the_place(model: Model, batches, me
         calibrate(model, batches, MIN_MAX)
 
 
-@pytest.mark.parametrize("ranges", ["min-max", "sqnr"])
+@pytest.mark.parametrize("ranges", ["min-max", "moving-average", "sqnr", "percentile:99", "mse", "entropy"])
 def test_a_tensor_that_overflows_is_named_with_the_first_bad_batch(model: Model, ranges: str) -> None:
     huge = {"x": np.full((4, 3, 12, 12), 3e38, np.float32)}
     with pytest.raises(DataError, match="tensor 'r1' is NaN or infinite in batch 1"):
@@ -253,3 +255,102 @@ def test_nan_in_a_parameter_is_named(model: Model) -> None:
     bad[1, 2, 0, 0] = np.nan
     with pytest.raises(DataError, match=r"'w1' holds nan at \(1, 2, 0, 0\)"):
         calibrate(model.replace(params=model.params | {"w1": bad}), DATA, MIN_MAX)
+
+
+@pytest.fixture
+def traces(monkeypatch) -> list[None]:
+    """Grows with every trace of the step that observes a batch."""
+    found: list[None] = []
+
+    def counted(*arguments: Any, **settings: Any) -> object:
+        found.append(None)
+        return interpret(*arguments, **settings)
+
+    monkeypatch.setattr(sys.modules["ptqjax.quantize.calibrate"], "interpret", counted)
+    return found
+
+
+def test_one_compiled_step_serves_schemes_parameters_widths_and_symmetries(model: Model, traces: list[None]) -> None:
+    calibrate(model, DATA, QuantizationConfig(ranges="sqnr"))
+    traces.clear()
+    for ranges in ("mse", "entropy", "percentile:99", "percentile:99.9"):
+        for symmetric in (False, True, "unsigned"):
+            calibrate(
+                model, DATA, QuantizationConfig(ranges=ranges, activations_symmetric=symmetric, activations="int6")
+            )
+    assert not traces
+
+
+def test_tensors_may_have_schemes_of_their_own(model: Model, traces: list[None]) -> None:
+    rules = (Rule(tensors=("r1",), ranges="min-max"), Rule(tensors=("w2",), ranges="min-max"))
+    rules += (Rule(tensors=("a",), ranges="percentile:90"),)
+    found = calibrate(model, DATA, QuantizationConfig(ranges="mse", rules=rules))
+    assert len(traces) == 1  # all observers in one program
+    alone = {
+        name: calibrate(model, DATA, QuantizationConfig(ranges=name)) for name in ("min-max", "mse", "percentile:90")
+    }
+    schemes = {"r1": "min-max", "p1": "min-max", "w2": "min-max", "a": "percentile:90", "w1": "mse", "x": "mse"}
+    for tensor, name in schemes.items():
+        np.testing.assert_array_equal(found[tensor].scale, alone[name][tensor].scale, err_msg=tensor)
+    assert np.all(found["a"].scale < alone["min-max"]["a"].scale)
+
+
+def test_weights_and_activations_may_have_different_schemes(model: Model) -> None:
+    config = QuantizationConfig(ranges="mse", weight_ranges="min-max", activation_ranges="percentile:99")
+    found = calibrate(model, DATA, config)
+    for tensor, name in {"w1": "min-max", "r1": "percentile:99"}.items():
+        expected = calibrate(model, DATA, QuantizationConfig(ranges=name))[tensor]
+        np.testing.assert_array_equal(found[tensor].scale, expected.scale)
+
+
+@pytest.mark.parametrize("batches", [DATA, None], ids=["data", "no data"])
+def test_frozen_encodings_stay_and_their_ties_follow(model: Model, batches) -> None:
+    config = QuantizationConfig(ranges="min-max", exclude=() if batches else ("x", "a", "c2", "g", "logits"))
+    wide = choose_encoding(np.asarray([0.0, 99.0], np.float32), dtype="uint8", ranges="min-max")
+    coarse = choose_encoding(model.params["w2"], symmetric=True, dtype="int4", axis=0)
+    found = calibrate(model, batches, config, frozen={"r1": wide, "w2": coarse})
+    assert found["r1"] is found["p1"] is wide
+    np.testing.assert_array_equal(found["w2"].qmax, coarse.qmax)
+    if batches:
+        free = calibrate(model, batches, config)
+        for name in set(found) - {"r1", "p1", "w2"}:
+            np.testing.assert_array_equal(found[name].scale, free[name].scale)
+        again = calibrate(model, [DATA[0]], config, frozen=free)  # nothing is left to calibrate
+        jax.tree.map(np.testing.assert_array_equal, again, free)
+
+
+def test_a_frozen_tensor_that_is_not_rounded_is_an_error_with_near_names(model: Model) -> None:
+    encoding = choose_encoding(np.ones(3, np.float32))
+    with pytest.raises(ConfigError, match=r"frozen: 'logit' is none of the \d+ tensors .*; near names: logits"):
+        calibrate(model, DATA, MIN_MAX, frozen={"logit": encoding})
+
+
+def test_short_floats_need_extremes_or_nothing(model: Model, traces: list[None]) -> None:
+    short = QuantizationConfig(weights="float8_e4m3fn", activations="float8_e5m2", biases="float")
+    found = calibrate(model, DATA, short)
+    largest = max(float(np.abs(batch["x"]).max()) for batch in DATA)
+    np.testing.assert_array_equal(found["x"].scale, np.float32(largest) / np.float32(57344))
+    w1 = np.abs(model.params["w1"]).max(axis=(1, 2, 3))
+    np.testing.assert_array_equal(found["w1"].scale, w1 / np.float32(448))
+    traces.clear()
+    half = calibrate(model, DATA, QuantizationConfig(weights="bfloat16", activations="float16", biases="float"))
+    assert not traces
+    assert {float(np.max(encoding.scale)) for encoding in half.values()} == {1.0}
+
+
+def test_low_power_blocks_come_out_of_calibration(model: Model) -> None:
+    config = QuantizationConfig(weights="int4", granularity="lpbq:4", biases="float", ranges="min-max")
+    weight = calibrate(model, DATA, config)["w2"]
+    assert weight.scale_bits == 4
+    assert weight.block_size == 4
+    parts = decompose(weight)
+    np.testing.assert_array_equal(compose(parts), weight.scale)
+
+
+@pytest.mark.parametrize("ranges", ["min-max", "sqnr", "percentile:99.9"])
+def test_aimet_ranges_come_out_of_calibration(model: Model, ranges: str) -> None:
+    found = calibrate(model, DATA, QuantizationConfig(ranges=ranges, compatibility="aimet"))
+    batches = [batch["x"] for batch in DATA]
+    expected = choose_encoding(batches, dtype="uint8", ranges=ranges, compatibility="aimet")
+    np.testing.assert_array_equal(found["x"].scale, expected.scale)
+    np.testing.assert_array_equal(found["x"].zero_point, expected.zero_point)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ptqjax.kernels.float_formats import float_format
 from ptqjax.kernels.grid import FLOAT_FORMATS
-from ptqjax.kernels.ranges import grid_of_range, scale_of_float_range
+from ptqjax.kernels.ranges import grid_of_range, scale_of_float_range, stack_kinds
 from ptqjax.quantize.aimet_schemes import fixed_grid, symmetry_in_use
 from ptqjax.quantize.encodings import Encoding, make_encoding
 from ptqjax.quantize.low_power import low_power_encoding, low_power_scales
@@ -44,7 +44,8 @@ def fixed_encoding(site: Site, *, compatibility: str | None) -> Encoding:
     low, high = site.fixed_range or (0.0, 0.0)
     if compatibility is None or is_float(site):
         return encoding_of_range(site, low, high)
-    return encoding_of_grid(site, *fixed_grid(low, high, kind_of(site)))
+    scale, zero_point = fixed_grid(np.asarray([low]), np.asarray([high]), stack_kinds([kind_of(site)]))
+    return encoding_of_grid(site, scale[0], zero_point[0])
 
 
 def as_aimet_has_it(site: Site, ranges: str, *, is_all_zero: bool) -> Site:
