@@ -4,16 +4,20 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import InferenceSession
 
+from ptqjax import QuantizationConfig, calibrate, export, read, simulate
 from ptqjax.errors import ConfigError
 from ptqjax.kernels.float_formats import array_type, largest_number, round_to_format
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.kernels.ranges import scale_of_float_range
-from ptqjax.quantize import make_encoding
+from ptqjax.quantize import bias_encoding, bias_sites, make_encoding
 from ptqjax.quantize.encodings import dequantize, fake_quantize, integers, quantize, storage_dtype
+from ptqjax.validate import run, session
+from tests.models import Chain, build, node
 
 EIGHT_BITS, SIXTEEN_BITS = FLOAT_FORMATS[:2], FLOAT_FORMATS[2:]
 ELEMENT = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -200,3 +204,124 @@ def test_scales_along_an_axis_and_in_blocks():
     parts = zip(np.split(x, 3, axis=1), scale[0], strict=True)
     columns = [fake_quantize(part, make_encoding(s, np.float32(0), dtype="float8_e5m2")) for part, s in parts]
     np.testing.assert_array_equal(fake_quantize(x, blocks), np.concatenate(columns, axis=1))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def network(*, opset=13):
+    """Two convolutions and a linear layer, with biases."""
+    chain = Chain(3, dtype=np.float32, opset=opset)
+    chain.conv(6, pad=1, bias=True).add("Relu").conv(4, kernel=1, bias=True).add("GlobalAveragePool")
+    model = chain.add("Flatten").gemm(5).build()
+    return model, {"x": normal(4, 3, 8, 8)}
+
+
+def float_encodings(model, batch, dtypes):
+    """Encodings of int8 for all tensors, but for those that `dtypes` names."""
+    encodings = calibrate(model, [batch], QuantizationConfig(ranges="min-max"))
+    values = dict(model.params)
+    for name, dtype in dtypes.items():
+        largest = np.abs(values[name]).max() if name in values else np.float32(4)
+        scale = scale_of_float_range(-largest, largest, dtype)
+        encodings[name] = make_encoding(scale, np.float32(0), dtype=dtype)
+    return encodings
+
+
+def names_of(model):
+    weights = [name for name, value in model.params.items() if np.ndim(value) > 1]
+    activations = [each.output for each in model.graph.nodes if each.op_type in ("Conv", "Relu")]
+    return weights, activations
+
+
+def mixed(model):
+    """A type for each tensor: fp8, bytes and 16 bits side by side."""
+    weights, activations = names_of(model)
+    dtypes = {"x": "float8_e4m3fn", weights[0]: "float8_e4m3fn", weights[1]: "float16", activations[-1]: "bfloat16"}
+    return dtypes | {weights[2]: "float8_e5m2"}
+
+
+@pytest.mark.parametrize("kind", ["mixed", *FLOAT_FORMATS])
+@pytest.mark.parametrize("weights", ["integer", "float"])
+def test_the_file_of_a_network_equals_the_simulation(tmp_path, kind, weights):
+    model, batch = network()
+    everywhere = [name for each in names_of(model) for name in each] + ["x"]
+    dtypes = mixed(model) if kind == "mixed" else dict.fromkeys(everywhere, kind)
+    encodings = float_encodings(model, batch, dtypes)
+    export(model, encodings, tmp_path, "model", weights=weights)
+    proto = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    (opset,) = proto.opset_import
+    assert opset.version == (19 if kind == "mixed" or kind in EIGHT_BITS else 13)
+    (y,) = run(session(tmp_path / "model.onnx"), batch).values()
+    output = encodings[model.graph.outputs[0].name]
+    for arithmetic in ("float", "integer"):
+        (simulated,) = simulate(model, encodings, arithmetic=arithmetic)(model.params, encodings, batch).values()
+        # A code before the last layer that falls the other way moves outputs by one step at most here.
+        np.testing.assert_allclose(simulated, y, atol=1.01 * float(output.scale))
+        assert np.mean(simulated == y) >= 0.9
+
+
+def test_biases_beside_floats_stay_floats(tmp_path):
+    model, batch = network()
+    encodings = float_encodings(model, batch, mixed(model))
+    export(model, encodings, tmp_path, "model")
+    written = read(tmp_path / "model.onnx").params
+    sites = bias_sites(model)
+    assert len(sites) == 3
+    assert [bias_encoding(encodings, site) is None for site in sites] == [True, True, True]
+    for site in sites:
+        np.testing.assert_array_equal(written[site.bias], model.params[site.bias])
+
+
+def test_gradients_reach_weights_and_scales_through_a_mixed_network():
+    model, batch = network()
+    encodings = jax.tree.map(jnp.asarray, float_encodings(model, batch, mixed(model)))
+    runs = simulate(model, encodings)
+    params = {name: jnp.asarray(value) for name, value in model.params.items()}
+
+    def loss(params, encodings):
+        return jnp.sum(next(iter(runs(params, encodings, batch).values())) ** 2)
+
+    of_params, of_encodings = jax.grad(loss, argnums=(0, 1), allow_int=True)(params, encodings)
+    for name, dtype in mixed(model).items():
+        if name in params:
+            assert np.all(np.isfinite(of_params[name]))
+            assert np.any(np.asarray(of_params[name]) != 0)
+        slope = np.asarray(of_encodings[name].scale)
+        assert np.isfinite(slope)
+        assert (slope != 0) == (dtype in EIGHT_BITS)
+
+
+def test_a_weight_beyond_a_format_is_named_before_anything_is_written(tmp_path):
+    model, batch = network()
+    weight = names_of(model)[0][0]
+    large = model.replace(params={**model.params, weight: model.params[weight] * np.float32(1e6)})
+    encodings = float_encodings(model, batch, {weight: "float16"})
+    with pytest.raises(ConfigError, match=rf"'{weight}' cannot be written.*larger than 65504.*bfloat16"):
+        export(large, encodings, tmp_path / "out", "model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_operator_that_bars_the_way_to_the_opset_of_a_format_is_named(tmp_path):
+    """Softmax over several axes at once: from opset 13 on it has but one; ONNX Runtime's own QuantizeLinear no fp8."""
+    nodes = [node("Softmax", ["x"], "p", axis=2), node("MatMul", ["p", "w"], "y")]
+    model = build(nodes, {"w": normal(8, 6)}, input_shape=("n", 3, 8, 8), outputs=["y"], opset=12)
+    for dtype, opset in (("float8_e5m2", 19), ("bfloat16", 13)):
+        encodings = {"w": make_encoding(np.float32(1), np.float32(0), dtype=dtype)}
+        with pytest.raises(ConfigError, match=rf"grid of 'w' needs opset {opset}; .*opset 12.*producing 'p'"):
+            export(model, encodings, tmp_path / "out", "model")
+    encodings = {"w": make_encoding(np.float32(1), np.float32(0), dtype="float16")}
+    export(model, encodings, tmp_path / "out", "model")
+
+
+def test_activations_of_sixteen_bits_overflow_to_infinity_in_file_and_simulation(tmp_path):
+    """As hardware casts do; bfloat16 has float32's range."""
+    model = build([node("Identity", ["x"], "y")], {}, input_shape=("n",), outputs=["y"], opset=13)
+    encodings = {"x": make_encoding(np.float32(1), np.float32(0), dtype="float16")}
+    x = np.asarray([65504, 65519, 65520, -1e6, 1], np.float32)
+    expected = np.asarray([65504, 65504, np.inf, -np.inf, 1], np.float32)
+    export(model, encodings, tmp_path, "model")
+    np.testing.assert_array_equal(run(session(tmp_path / "model.onnx"), {"x": x})["y"], expected)
+    np.testing.assert_array_equal(simulate(model, encodings)({}, encodings, {"x": x})["y"], expected)

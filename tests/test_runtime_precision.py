@@ -92,6 +92,45 @@ def test_eight_bit_blocks_whose_product_stays_in_float_are_run():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("bounds", [None, [], ["low"], ["low", "high"], ["", "high"]], ids=str)
+def test_activations_before_fp8_are_run(dtype, bounds):
+    """A Relu would be dropped, a Clip refused."""
+    op_type, inputs = ("Relu", []) if bounds is None else ("Clip", bounds)
+    values = {"low": np.float32(-0.5), "high": np.float32(2)}
+    params = {"w": normal(4, 3, 1, 1)} | {name: np.asarray(values[name]) for name in inputs if name}
+    nodes = [node("Conv", ["x", "w"], "c"), node(op_type, ["c", *inputs], "y")]
+    model = build(nodes, params, input_shape=(2, 3, 4, 4), outputs=["y"], opset=19)
+    encodings = {name: make_encoding(np.float32(0.01), np.float32(0), dtype=dtype) for name in ("x", "w", "y")}
+    batch = {"x": normal(2, 3, 4, 4)}
+    plain = insert_qdq(model, encodings)
+    expected = np.asarray(simulate(model, encodings)(model.params, encodings, batch)["y"])
+    y = run(session(quantized_model(model, encodings)), batch)["y"]
+    np.testing.assert_allclose(y, expected, rtol=0.26)  # a step of e5m2, where a sum falls the other way
+    assert np.mean(y == expected) > 0.95
+    assert [record.what for record in keep_precision(plain)[1]] == [f"Max and Min in place of {op_type}"]
+    if bounds is None:
+        assert run(session(plain), batch)["y"].min() < 0
+    else:
+        with pytest.raises(Exception, match="Unexpected data type for QuantizeLinear"):
+            run(session(plain), batch)
+
+
+def test_large_biases_beside_fp8_are_kept():
+    """As int32 they would end at 2^31 s_x s_w = 0.65 max |x| max |w|."""
+    params = {"w": 0.01 * normal(4, 3, 1, 1), "b": np.asarray([5, -5, 1, 0], np.float32)}
+    model = build([node("Conv", ["x", "w", "b"], "y")], params, input_shape=(2, 3, 4, 4), outputs=["y"], opset=19)
+    scale = {"x": 3 / 57344, "w": 0.03 / 57344}
+    encodings = {
+        name: make_encoding(np.float32(each), np.float32(0), dtype="float8_e5m2") for name, each in scale.items()
+    }
+    encodings["y"] = make_encoding(np.float32(0.05), np.float32(128), dtype="uint8")
+    batch = {"x": normal(2, 3, 4, 4)}
+    expected = np.asarray(simulate(model, encodings)(model.params, encodings, batch)["y"])
+    assert np.abs(run(session(insert_qdq(model, encodings)), batch)["y"] - expected).max() > 3
+    np.testing.assert_allclose(run(session(quantized_model(model, encodings)), batch)["y"], expected, atol=0.0501)
+
+
 def test_what_is_computed_in_integers_is_left_as_it_is():
     nodes = [node("Conv", ["x", "w"], "c"), node("Flatten", ["c"], "f"), node("Gemm", ["f", "v"], "y")]
     params = {"w": normal(2, 3, 1, 1), "v": normal(8, 5)}

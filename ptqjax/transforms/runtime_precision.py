@@ -1,14 +1,17 @@
-"""Products that ONNX Runtime would compute more coarsely than the file says, or not at all, written so that it does.
+"""What ONNX Runtime would compute more coarsely than the file says, or not at all, written so that it does.
 
-Three of its rewrites (1.32, on by default) stand in the way:
+Four of its rewrites (1.32, on by default) stand in the way:
 
 - It rounds the weight of a Conv, ConvTranspose or Gemm to int8, one scale for all, where the weight is a constant in
   float and the input dequantized. One layer with a float16 weight and 16-bit activations is off by up to 366 steps
-  (measured). A Clip without bounds behind the input's DequantizeLinear keeps it from that.
+  (measured). It rounds a bias in float to int32 with the scale s_x s_w, where fp8 operands make that scale too small
+  for large biases. A Clip without bounds behind the input's DequantizeLinear keeps it from both.
 - It multiplies by 4- and 8-bit weights that an axis 0 or 1 is dequantized along, not in integers, as MatMulNBits, which
   rounds activations to 8 bits (up to 206 steps of 16 bits, measured). Counted from the end, the axis escapes it.
 - It makes MatMulIntegerToFloat of a MatMul of 8-bit operands whose result stays in float, and then fails on the scales
   of blocks. A Clip without bounds keeps it from that, too.
+- It drops a Relu before a QuantizeLinear to fp8, as if the type had no negative numbers, and fails on a Clip there. Max
+  and Min take their place.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ import numpy as np
 from ptqjax.ir import Model, Node, Record, Report, fresh_name, only_reader, rebuild
 
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_BIAS = 2  # the input
 _MATRIX = 2  # axes
 _BYTES = ("int8", "uint8")
+_FP8 = ("float8_e4m3fn", "float8_e5m2")
 _FEW_BITS = (*_BYTES, "int4", "uint4")
 
 
@@ -33,28 +38,61 @@ def keep_precision(model: Model) -> tuple[Model, Report]:
     """
     report: list[Record] = []
     for node in model.graph.nodes:
-        if node.op_type not in _PRODUCTS or node.domain:
-            continue
-        if _would_be_rounded(model, node):
-            model = _with_clip(model, node, 0)
-            report.append(_record(node, "a Clip without bounds keeps the weight in float"))
-        elif _would_be_refused(model, node):
-            model = _with_clip(model, node, int(_type_of_codes(model, node.inputs[0], block_size=True) is not None))
-            report.append(_record(node, "a Clip without bounds keeps the product in float"))
-        elif _would_round_activations(model, node):
-            found = _with_axis_from_the_end(model, node)
-            if found is not None:
-                model = found
-                report.append(_record(node, "the axis of the weight's scales counts from the end"))
+        found = None if node.domain else _written_otherwise(model, node)
+        if found is not None:
+            model, what = found
+            report.append(_record(node, what))
     return model, tuple(report)
 
 
+def _written_otherwise(model: Model, node: Node) -> tuple[Model, str] | None:
+    """Returns the model in which the runtime leaves the node's function as it is, and what changed, or None."""
+    if node.op_type in ("Relu", "Clip") and _is_quantized_to_fp8(model, node):
+        return _with_max_and_min(model, node), f"Max and Min in place of {node.op_type}"
+    if node.op_type not in _PRODUCTS:
+        return None
+    if _would_be_rounded(model, node):
+        return _with_clip(model, node, 0), "a Clip without bounds keeps weight and bias in float"
+    if _would_be_refused(model, node):
+        first_is_weight = _type_of_codes(model, node.inputs[0], block_size=True) is not None
+        return _with_clip(model, node, int(first_is_weight)), "a Clip without bounds keeps the product in float"
+    changed = _with_axis_from_the_end(model, node) if _would_round_activations(model, node) else None
+    return None if changed is None else (changed, "the axis of the weight's scales counts from the end")
+
+
 def _would_be_rounded(model: Model, node: Node) -> bool:
+    bias = node.inputs[_BIAS] if len(node.inputs) > _BIAS else ""
     if node.op_type == "MatMul":  # with an Add behind it, it becomes a Gemm first
         reader = only_reader(model.graph, node.output)
         if reader is None or reader.op_type != "Add":
             return False
-    return _type_of_codes(model, node.inputs[0]) is not None and _is_float_constant(model, node.inputs[1])
+        bias = next((name for name in reader.inputs if name != node.output), "")
+    types = [_type_of_codes(model, name) for name in node.inputs[:_BIAS]]
+    if types[0] is None:
+        return False
+    has_fp8 = any(each in _FP8 for each in types)
+    return _is_float_constant(model, node.inputs[1]) or (has_fp8 and _is_float_constant(model, bias))
+
+
+def _is_quantized_to_fp8(model: Model, node: Node) -> bool:
+    readers = model.graph.readers.get(node.output, ())
+    return any(reader.op_type == "QuantizeLinear" and _type_of_zero(model, reader) in _FP8 for reader in readers)
+
+
+def _with_max_and_min(model: Model, node: Node) -> Model:
+    """Returns the model with Max and Min for a Relu or Clip, whose bounds are inputs in every opset that has fp8."""
+    params, steps = dict(model.params), list(zip(("Max", "Min"), node.inputs[1:], strict=False))
+    if node.op_type == "Relu":
+        steps = [("Max", fresh_name(model.graph, f"{node.output}_zero"))]
+        params[steps[0][1]] = np.zeros((), np.float32)
+    steps = [(op_type, bound) for op_type, bound in steps if bound] or [("Max", "")]
+    between = [fresh_name(model.graph, f"{node.output}_bounded")] * (len(steps) - 1)
+    names = [node.inputs[0], *between, node.output]
+    nodes = [
+        Node(op_type=op_type, inputs=(names[i], bound) if bound else (names[i],), outputs=(names[i + 1],))
+        for i, (op_type, bound) in enumerate(steps)
+    ]
+    return rebuild(model, nodes=[*(each for each in model.graph.nodes if each is not node), *nodes], params=params)
 
 
 def _would_be_refused(model: Model, node: Node) -> bool:
@@ -68,9 +106,9 @@ def _would_be_refused(model: Model, node: Node) -> bool:
 
 
 def _is_float_constant(model: Model, tensor: str) -> bool:
-    """Tells whether a tensor follows from float parameters alone, through what is computed when a file is loaded."""
+    """Tells whether a tensor follows from a float parameter alone, through what is computed when a file is loaded."""
     while tensor not in model.params:
-        node = model.graph.producers.get(tensor)
+        node = model.graph.producers.get(tensor) if tensor else None
         if node is None or node.op_type not in ("Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity"):
             return False
         tensor = node.inputs[0]
@@ -104,6 +142,10 @@ def _type_of_codes(model: Model, tensor: str, *, block_size: bool = False) -> st
     node = model.graph.producers.get(tensor)
     if node is None or node.op_type != "DequantizeLinear" or (block_size and not node.attribute("block_size")):
         return None
+    return _type_of_zero(model, node)
+
+
+def _type_of_zero(model: Model, node: Node) -> str:
     zero_point = model.params.get(node.inputs[2]) if len(node.inputs) > 2 else None  # noqa: PLR2004 - the third
     return "unknown" if zero_point is None else np.dtype(zero_point.dtype).name
 
@@ -144,5 +186,5 @@ def _record(node: Node, what: str) -> Record:
         done=True,
         what=what,
         where=(node.output,),
-        reason="ONNX Runtime would round an operand of the product to 8 bits, or refuse the product",
+        reason="ONNX Runtime would round an operand to 8 bits, leave the node out, or refuse it",
     )
