@@ -17,7 +17,7 @@ from ptqjax.ir import Graph, Model, Report
 from ptqjax.kernels.ranges import stack_kinds
 from ptqjax.lowering import compiled, interpret
 from ptqjax.quantize.batches import checked_batches, num_samples
-from ptqjax.quantize.bias import float_bias, guard_biases
+from ptqjax.quantize.bias import float_bias, guard_biases, sums_in_fixed_point
 from ptqjax.quantize.data_free import encode_from_statistics
 from ptqjax.quantize.encodings import Encoding, Encodings
 from ptqjax.quantize.observers import Observer, RangeScheme
@@ -86,7 +86,8 @@ def calibrate_and_report(
     observed = [site for site in free if site.root == site.tensor and site.tensor not in own]
     own |= encode_from_statistics(model, observed) if batches is None else _encode(model, batches, observed, config)
     encodings = {site.tensor: own[site.tensor if site.tensor in frozen else site.root] for site in sites}
-    return guard_biases(model, encodings | {name: float_bias() for name in placement.float_biases})
+    encodings |= {name: float_bias() for name in placement.float_biases}
+    return guard_biases(model, encodings, fixed_point=sums_in_fixed_point(config))
 
 
 def _check_frozen(frozen: Mapping[str, Encoding], sites: Sequence[Site]) -> None:
@@ -157,7 +158,9 @@ def _observed(
     """Returns what the observer of each scheme kept of its sites."""
     parts = tuple((scheme.observer, tuple(site.tensor for site in sites)) for scheme, sites in groups)
     plan = _Plan(graph=model.graph, parts=parts)
-    tensors, states = plan.tensors, tuple(observer.init(len(names)) for observer, names in parts)
+    tensors = plan.tensors
+    # Copied: leaves that share a buffer could not be donated to the step.
+    states = jax.tree.map(jnp.copy, tuple(observer.init(len(names)) for observer, names in parts))
     params = jax.device_put(dict(model.params))
     for index, inputs in enumerate(data):
         states, is_finite = _step(plan, params, states, inputs)
