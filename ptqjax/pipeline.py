@@ -11,6 +11,7 @@ from ptqjax.errors import ConfigError
 from ptqjax.fit import correct_biases, scale_as_configured
 from ptqjax.ir import Model, Report
 from ptqjax.quantize import Encoding, Encodings, calibrate_and_report, check_not_quantized, guard_biases, widened
+from ptqjax.quantize.bias import sums_in_fixed_point
 from ptqjax.transforms import fold_batch_norms, prepare
 
 
@@ -77,7 +78,8 @@ def quantize(
     corrected, correct_report = (
         correct_biases(equalized, encodings, batches, method=choice.correct) if corrects else (equalized, ())
     )
-    encodings, guard_report = guard_biases(corrected, encodings)  # corrected biases may have grown
+    # Corrected biases may have grown.
+    encodings, guard_report = guard_biases(corrected, encodings, fixed_point=sums_in_fixed_point(config))
     reports = {"fold": fold_report, "equalize": equalize_report}
     reports |= {"calibrate": calibrate_report, "correct": (*correct_report, *guard_report)}
     stages = {"fold": folded, "equalize": equalized, "correct": corrected}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ptqjax import QuantizationConfig, calibrate
 from ptqjax.quantize import bias_sites, guard_biases, make_encoding
 from ptqjax.quantize.bias import LARGEST_CODE
 from tests.models import build, node
@@ -132,3 +133,20 @@ def test_a_bias_with_an_encoding_of_its_own_does_not_count():
     assert guard_biases(model, before)[1]
     before |= {"b": encoding(1e-3)}
     assert guard_biases(model, before) == (before, ())
+
+
+def test_the_target_decides_whether_sums_are_in_fixed_point():
+    """A channel whose weights are all but zero: where the multiplier is an integer, its scale is raised."""
+    model = conv([0, 0, 0, 0])
+    weight = np.ones((4, 3, 1, 1), np.float32)
+    weight[0] *= 1e-9
+    model = model.replace(params={**model.params, "w": weight})
+    batch = {"x": np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32)}
+
+    def smallest(**settings):
+        return calibrate(model, [batch], QuantizationConfig(ranges="min-max", **settings))["w"].scale.min()
+
+    plain = smallest(target="ort-cpu")
+    assert plain == pytest.approx(1e-9 / 127, rel=1e-3)
+    assert smallest(target="qnn-htp") > 10 * plain
+    assert smallest(target="ort-cpu", compatibility="aimet") > 10 * plain

@@ -54,6 +54,9 @@ class Target:
     """What biases are: "int32" integers with the scale of input times weight, or "float"."""
     exported_weights: str = "integer"
     """How weights are written: "integer" with DequantizeLinear, or "float" with both."""
+    fixed_point: bool = False
+    """Whether sums are multiplied by s_x s_w / s_y in integers, with the output's zero point in the sum: weights then
+    get scales for which both fit (`quantize.bias.guard_biases`)."""
     accumulator_bits: int = 32
     """Bits in which products are summed."""
     bounds_per_channel: bool = True
@@ -193,6 +196,7 @@ _READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "biases": (_one_of("int32", "float"), '"int32" or "float"'),
     "exported_weights": (_one_of("integer", "float"), '"integer" or "float"'),
+    "fixed_point": (_kind(bool), "true or false"),
     "accumulator_bits": (_kind(int), "a number of bits"),
     "bounds_per_channel": (_kind(bool), "true or false"),
     "exceptions": (lambda value: tuple(map(rule_of, value)), "tables, each a rule"),

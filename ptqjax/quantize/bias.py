@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ptqjax.config import QuantizationConfig, load_target
 from ptqjax.ir import Model, Node, Record, Report, bias_behind, is_one_per_output, is_private, only_reader
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.quantize.encodings import Encoding, Encodings
@@ -116,6 +117,11 @@ def guard_biases(model: Model, encodings: Encodings, *, fixed_point: bool = Fals
                 guarded[site.weight] = guarded[site.weight].replace(scale=new)
                 records.append(_raised(site, reason, old, new))
     return guarded, tuple(records)
+
+
+def sums_in_fixed_point(config: QuantizationConfig) -> bool:
+    """Tells whether the guard keeps its bounds 2 and 3: for targets that need them, and where AIMET is followed."""
+    return config.compatibility == "aimet" or load_target(config.target).fixed_point
 
 
 def _with_int32(sites: Iterable[BiasSite], encodings: Mapping[str, Encoding]) -> list[BiasSite]:
