@@ -6,7 +6,7 @@ Every floating tensor of the graph gets exactly one of: a `Site` (it has an enco
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from ptqjax.config.rules import described, set_fields
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Node
 from ptqjax.quantize.bias import BiasSite, bias_sites
-from ptqjax.quantize.granularity import parameter_site, rounded_parameters, weight_site, weight_uses
+from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, weight_site, weight_uses
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
 from ptqjax.quantize.movement import moves_data
 from ptqjax.quantize.rules import Settings, Settled, settle
@@ -35,10 +35,10 @@ class _Plan:
     target: Target
     settings: Mapping[str, Settings]
     groups: Groups
-    weights: Mapping[str, Site]
-    """The sites of weights and of parameters that are rounded like them."""
-    float_biases: Mapping[str, str]
-    """Biases that stay in float -> the reason."""
+    weights: Mapping[str, list[Use]]
+    """Parameters that are multiplied and summed -> their uses."""
+    parameters: Mapping[str, str]
+    """Other parameters that are rounded like weights -> the operator that reads them."""
     wanted: frozenset[str] | None
     """The activations to be rounded; None for all."""
 
@@ -57,48 +57,57 @@ def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
     floating = floating_tensors(model)
     uses, others = weight_uses(model), rounded_parameters(model, target)
     settled = settle(model, config, target, floating, (*uses, *others))
-    settings = settled.by_tensor
-    weights = {
-        tensor: parameter_site(tensor, settings[tensor], f"parameter of {operator}")
-        for tensor, operator in others.items()
-    }
-    weights |= {tensor: weight_site(model, tensor, found, settings[tensor]) for tensor, found in uses.items()}
-    layers = _biases(model, weights, settings)
-    has_integers = (config.biases or target.biases) == "int32"
     plan = _Plan(
         model=model,
         target=target,
-        settings=settings,
+        settings=settled.by_tensor,
         groups=find_groups(model, target, config.supergroups),
-        weights=weights,
-        float_biases=_float_biases(model, layers, config, target),
+        weights=uses,
+        parameters=others,
         wanted=wanted_tensors(model, target),
     )
+    layers = {site.bias: site for site in bias_sites(model)}
     decided: dict[str, Site | Skipped] = {}
     for tensor in floating:
-        decided[tensor] = _decision(plan, tensor, decided)
-    shared = adopted_roots(model.graph, target, decided)
-    integers = {site.bias for site in layers} if has_integers else set()
-    rest = {tensor: found for tensor, found in decided.items() if tensor not in integers}
-    placement = Placement(
-        sites=tuple(follow(site, decided, shared) for site in rest.values() if isinstance(site, Site)),
-        biases=layers if has_integers else (),
-        skipped=tuple(entry for entry in rest.values() if isinstance(entry, Skipped)),
-        float_biases=() if has_integers else tuple(site.bias for site in layers),
-    )
+        if tensor not in layers:
+            decided[tensor] = _decision(plan, tensor, decided)
+    placement = _with_biases(plan, decided, layers, _float_biases_by(config, target))
     _check_effects(settled, placement)
-    check_types(model, (*(site.tensor for site in placement.sites), *integers))
+    check_types(model, (*(site.tensor for site in placement.sites), *(site.bias for site in placement.biases)))
     return placement
+
+
+def _with_biases(plan: _Plan, decided: Decided, layers: Mapping[str, BiasSite], by: str) -> Placement:
+    """Returns the plan of all tensors, from what was decided of those that are no layer's bias.
+
+    Args:
+        plan: What decides.
+        decided: The decisions.
+        layers: The layers with a bias, by bias.
+        by: What leaves all biases in float; "" where they are integers.
+    """
+    integers = tuple(site for site in layers.values() if _has_grids(site, decided))
+    names = {site.bias for site in integers}
+    _check_biases(plan, names)
+    decided = {**decided, **_in_float(plan, layers, names, by)}
+    order = [decided[tensor] for tensor in plan.settings if tensor in decided]
+    shared = adopted_roots(plan.model.graph, plan.target, decided)
+    return Placement(
+        sites=tuple(follow(site, decided, shared) for site in order if isinstance(site, Site)),
+        biases=() if by else integers,
+        skipped=tuple(entry for entry in order if isinstance(entry, Skipped)),
+        float_biases=tuple(site.bias for site in integers) if by else (),
+    )
 
 
 def _decision(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
     settings = plan.settings[tensor]
     if settings.off:
         return Skipped(tensor=tensor, reason=settings.off)
-    if tensor in plan.float_biases:
-        return Skipped(tensor=tensor, reason=plan.float_biases[tensor])
     if tensor in plan.weights:
-        return plan.weights[tensor]
+        return weight_site(plan.model, tensor, plan.weights[tensor], settings)
+    if tensor in plan.parameters:
+        return parameter_site(tensor, settings, f"parameter of {plan.parameters[tensor]}")
     if tensor in plan.model.params:
         return _constant(plan, tensor)
     return _activation(plan, tensor, decided)
@@ -107,33 +116,40 @@ def _decision(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
 # Biases
 
 
-def _biases(model: Model, weights: Mapping[str, Site], settings: Mapping[str, Settings]) -> tuple[BiasSite, ...]:
-    def is_placed(site: BiasSite) -> bool:
-        in_float = bool(settings[site.input].off or settings[site.weight].off) or site.input in model.params
-        return not in_float and site.weight in weights and weights[site.weight].block_size is None
+def _has_grids(site: BiasSite, decided: Decided) -> bool:
+    """Tells whether a bias's scale follows from those of its input and weight, one for each channel."""
+    x, weight = decided.get(site.input), decided.get(site.weight)
+    is_activation = isinstance(x, Site) and x.kind == ACTIVATION
+    return is_activation and isinstance(weight, Site) and weight.kind == WEIGHT and weight.block_size is None
 
-    placed = tuple(site for site in bias_sites(model) if is_placed(site))
-    biases = {site.bias for site in placed}
-    others = {found.off for tensor, found in settings.items() if tensor not in biases}
-    alone = {settings[name].off for name in biases} - others - {""}
+
+def _float_biases_by(config: QuantizationConfig, target: Target) -> str:
+    """Returns what leaves all biases in float, for people; "" where they are integers."""
+    if (config.biases or target.biases) == "int32":
+        return ""
+    return "biases='float'" if config.biases else f"target {target.name!r}"
+
+
+def _check_biases(plan: _Plan, biases: set[str]) -> None:
+    """Checks that nothing leaves biases alone in float: they follow their layers."""
+    others = {found.off for tensor, found in plan.settings.items() if tensor not in biases}
+    alone = {plan.settings[name].off for name in biases} - others - {""}
     if alone:
         raise ConfigError(
             f"what is {min(alone)} matches only biases; a bias follows its layer: leave the layer's weight or input in "
             "float, or all biases by biases='float'"
         )
-    return placed
 
 
-def _float_biases(
-    model: Model, placed: tuple[BiasSite, ...], config: QuantizationConfig, target: Target
-) -> dict[str, str]:
-    """Returns the biases that stay in float, and why."""
-    names = {site.bias for site in placed}
-    reason = "bias of a layer whose input or weight stays in float"
-    found = {site.bias: reason for site in bias_sites(model) if site.bias not in names}
-    if (config.biases or target.biases) == "float":
-        by = "biases='float'" if config.biases else f"target {target.name!r}"
-        found |= dict.fromkeys(names, f"bias, added in float by {by}")
+def _in_float(plan: _Plan, layers: Iterable[str], integers: set[str], by: str) -> dict[str, Skipped]:
+    """Returns the biases that stay in float, with the reason."""
+    found: dict[str, Skipped] = {}
+    for name in layers:
+        if name in integers and not by:
+            continue
+        reason = f"bias, added in float by {by}" if name in integers else plan.settings[name].off
+        reason = reason or "bias of a layer whose input or weight stays in float"
+        found[name] = Skipped(tensor=name, reason=reason)
     return found
 
 
