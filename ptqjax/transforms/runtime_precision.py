@@ -45,6 +45,30 @@ def keep_precision(model: Model) -> tuple[Model, Report]:
     return model, tuple(report)
 
 
+def without_empty_clips(model: Model) -> Model:
+    """Returns the model without the Clips without bounds that `keep_precision` put behind DequantizeLinear nodes."""
+    producers = model.graph.producers
+    gone = {
+        node.output: node.inputs[0]
+        for node in model.graph.nodes
+        if node.op_type == "Clip" and _has_no_bounds(node) and node.output not in model.graph.output_names
+        if (before := producers.get(node.inputs[0])) is not None and before.op_type == "DequantizeLinear"
+    }
+    nodes = [
+        replace(node, inputs=tuple(gone.get(name, name) for name in node.inputs))
+        for node in model.graph.nodes
+        if node.output not in gone
+    ]
+    return rebuild(model, nodes=nodes) if gone else model
+
+
+def _has_no_bounds(clip: Node) -> bool:
+    """Tells whether a Clip says nothing: without inputs but one, and without attributes but their defaults."""
+    largest = float(np.finfo(np.float32).max)
+    ends = [value for _, value in clip.attributes]
+    return not any(clip.inputs[1:]) and all(isinstance(end, float) and abs(end) >= largest for end in ends)
+
+
 def _written_otherwise(model: Model, node: Node) -> tuple[Model, str] | None:
     """Returns the model in which the runtime leaves the node's function as it is, and what changed, or None."""
     if node.op_type in ("Relu", "Clip") and _is_quantized_to_fp8(model, node):
@@ -152,7 +176,7 @@ def _type_of_zero(model: Model, node: Node) -> str:
 
 def _with_clip(model: Model, node: Node, index: int) -> Model:
     """Returns the model with a Clip that changes nothing on an input of the node."""
-    clipped = fresh_name(model.graph, f"{node.inputs[index]}_{node.output}")
+    clipped = fresh_name(model.graph, f"{node.inputs[index]}_unbounded")
     clip = Node(op_type="Clip", inputs=(node.inputs[index],), outputs=(clipped,))
     reader = replace(node, inputs=(*node.inputs[:index], clipped, *node.inputs[index + 1 :]))
     return rebuild(model, nodes=[*(reader if each is node else each for each in model.graph.nodes), clip])
