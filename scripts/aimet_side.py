@@ -3,6 +3,7 @@
     python scripts/aimet_side.py quantize MODEL CALIBRATION.npy OUT.onnx [--weights int4] [--per-channel] [--equalize] ...
     python scripts/aimet_side.py forward MODEL INPUT.npy      times one forward for each line on stdin
     python scripts/aimet_side.py equalize MODEL               times one equalization for each line on stdin
+    python scripts/aimet_side.py encodings MODEL SAMPLES.npy  times encodings: of "weights" or "all", line by line
 
 AIMET knows nodes by their names and takes a Conv without a `group` attribute for an unknown layer; both are added
 before it sees the model. Clip bounds stay initializers.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import time
 from importlib.metadata import version
@@ -49,7 +51,7 @@ def simulation(
     per_channel: bool = True,
     scheme: str = "min_max",
 ) -> Any:
-    """Returns AIMET's simulation with activations of 8 bits, calibrated on `samples`; the CPU alone."""
+    """Returns AIMET's simulation with activations of 8 bits, calibrated on `samples`, if any; the CPU alone."""
     folder = Path(str(aimet_onnx.__file__)).parent / "common" / "quantsim_config"
     config = folder / ("default_config_per_channel.json" if per_channel else "default_config.json")
     sim = aimet_onnx.QuantizationSimModel(
@@ -61,7 +63,8 @@ def simulation(
         providers=["CPUExecutionProvider"],
     )
     name = model.graph.input[0].name
-    sim.compute_encodings([{name: samples[i : i + BATCH]} for i in range(0, len(samples), BATCH)])
+    if len(samples):
+        sim.compute_encodings([{name: samples[i : i + BATCH]} for i in range(0, len(samples), BATCH)])
     return sim
 
 
@@ -102,6 +105,29 @@ def answer_equalizations(path: str) -> None:
         print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds}), flush=True)
 
 
+def answer_encodings(model: onnx.ModelProto, samples: np.ndarray, scheme: str) -> None:
+    """Writes versions, then for each line read the seconds of new encodings, and the largest memory so far, as JSON.
+
+    Of "weights": per channel, with the forward of one sample that AIMET computes them in; of anything else: of all
+    tensors, on `samples` in batches. The simulation is made before the clock starts.
+    """
+    print(json.dumps({"aimet_onnx": version("aimet-onnx")}), flush=True)
+    name = model.graph.input[0].name
+    batches = [{name: np.asarray(samples[i : i + BATCH])} for i in range(0, len(samples), BATCH)]
+    for line in sys.stdin:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        sim = simulation(copy, samples[:0], scheme=scheme)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        if line.strip() == "weights":
+            sim._compute_param_encodings(dummy_input={name: np.asarray(samples[:1])})  # noqa: SLF001 - no public way
+        else:
+            sim.compute_encodings(batches)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak}), flush=True)
+
+
 def main() -> None:
     """Reads the command line and does what it says."""
     parser = argparse.ArgumentParser(description="The AIMET half of the comparisons.")
@@ -109,14 +135,16 @@ def main() -> None:
     quantize = commands.add_parser("quantize", help="write AIMET's QDQ model")
     forward = commands.add_parser("forward", help="time AIMET's simulated forward on demand")
     equalize = commands.add_parser("equalize", help="time AIMET's equalization on demand")
-    for command in (quantize, forward, equalize):
+    encodings = commands.add_parser("encodings", help="time AIMET's choice of encodings on demand")
+    for command in (quantize, forward, equalize, encodings):
         command.add_argument("model")
-    for command in (quantize, forward):
+    for command in (quantize, forward, encodings):
         command.add_argument("samples", help="an .npy of network inputs")
     quantize.add_argument("out")
     quantize.add_argument("--per-channel", action="store_true")
     quantize.add_argument("--weights", default="int8", help="type of the weights: int8, int6, int4")
-    quantize.add_argument("--scheme", default="min_max")
+    for command in (quantize, encodings):
+        command.add_argument("--scheme", default="min_max")
     quantize.add_argument("--equalize", action="store_true")
     arguments = parser.parse_args()
     if arguments.command == "equalize":
@@ -125,6 +153,9 @@ def main() -> None:
     samples = np.load(arguments.samples, mmap_mode="r")
     if arguments.command == "forward":
         answer_forwards(simulation(prepare(arguments.model, equalize=False), samples), np.asarray(samples))
+        return
+    if arguments.command == "encodings":
+        answer_encodings(prepare(arguments.model, equalize=False), samples, arguments.scheme)
         return
     model = prepare(arguments.model, equalize=arguments.equalize)
     sim = simulation(

@@ -239,5 +239,5 @@ _NUM_CANDIDATES = 320
 
 BOTH_ENDS = _candidates([_pairs(np.arange(14) / -14), _pairs(_around(1 / 70, 4))], _NUM_CANDIDATES)
 """For asymmetric grids: the ends shrink independently, in steps of 1/14 and then of 1/70."""
-TOGETHER = _candidates([_equal(np.arange(40) / -40), _equal(_around(1 / 320, 7))], _NUM_CANDIDATES)
-"""For symmetric grids: the ends shrink together, in steps of 1/40 and then of 1/320."""
+TOGETHER = _candidates([_equal(np.arange(24) / -24), _equal(_around(1 / 192, 7))], _NUM_CANDIDATES)
+"""For symmetric grids: the ends shrink together, in steps of 1/24 and then of 1/192."""
