@@ -13,7 +13,8 @@ import ptqjax
 from ptqjax.cli import commands
 from ptqjax.config import QuantizationConfig
 from ptqjax.encoding_files import Mismatch, encodings_json
-from ptqjax.encoding_files.own_fields import is_identical
+from ptqjax.encoding_files.own_fields import fields_of, is_identical
+from ptqjax.encoding_files.tensors import tensors_of_encodings
 from ptqjax.errors import ConfigError, DataError, OutputError
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.quantize import make_encoding
@@ -346,9 +347,12 @@ LOW_POWER = INT8 | {"enc_type": "LPBQ", "compressed_bw": 4, "block_size": 2, "sc
         ("1.0.0", "x", INT8 | {"bw": 40}, "'int40'", "2 to 32 bits"),
         ("1.0.0", "x", INT8 | {"dtype": "FLOAT"}, "8 bits", "float of 16 bits"),
         ("1.0.0", "x", INT8 | {"zero_point_shift": [0.5]}, "zero_point_shift", "an integer"),
-        ("1.0.0", "x", INT8 | {"offset": [1]}, "zero point -129", "integers of int8"),
-        ("1.0.0", "x", INT8 | {"offset": [-128.5]}, "zero point 0.5", "integers of int8"),
+        ("1.0.0", "x", INT8 | {"offset": [1]}, "zero point -129", "-128 to 127"),
+        ("1.0.0", "x", INT8 | {"offset": [-128.5]}, "zero point 0.5", "an integer"),
         ("1.0.0", "x", INT8 | {"scale": [0]}, "scale 0.0", "more than 0"),
+        ("1.0.0", "x", INT8 | {"scale": [1e39]}, "scale inf in float32", "finite"),
+        ("1.0.0", "x", INT8 | {"offset": [-1e300]}, r"zero point 1e\+300|inf", "-128 to 127"),
+        ("2.0.0", "x", {"output_dtype": "float8e5m2", "y_scale": 1.0, "y_zero_point": 3}, "zero points", "none"),
         ("1.0.0", "x", INT8 | {"scale": [1e-60]}, "scale 0.0 in float32", "more than 0"),
         ("2.0.0", "x", {"output_dtype": "float7", "y_scale": 1.0}, "'float7'", "float8_e4m3fn"),
         ("2.0.0", "w", {"output_dtype": "int8", "y_scale": [1.0] * 4, "axis": 4}, "axis 4", r"\(4, 6, 3, 3\)"),
@@ -431,6 +435,9 @@ def test_the_command_line_keeps_what_a_file_holds(tmp_path):
     assert "--equalize with --encodings" in refused.output
 
 
+OWN_FIELDS = fields_of(make_encoding(np.float32(1), 0, dtype="int8"))
+
+
 def damaged(**changes):
     return json.dumps(wrapped("1.0.0", {"x": {k: v for k, v in (INT8 | changes).items() if v is not None}}, {}))
 
@@ -457,6 +464,16 @@ def damaged(**changes):
         (damaged(scale=[float("nan")]), "scale: found .*finite"),
         (damaged(scale=[]), "scale: found .*finite"),
         (damaged(scale=[True]), "scale: found .*finite"),
+        (damaged(bw=float("inf")), "bw: found Infinity, expected an integer"),
+        (damaged(bw=float("nan")), "bw: found NaN, expected an integer"),
+        (json.dumps(wrapped("0.6.1", {"x": [UINT8[0][0] | {"scale": [1, 2]}]}, {})), "scale: found .*one number"),
+        (json.dumps(wrapped("0.6.1", {}, {"w": [UINT8[0][0], *STRICT[0]]})), r"w\[1\].is_symmetric: .*'False'"),
+        ('{"version": "1.0.0", "version": "2.0.0"}', "the key 'version' stands in an object twice"),
+        (damaged(ptqjax=OWN_FIELDS | {"axis": "x"}), r"ptqjax.axis: found \"x\", expected an integer"),
+        (
+            damaged(ptqjax=OWN_FIELDS | {"float_format": 3}),
+            "float_format: found 3, expected null or one of",
+        ),
         (damaged(bw="8"), 'bw: found "8", expected an integer'),
         (damaged(bw=8.5), "bw: found 8.5, expected an integer"),
         (damaged(is_sym="perhaps"), 'is_sym: found "perhaps", expected true or false'),
@@ -492,22 +509,68 @@ def test_what_cannot_be_written_is_an_error_that_leaves_the_old_file(tmp_path):
         ptqjax.write_encodings(path, model, {}, "1.0")
     with pytest.raises(ConfigError, match="'nowhere'"):
         ptqjax.write_encodings(path, model, {"nowhere": UINT8[-1]})
-    with pytest.raises(ConfigError, match="inf in its scale"):
+    with pytest.raises(ConfigError, match=r"'x' cannot be written: found the scale inf.*more than 0"):
         ptqjax.write_encodings(path, model, {"x": make_encoding(np.float32(np.inf), 0, dtype="int8")})
     assert path.read_text() == "old"
     with pytest.raises(OutputError, match="missing"):
         ptqjax.write_encodings(tmp_path / "missing" / "m.encodings", model, {})
 
 
-def test_tensors_keep_what_json_cannot(tmp_path):
-    """Not finite, on JAX, and of other shapes: whatever the leaves of a tree are."""
+def test_tensors_hold_leaves_on_jax_and_encodings_that_are_off(tmp_path):
     model = network()
     encodings = {
-        "x": make_encoding(jax.numpy.float32(np.inf), 0, dtype="int8"),
+        "x": make_encoding(jax.numpy.float32(0.1), 0, dtype="int8"),
         "w": make_encoding(scales(4), 0, dtype="int8", axis=0).replace(enabled=np.asarray(False)),
     }
     found, _ = round_trip(tmp_path, model, encodings, "tensors")
     assert_identical(found, encodings)
+
+
+NO_GRIDS = [
+    ({"scale": np.float32(0)}, "found the scale 0.0"),
+    ({"scale": np.float32(-1)}, "found the scale -1.0"),
+    ({"scale": np.float32(np.inf)}, "found the scale inf"),
+    (
+        {"scale": scales(3), "zero_point": np.zeros(3, np.float32), "axis": 0},
+        r"scales of shape \(3,\), expected \(4,\)",
+    ),
+    ({"scale": scales(4), "zero_point": np.zeros(4)}, "found 4 scales without an axis"),
+    ({"axis": 0}, r"scales of shape \(\), expected \(4,\)"),
+    ({"axis": 4}, "the axis 4"),
+    ({"axis": 1, "block_size": 2}, r"scales of shape \(\), expected \(4, 3, 3, 3\)"),
+    ({"scale_bits": 4}, "without a block_size"),
+    ({"zero_point": np.zeros(2, np.float32)}, r"zero points of shape \(2,\)"),
+    ({"zero_point": np.float32(200)}, "zero point 200.0, expected one from -128 to 127"),
+    ({"zero_point": np.float32(np.nan)}, "zero point nan"),
+    ({"qmin": np.zeros(2, np.float32)}, "the limits"),
+    ({"qmin": np.float32(127)}, "the limits 127.0 and 127.0"),
+    ({"float_format": "float16", "scale": np.float32(2)}, "scale 2.0 beside float16, expected 1"),
+    ({"float_format": "float8_e5m2", "zero_point": np.float32(3)}, "zero points beside float8_e5m2"),
+]
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "tensors"])
+@pytest.mark.parametrize(("fields", "found"), NO_GRIDS)
+def test_what_is_no_grid_is_neither_written_nor_read(tmp_path, version, fields, found):
+    """No file of another hand brings in what the writer refuses."""
+    model, good = network(), make_encoding(np.float32(0.1), 0, dtype="int8")
+    bad = good.replace(**fields)
+    path = tmp_path / ("m.safetensors" if version == "tensors" else "m.encodings")
+    with pytest.raises(ConfigError, match=f"'w' cannot be written.*{found}"):
+        ptqjax.write_encodings(path, model, {"w": bad}, "1.0.0")
+    assert not path.exists()
+    if version == "tensors":
+        path.write_bytes(tensors_of_encodings({"w": bad}))
+    else:
+        own = [{"name": "w"} | fields_of(bad)]
+        path.write_text(json.dumps(wrapped("1.0.0", {}, {}) | {"ptqjax_encodings": own}))
+    if version == "1.0.0" and found.endswith(("nan", "inf")):
+        with pytest.raises(DataError, match=r"(scale|zero_point): found (NaN|Infinity), expected finite numbers"):
+            ptqjax.read_encodings(path, model)
+        return
+    with pytest.raises(ConfigError, match=f"'w': .*{found}"):
+        ptqjax.read_encodings(path, model)
+    assert ptqjax.read_encodings(path, model, strict=False)[0] == {}
 
 
 def test_tensors_that_do_not_fit_are_mismatches(tmp_path):

@@ -11,9 +11,10 @@ import numpy as np
 
 from ptqjax.config import near_names
 from ptqjax.encoding_files.aimet_schemas import SCHEMAS, Schema
-from ptqjax.encoding_files.entries import Entry, UnfitError, encoding_of, entry_of
-from ptqjax.encoding_files.located_json import Located
-from ptqjax.encoding_files.own_fields import check_finite, fields_of, is_identical
+from ptqjax.encoding_files.entries import Entry, encoding_of, entry_of
+from ptqjax.encoding_files.fitting import UnfitError, check_fit
+from ptqjax.encoding_files.located_json import Located, to_float32
+from ptqjax.encoding_files.own_fields import fields_of, is_identical
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model
 from ptqjax.quantize.bias import bias_encoding, bias_sites
@@ -46,11 +47,12 @@ def encodings_json(model: Model, encodings: Encodings, version: str | None = Non
     section of its own, "ptqjax_encodings".
 
     Raises:
-        ConfigError: There is no such version; it has no grid of that kind; or a number is not finite.
+        ConfigError: There is no such version; it has no grid of that kind; or an encoding is no grid of its tensor
+            (a scale of 0, or for other channels).
     """
     schema = find_schema(_sufficient_version(encodings) if version is None else version)
     axes = tensor_axes(model)
-    held = {name: _single(name, encoding) for name, encoding in sorted(encodings.items())}
+    held = {name: _single(name, encoding, axes.get(name, TensorAxes())) for name, encoding in sorted(encodings.items())}
     without = {name for name, encoding in held.items() if not encoding.enabled or _is_cast(encoding, schema)}
     entries = {
         name: _entry(name, encoding, schema, axes.get(name, TensorAxes()))
@@ -159,10 +161,10 @@ def _is_cast(encoding: Encoding, schema: Schema) -> bool:
     return encoding.float_format in _PLAIN_CASTS and schema.version == SINGLE_LIST
 
 
-def _single(name: str, encoding: Encoding) -> Encoding:
+def _single(name: str, encoding: Encoding, axes: TensorAxes) -> Encoding:
     """Returns the encoding with concrete leaves, in float32 as the record has them."""
     found = concrete(encoding)
     names = ("scale", "zero_point", "qmin", "qmax")
-    found = found.replace(**{field: np.asarray(getattr(found, field), np.float32) for field in names})
-    check_finite(name, found)
+    found = found.replace(**{field: to_float32(getattr(found, field)) for field in names})
+    check_fit(name, found, axes)
     return found

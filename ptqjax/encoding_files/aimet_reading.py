@@ -10,7 +10,8 @@ import numpy as np
 from ptqjax.config import near_names
 from ptqjax.encoding_files.aimet_json import OWN, OWN_SECTION, SINGLE_LIST
 from ptqjax.encoding_files.aimet_schemas import SCHEMAS, Schema
-from ptqjax.encoding_files.entries import UnfitError, encoding_of
+from ptqjax.encoding_files.entries import encoding_of
+from ptqjax.encoding_files.fitting import UnfitError, fitting
 from ptqjax.encoding_files.located_json import Located
 from ptqjax.encoding_files.own_fields import encoding_of_fields
 from ptqjax.errors import DataError
@@ -114,34 +115,6 @@ def of_unknown(name: str, known: Mapping[str, TensorAxes]) -> Mismatch:
     """Returns what says that the model has no such tensor."""
     expected = f"a floating tensor of the model of this name{near_names(name, known)}"
     return Mismatch(tensor=name, found="an encoding", expected=expected)
-
-
-def fitting(encoding: Encoding, axes: TensorAxes) -> Encoding:
-    """Returns the encoding, whose scales fit the tensor.
-
-    Raises:
-        UnfitError: They do not.
-    """
-    _check_fit(encoding, axes)
-    return encoding
-
-
-def _check_fit(encoding: Encoding, axes: TensorAxes) -> None:
-    scale, shape, axis = np.shape(encoding.scale), axes.shape, encoding.axis
-    if axis is None:
-        if np.size(encoding.scale) != 1:
-            raise UnfitError(f"scales of shape {scale}", "one scale")
-    elif not axes.fits(axis):
-        raise UnfitError(f"the axis {axis}", f"an axis of a tensor of shape {shape}")
-    elif shape is not None and encoding.block_size is None:
-        if scale != (shape[axis],):
-            raise UnfitError(f"scales of shape {scale}", f"{(shape[axis],)}")
-    elif shape is not None and encoding.block_size is not None:
-        blocks = -(-shape[axis] // encoding.block_size)
-        full = tuple(blocks if i == axis % len(shape) else size for i, size in enumerate(shape))
-        fits = len(scale) == len(full) and scale[axis] == blocks
-        if not fits or any(one not in (1, size) for one, size in zip(scale, full, strict=True)):
-            raise UnfitError(f"scales of shape {scale}", f"{full}, or 1 on axes that share them")
 
 
 def _biases_that_differ(

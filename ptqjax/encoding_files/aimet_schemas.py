@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ptqjax.encoding_files.entries import Entry, UnfitError, block_shapes, num_bits
+from ptqjax.encoding_files.entries import Entry, block_shapes, num_bits
+from ptqjax.encoding_files.fitting import UnfitError
 from ptqjax.encoding_files.located_json import Located
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.quantize.tensor_axes import TensorAxes
@@ -60,16 +61,23 @@ def _read_0_6_1(found: Located, axes: TensorAxes) -> Entry:
     parts = found.elements()
     if not parts:
         raise found.wrong("a list of one entry or more")
-    bits = parts[0].item("bitwidth").integer(least=1, most=64)
-    if parts[0].item("dtype").text() != "int":
-        return _float16(parts[0].item("dtype").text(), bits)
-    signed = parts[0].item("is_symmetric").flag()
-    scale, offset = (
-        np.concatenate([part.item(key).numbers().reshape(-1) for part in parts]) for key in ("scale", "offset")
-    )
+    bits, dtype = _same(parts, "bitwidth").integer(least=1, most=64), _same(parts, "dtype").text()
+    if dtype != "int":
+        return _float16(dtype, bits)
+    signed = _same(parts, "is_symmetric").flag()
+    scale, offset = (np.array([part.item(key).number() for part in parts]) for key in ("scale", "offset"))
     if len(parts) == 1:
         return _integers(bits, scale.reshape(()), offset.reshape(()), signed=signed)
     return _integers(bits, scale, offset, signed=signed, axis=_channel(axes, scale))
+
+
+def _same(channels: list[Located], key: str) -> Located:
+    """Returns what all channels have under a key."""
+    first, *others = (channel.item(key) for channel in channels)
+    for other in others:
+        if other.value != first.value:
+            raise other.wrong(f"{first.value!r}, as in the first entry of the tensor")
+    return first
 
 
 def _written_1_0_0(entry: Entry, axes: TensorAxes) -> dict[str, Any]:
@@ -166,8 +174,8 @@ def _read_2_0_0(found: Located, axes: TensorAxes) -> Entry:
     zero_point = found.item("y_zero_point").numbers() if found.has("y_zero_point") else np.zeros(scale.shape)
     if size is not None and axis is None:
         raise found.item("block_size").wrong("an axis beside it, which the blocks cut")
-    if axis is None and scale.size == 1:
-        scale, zero_point = scale.reshape(()), zero_point.reshape(-1)[:1].reshape(())
+    if axis is None and scale.size == zero_point.size == 1:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
     multiples = found.item("per_block_int_scale").numbers() if low_power else None
     if multiples is not None:
         scale, zero_point = _per_channel(scale, multiples, axis), np.zeros(())

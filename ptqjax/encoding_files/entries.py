@@ -8,21 +8,14 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from ptqjax.encoding_files.fitting import UnfitError, fitting
+from ptqjax.encoding_files.located_json import to_float32
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.quantize.encodings import Encoding
 from ptqjax.quantize.tensor_axes import TensorAxes
 
 _INTEGERS = re.compile(r"(u?)int(\d+)")
 _MOST_BITS = 32
-
-
-class UnfitError(Exception):
-    """An entry that does not fit the model's tensor, or says something that no encoding of ours can be."""
-
-    def __init__(self, found: str, expected: str) -> None:
-        super().__init__(f"found {found}, expected {expected}")
-        self.found = found
-        self.expected = expected
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,19 +79,19 @@ def encoding_of(entry: Entry, axes: TensorAxes) -> Encoding:
     Raises:
         UnfitError: The entry does not fit the tensor.
     """
-    _check_layout(entry, axes)
+    if entry.multiples is not None:
+        _check_multiples(entry, entry.multiples)
     scale = _effective_scale(entry)
-    if np.any(scale <= 0) or not np.isfinite(scale).all():
-        raise UnfitError(f"the scale {float(scale.min())} in float32", "scales that are finite and more than 0")
     qmin, qmax = _limits(entry.dtype)
     zero_point = np.broadcast_to(entry.zero_point, scale.shape)
     if entry.dtype.startswith("int") and np.all(zero_point == -1):
         qmin, zero_point = qmin + 1, np.zeros(scale.shape)
-    if np.any((zero_point < qmin) | (zero_point > qmax)) or np.any(zero_point != np.rint(zero_point)):
-        raise UnfitError(f"the zero point {_outside(zero_point, qmin, qmax)}", f"integers of {entry.dtype}")
-    return Encoding(
+    between = zero_point[zero_point != np.rint(zero_point)]
+    if between.size:
+        raise UnfitError(f"the zero point {float(between[0])}", "an integer")
+    found = Encoding(
         scale=scale,
-        zero_point=np.asarray(zero_point, np.float32),
+        zero_point=to_float32(zero_point),
         qmin=np.asarray(qmin, np.float32),
         qmax=np.asarray(qmax, np.float32),
         enabled=np.asarray(True),
@@ -107,6 +100,7 @@ def encoding_of(entry: Entry, axes: TensorAxes) -> Encoding:
         float_format=entry.dtype if entry.dtype in FLOAT_FORMATS else None,
         scale_bits=entry.scale_bits,
     )
+    return fitting(found, axes)
 
 
 def block_shapes(axes: TensorAxes, axis: int, block_size: int) -> list[tuple[int, ...]]:
@@ -121,7 +115,7 @@ def block_shapes(axes: TensorAxes, axis: int, block_size: int) -> list[tuple[int
 
 
 def _effective_scale(entry: Entry) -> np.ndarray:
-    scale = np.asarray(entry.scale, np.float32)
+    scale = to_float32(entry.scale)
     return scale if entry.multiples is None else np.asarray(scale * entry.multiples.astype(np.float32))
 
 
@@ -151,38 +145,9 @@ def _limits(dtype: str) -> tuple[float, float]:
     return (0.0, 2.0**bits - 1) if dtype.startswith("u") else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
 
 
-def _check_layout(entry: Entry, axes: TensorAxes) -> None:
-    scale, axis = entry.scale if entry.multiples is None else entry.multiples, entry.axis
-    if axis is None:
-        if scale.ndim:
-            raise UnfitError(f"{scale.size} scales", "one scale")
-        return
-    if not axes.fits(axis):
-        raise UnfitError(f"the axis {axis}", f"an axis of a tensor of shape {axes.shape}")
-    if entry.block_size is None:
-        expected = [scale.shape[:1] if axes.shape is None else (axes.shape[axis],)]
-    elif axes.shape is None:
-        raise UnfitError("scales by blocks", "one scale, for a tensor that is no parameter")
-    else:
-        expected = block_shapes(axes, axis, entry.block_size)
-    if scale.shape not in expected:
-        raise UnfitError(f"scales of shape {scale.shape}", " or ".join(map(str, dict.fromkeys(expected))))
-    if entry.multiples is not None:
-        _check_multiples(entry, entry.multiples)
-
-
 def _check_multiples(entry: Entry, multiples: np.ndarray) -> None:
     most = 2 ** (entry.scale_bits or 0)
     if np.any(multiples != np.rint(multiples)) or np.any((multiples < 1) | (multiples > most)):
         raise UnfitError("multiples of a channel's scale out of range", f"integers from 1 to {most}")
     if np.any(multiples.max(axis=entry.axis) != most):
         raise UnfitError("a channel none of whose blocks has the largest scale", f"a block with {most} in each channel")
-    try:
-        np.broadcast_shapes(entry.scale.shape, multiples.shape)
-    except ValueError:
-        raise UnfitError(f"scales per channel of shape {entry.scale.shape}", f"what fits {multiples.shape}") from None
-
-
-def _outside(zero_point: np.ndarray, qmin: float, qmax: float) -> float:
-    wrong = (zero_point < qmin) | (zero_point > qmax) | (zero_point != np.rint(zero_point))
-    return float(zero_point[wrong].reshape(-1)[0])

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ptqjax.config import QuantizationConfig
 from ptqjax.encoding_files.aimet_json import encodings_json
-from ptqjax.encoding_files.aimet_reading import Mismatch, encodings_of_json, fitting, of_unknown
-from ptqjax.encoding_files.entries import UnfitError
+from ptqjax.encoding_files.aimet_reading import Mismatch, encodings_of_json, of_unknown
+from ptqjax.encoding_files.fitting import UnfitError, check_fit, fitting
 from ptqjax.encoding_files.located_json import read_json
 from ptqjax.encoding_files.tensors import encodings_of_tensors, tensors_of_encodings
 from ptqjax.encoding_files.whole_files import write_whole
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model
-from ptqjax.quantize.encodings import Encodings
+from ptqjax.quantize.encodings import Encodings, concrete
 from ptqjax.quantize.placement import place
 from ptqjax.quantize.tensor_axes import tensor_axes
 
@@ -39,13 +39,16 @@ def write_encodings(path: str | os.PathLike[str], model: Model, encodings: Encod
     Raises:
         OutputError: The folder is missing or cannot be written.
         ConfigError: The version is unknown or has no grid of some kind (0.6.1 no blocks; 0.6.1 and 1.0.0 no floats but
-            float16), or an encoding is for a tensor that the model has not.
+            float16), or an encoding is for a tensor that the model has not, is no grid, or does not fit its tensor.
     """
     path = Path(path)
-    missing = sorted(set(encodings) - set(tensor_axes(model)))
+    axes = tensor_axes(model)
+    missing = sorted(encodings.keys() - axes.keys())
     if missing:
         raise ConfigError(f"there is an encoding for '{missing[0]}', but the model has no such floating tensor")
     if path.suffix == _TENSORS:
+        for name, encoding in encodings.items():
+            check_fit(name, concrete(encoding), axes[name])
         write_whole(path, tensors_of_encodings(encodings))
         return
     text = json.dumps(encodings_json(model, encodings, version), indent=1, allow_nan=False)
@@ -62,7 +65,8 @@ def read_encodings(
     a weight.
 
     Mismatches are: an entry for a tensor that the model has not; a wrong number of scales; an unknown type; an axis
-    that does not fit; a zero point off the grid; with `config`, a tensor to be rounded that the file has no entry for.
+    that does not fit; a scale of 0; a zero point off the grid; with `config`, a tensor to be rounded that the file has
+    no entry for.
 
     Args:
         path: The file.

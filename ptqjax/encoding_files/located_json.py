@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +73,11 @@ class Located:
         """Returns an integer within the limits; a float that equals one counts.
 
         Raises:
-            DataError: The value is none.
+            DataError: The value is none, or out of the limits.
         """
         value = self.value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        is_integer = value.is_integer() if isinstance(value, float) else type(value) is int
+        if not is_integer:
             raise self.wrong("an integer")
         if not least <= value <= most:
             raise self.wrong(f"an integer from {least} to {most}")
@@ -91,6 +93,17 @@ class Located:
         if not isinstance(found, bool):
             raise self.wrong("true or false")
         return found
+
+    def number(self) -> float:
+        """Returns a finite number.
+
+        Raises:
+            DataError: The value is none.
+        """
+        found = self.numbers()
+        if found.size != 1:
+            raise self.wrong("one number")
+        return float(found.reshape(()))
 
     def numbers(self) -> np.ndarray:
         """Returns a number or nested lists of numbers, all finite, as an array of float64.
@@ -117,11 +130,27 @@ def read_json(path: Path) -> Located:
     """Returns the content of a JSON file.
 
     Raises:
-        DataError: The file cannot be read, or is not JSON.
+        DataError: The file cannot be read, or is not JSON, or a key stands in an object twice.
     """
     try:
-        return Located(json.loads(path.read_text(encoding="utf-8")), f"'{path}'")
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror}; expected a file of encodings") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"'{path}' is not JSON: {error}; expected a file of encodings") from error
+    return Located(found, f"'{path}'")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"the key '{twice}' stands in an object twice")
+    return found
+
+
+def to_float32(values: Any) -> np.ndarray:
+    """Returns numbers of a file in float32; infinite where they are too large for it."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values, np.float32)

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqjax.encoding_files.located_json import Located
-from ptqjax.errors import ConfigError
+from ptqjax.encoding_files.located_json import Located, to_float32
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.quantize.encodings import Encoding, concrete
 
@@ -24,18 +23,27 @@ def fields_of(encoding: Encoding) -> dict[str, Any]:
 
 
 def encoding_of_fields(found: Located) -> Encoding:
-    """Returns the encoding with these fields.
+    """Returns the encoding with these fields; whether they make a grid is not looked at.
 
     Raises:
         DataError: A key is missing, or of another type.
     """
-    arrays = {name: found.item(name).numbers().astype(np.float32) for name in ARRAYS[:-1]}
-    static = {name: _optional(found.item(name), least) for name, least in zip(STATIC, (-64, 1, 0, 0), strict=True)}
-    if static["float_format"] not in (None, *FLOAT_FORMATS):
-        raise found.item("float_format").wrong(f"null or one of {', '.join(FLOAT_FORMATS)}")
-    if arrays["zero_point"].shape != arrays["scale"].shape:
-        raise found.item("zero_point").wrong(f"numbers in the shape {arrays['scale'].shape} of the scale")
-    return Encoding(**arrays, enabled=np.asarray(found.item("enabled").flag()), **static)
+    arrays = {name: to_float32(found.item(name).numbers()) for name in ARRAYS[:-1]}
+    return Encoding(**arrays, enabled=np.asarray(found.item("enabled").flag()), **static_fields(found))
+
+
+def static_fields(found: Located) -> dict[str, Any]:
+    """Returns the fields that are not arrays.
+
+    Raises:
+        DataError: A key is missing, or of another type.
+    """
+    least = {"axis": -64, "block_size": 1, "scale_bits": 1}
+    integers = {name: _optional(found.item(name), least[name]) for name in least}
+    float_format = found.item("float_format")
+    if float_format.value not in (None, *FLOAT_FORMATS):
+        raise float_format.wrong(f"null or one of {', '.join(FLOAT_FORMATS)}")
+    return integers | {"float_format": float_format.value}
 
 
 def is_identical(one: Encoding, other: Encoding) -> bool:
@@ -45,24 +53,9 @@ def is_identical(one: Encoding, other: Encoding) -> bool:
     return same and all(getattr(first, name) == getattr(second, name) for name in STATIC)
 
 
-def check_finite(name: str, encoding: Encoding) -> None:
-    """Checks that JSON, which has finite numbers alone, can hold a concrete encoding.
-
-    Raises:
-        ConfigError: A number is not finite.
-    """
-    for field in ARRAYS[:-1]:
-        values = np.asarray(getattr(encoding, field))
-        if not np.isfinite(values).all():
-            wrong = values[~np.isfinite(values)].reshape(-1)[0]
-            raise ConfigError(f"the encoding of '{name}' has {wrong} in its {field}; expected finite numbers")
-
-
 def _same_array(one: np.ndarray, other: np.ndarray) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
-def _optional(found: Located, least: int) -> Any:
-    if found.value is None or isinstance(found.value, str):
-        return found.value
-    return found.integer(least=least, most=2**31 - 1)
+def _optional(found: Located, least: int) -> int | None:
+    return None if found.value is None else found.integer(least=least, most=2**31 - 1)

@@ -13,7 +13,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ptqjax.encoding_files.own_fields import ARRAYS, STATIC
+from ptqjax.encoding_files.located_json import Located
+from ptqjax.encoding_files.own_fields import ARRAYS, STATIC, static_fields
 from ptqjax.encoding_files.whole_files import write_whole
 from ptqjax.errors import DataError
 from ptqjax.quantize.encodings import Encoding, Encodings
@@ -44,14 +45,12 @@ def encodings_of_tensors(path: Path) -> Encodings:
     """
     arrays, metadata = _read(path, _ENCODINGS)
     try:
-        static = json.loads(metadata[_STATIC_KEY])
+        static = Located(json.loads(metadata[_STATIC_KEY]), f"'{path}', metadata {_STATIC_KEY}")
         return {
-            name: Encoding(
-                **{field: arrays[f"{name}/{field}"] for field in ARRAYS}, **{field: fields[field] for field in STATIC}
-            )
-            for name, fields in static.items()
+            name: Encoding(**{field: arrays[f"{name}/{field}"] for field in ARRAYS}, **static_fields(fields))
+            for name, fields in static.members()
         }
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError) as error:
         raise DataError(f"'{path}' is damaged: {error} is missing or wrong; write it again") from error
 
 

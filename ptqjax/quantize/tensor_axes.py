@@ -24,7 +24,9 @@ class TensorAxes:
 
     def same(self, one: int, other: int) -> bool:
         """Tells whether two spellings of an axis mean the same one."""
-        return one == other or (self.shape is not None and (one - other) % len(self.shape) == 0)
+        if self.shape is None or not (self.fits(one) and self.fits(other)):
+            return one == other
+        return (one - other) % len(self.shape) == 0
 
     def spelled(self, axis: int | None, block_size: int | None) -> int | None:
         """Returns the axis of scales as placement spells it, where it is that of channels or that of blocks."""
