@@ -197,6 +197,26 @@ def test_a_shared_weight_and_bias_have_their_own_copies(tmp_path):
     assert_same_model(onnx_io.read(tmp_path / "second.onnx"), onnx_io.read(tmp_path / "first.onnx"))
 
 
+@pytest.mark.parametrize("kind", ["6 bits", "strict", "low-power blocks", "bfloat16"])
+def test_copies_of_a_shared_weight_have_its_grid(tmp_path, kind):
+    """What only the metadata tell, of the layer that keeps the name and of the one that reads a copy."""
+    scale = np.array([[16, 3, 16, 9], [1, 16, 9, 16]], np.float32) / 128
+    encoding = {
+        "6 bits": make_encoding(np.float32(0.1), 0, dtype="int6"),
+        "strict": make_encoding(np.float32(0.1), 0, dtype="int8", symmetric="strict"),
+        "low-power blocks": make_encoding(scale, 0, dtype="int4", axis=-2, block_size=2, scale_bits=4),
+        "bfloat16": make_encoding(np.float32(1), 0, dtype="bfloat16"),
+    }[kind]
+    nodes = [node("MatMul", ["x", "w"], "h"), node("MatMul", ["h", "w"], "y")]
+    model = build(nodes, {"w": normal(4, 4)}, input_shape=(2, 4), outputs=["y"], opset=21)
+    model = model.replace(graph=replace(model.graph, outputs=(replace(model.graph.outputs[0], shape=(2, 4)),)))
+    ptqjax.export(model, {"w": encoding}, tmp_path, "first")
+    again, found, _ = ptqjax.read_quantized(tmp_path / "first.onnx")
+    assert_identical(found, {"w": encoding, "w_y": encoding})
+    ptqjax.export(again, found, tmp_path, "second")
+    assert_identical(ptqjax.read_quantized(tmp_path / "second.onnx")[1], found)
+
+
 def test_rounded_it_is_the_function_that_was_exported(tmp_path):
     """The simulation of what was read equals that of what was exported, although Relu and Clip are gone."""
     model = network()

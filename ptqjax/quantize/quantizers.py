@@ -11,6 +11,7 @@ from ptqjax.ir import Model, Node, value_of
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.quantize.encodings import Encoding, Encodings, concrete, make_encoding
 from ptqjax.quantize.opsets import CASTS, MICROSOFT, stored_grid
+from ptqjax.quantize.qdq import with_own_copies
 
 GRIDS = "ptqjax.grids"
 """The key of a file's metadata under which stands what its operators do not tell of grids."""
@@ -66,7 +67,8 @@ def untold_grids(model: Model, encodings: Encodings) -> dict[str, dict[str, Any]
     """Returns what a QDQ file's operators do not tell of enabled encodings, by tensor, as plain data.
 
     These are the smallest and largest code where the grid ends before the type does ("limits"), the bits of low-power
-    blocks ("scale_bits"), and the type of parameters that a Cast rounds ("dtype").
+    blocks ("scale_bits"), and the type of parameters that a Cast rounds ("dtype"). Copies of parameters that several
+    nodes read, which `insert_qdq` makes, are told of as well.
     """
     found = {}
     for name, encoding in encodings.items():
@@ -79,7 +81,9 @@ def untold_grids(model: Model, encodings: Encodings) -> dict[str, dict[str, Any]
             if grid.dtype in CASTS and name in model.params:
                 told["dtype"] = grid.dtype
             found |= {name: told} if told else {}
-    return found
+    enabled = {name for name, encoding in encodings.items() if bool(encoding.enabled)}
+    _, sources = with_own_copies(model, enabled & set(model.params))
+    return found | {copy: found[source] for copy, source in sources.items() if source in found}
 
 
 def is_quantize(node: Node) -> bool:
