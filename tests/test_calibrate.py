@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,7 +17,9 @@ from ptqjax.lowering import apply, interpret
 from ptqjax.onnx_io import read
 from ptqjax.quantize import calibrate, calibrate_and_report, choose_encoding, place
 from ptqjax.quantize.low_power import compose, decompose
+from ptqjax.quantize.observers import DISTRIBUTION, MEAN_EXTREMES, SAMPLES
 from ptqjax.quantize.qdq import insert_qdq
+from ptqjax.quantize.schemes import find_scheme
 from ptqjax.simulate import simulate
 
 RNG = np.random.default_rng(0)
@@ -232,6 +235,7 @@ def test_batches_stream_and_each_size_is_compiled_once(model: Model, monkeypatch
             "batch 1: input 'x' has the type float64; expected float32",
         ),
         ([{"x": DATA[0]["x"][0]}], "batch 0: input 'x' has the shape 3x12x12; expected nx3x12x12"),
+        ([{"x": [[1.0], [1.0, 2.0]]}], "batch 0: input 'x' is no array"),
         ([{"x": floats(4, 3, 12, 13)}], "shape 4x3x12x13; expected nx3x12x12"),
         ([{"x": floats(0, 3, 12, 12)}], "has no elements"),
         ([DATA[0], {"x": np.full((4, 3, 12, 12), np.inf, np.float32)}], "batch 1: input 'x' holds inf at "),
@@ -248,6 +252,25 @@ def test_a_tensor_that_overflows_is_named_with_the_first_bad_batch(model: Model,
     huge = {"x": np.full((4, 3, 12, 12), 3e38, np.float32)}
     with pytest.raises(DataError, match="tensor 'r1' is NaN or infinite in batch 1"):
         calibrate(model, [DATA[0], huge, DATA[1]], QuantizationConfig(ranges=ranges))
+
+
+@pytest.mark.parametrize("ranges", ["min-max", "moving-average", "sqnr"])
+def test_more_samples_than_counters_hold_are_an_error(model: Model, ranges: str, monkeypatch) -> None:
+    observer = find_scheme(ranges).observer
+    scheme = replace(find_scheme(ranges), observer=replace(observer, most_samples=observer.most_samples and 10))
+    monkeypatch.setattr(sys.modules["ptqjax.quantize.calibrate"], "find_scheme", lambda *_: scheme)
+    config = QuantizationConfig(ranges=ranges)
+    if observer.most_samples is None:
+        assert calibrate(model, DATA, config)
+        return
+    with pytest.raises(DataError, match=f"batch 2: 12 samples so far, and the scheme '{ranges}' has room for 10"):
+        calibrate(model, DATA, config)
+
+
+def test_no_counter_overflows_before_the_most_samples() -> None:
+    assert (DISTRIBUTION.most_samples or 0) * SAMPLES < 2**31
+    state = MEAN_EXTREMES.init(1)  # a term adds to a part what its byte holds
+    assert (MEAN_EXTREMES.most_samples or 0) * 255 < np.iinfo(state.sums.dtype).max
 
 
 def test_nan_in_a_parameter_is_named(model: Model) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from ptqjax.config import near_names
@@ -52,7 +53,7 @@ def _checked(graph: Graph, batch: Any, place: str) -> dict[str, Any]:
 
 
 def _checked_array(spec: TensorSpec, value: Any, place: str, symbols: dict[str, int]) -> Any:
-    array = value if hasattr(value, "dtype") and hasattr(value, "shape") else np.asarray(value)
+    array = value if isinstance(value, np.ndarray | jax.Array) else _as_array(spec, value, place)
     if array.dtype != spec.dtype:
         raise DataError(
             f"{place}: input '{spec.name}' has the type {array.dtype}; expected {spec.dtype.name} "
@@ -63,6 +64,13 @@ def _checked_array(spec: TensorSpec, value: Any, place: str, symbols: dict[str, 
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(host))[0])
         raise DataError(f"{place}: input '{spec.name}' holds {host[at]} at {at}; expected finite numbers")
     return array
+
+
+def _as_array(spec: TensorSpec, value: Any, place: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{place}: input '{spec.name}' is no array: {error}") from error
 
 
 def _check_shape(spec: TensorSpec, shape: tuple[int, ...], place: str, symbols: dict[str, int]) -> None:

@@ -69,8 +69,9 @@ def calibrate_and_report(
             with an encoding of its own keeps that, whatever it is tied to.
 
     Raises:
-        DataError: The batches do not fit the model, or a tensor takes a value that is not finite; the message names the
-            tensor or input and the batch. Without batches: nothing is known of some activations; it names them.
+        DataError: The batches do not fit the model, a tensor takes a value that is not finite, or an observer has no
+            room for more samples (after half a million or more); the message names the tensor or input and the batch.
+            Without batches: nothing is known of some activations; it names them.
         ConfigError: A pattern of `config.exclude` matches nothing, the target cannot be read, or a frozen tensor is
             none that is rounded.
         ModelError: The model is quantized already, or a tensor to be rounded is not float32.
@@ -162,7 +163,10 @@ def _observed(
     # Copied: leaves that share a buffer could not be donated to the step.
     states = jax.tree.map(jnp.copy, tuple(observer.init(len(names)) for observer, names in parts))
     params = jax.device_put(dict(model.params))
+    seen = 0
     for index, inputs in enumerate(data):
+        seen += num_samples(inputs)
+        _check_room([scheme for scheme, _ in groups], seen, index)
         states, is_finite = _step(plan, params, states, inputs)
         # Waits for the step: JAX would otherwise run ahead and hold many batches at once.
         _check_finite(tensors, np.asarray(is_finite), index)
@@ -204,6 +208,15 @@ def _step(plan: _Plan, params: dict[str, Any], states: Any, inputs: dict[str, An
     )
     extremes = [observer.extremes(state) for (observer, _), state in zip(plan.parts, updated, strict=True)]
     return updated, jnp.concatenate([jnp.isfinite(each.lowest) & jnp.isfinite(each.highest) for each in extremes])
+
+
+def _check_room(schemes: Sequence[RangeScheme], seen: int, index: int) -> None:
+    for scheme in schemes:
+        most = scheme.observer.most_samples
+        if most is not None and seen > most:
+            raise DataError(
+                f"batch {index}: {seen} samples so far, and the scheme '{scheme.name}' has room for {most}; give fewer"
+            )
 
 
 def _check_finite(tensors: tuple[str, ...], is_finite: np.ndarray, index: int) -> None:

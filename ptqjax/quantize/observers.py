@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ptqjax.kernels.exact_sums import add_terms, empty_sums
+from ptqjax.kernels.exact_sums import MOST_TERMS, add_terms, empty_sums
 from ptqjax.kernels.histogram import Histogram, add_values, empty_histogram, merge_histograms
 from ptqjax.kernels.ranges import GridKind
 
@@ -75,6 +75,8 @@ class Observer:
     """(state, state) -> the state after the data of both, in any order."""
     extremes: Callable[[Any], Extremes]
     """(state) -> the extremes of all values so far."""
+    most_samples: int | None = None
+    """Samples that a state has room for, merged ones included: its sums are in int32. None: any number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,6 +201,7 @@ MEAN_EXTREMES = Observer(
     update=_update_mean_extremes,
     merge=_merge_mean_extremes,
     extremes=lambda state: state.extremes,
+    most_samples=MOST_TERMS,
 )
 """Keeps the sums of each sample's smallest and largest value."""
 
@@ -207,5 +210,6 @@ DISTRIBUTION = Observer(
     update=_update_distribution,
     merge=_merge_distributions,
     extremes=lambda state: state.extremes,
+    most_samples=(2**31 - 1) // SAMPLES,  # all values of a tensor may lie in one bin
 )
 """Keeps the extremes, and counts of a sample of the values."""

@@ -13,9 +13,8 @@ import numpy as np
 
 from ptqjax.config import COMPATIBILITIES
 from ptqjax.config.checks import check_choice, check_ranges
-from ptqjax.errors import DataError
 from ptqjax.kernels.entropy import Magnitudes, least_divergent_threshold
-from ptqjax.kernels.exact_sums import MOST_TERMS, means_of
+from ptqjax.kernels.exact_sums import means_of
 from ptqjax.kernels.histogram import Histogram, histogram_of, power_of_two
 from ptqjax.kernels.ranges import GridKind, grid_of_range
 from ptqjax.kernels.search import BOTH_ENDS, SATURATION_WEIGHT, TOGETHER, Rows, rows_of, rows_of_bins, search_fractions
@@ -86,10 +85,7 @@ def _grid_of_extremes_in_hand(matrices: list[np.ndarray], kind: GridKind) -> _Gr
 
 
 def _grid_of_means(state: MeanExtremes, kind: GridKind) -> _Grids:
-    counts = np.asarray(state.counts)
-    if counts.max() > MOST_TERMS:
-        raise DataError(f"the scheme 'moving-average' takes {MOST_TERMS} samples; found {counts.max()}: give fewer")
-    sums = np.asarray(state.sums)
+    sums, counts = np.asarray(state.sums), np.asarray(state.counts)
     return grid_of_range(means_of(sums[:, 0], counts), means_of(sums[:, 1], counts), kind)
 
 
