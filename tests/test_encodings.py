@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -206,6 +207,10 @@ def test_a_list_of_batches_is_the_data_together(rng: np.random.Generator) -> Non
         (np.asarray([1.0, np.nan]), r"holds nan at \(1,\)"),
         (np.asarray([[1.0, np.inf]]), r"holds inf at \(0, 1\)"),
         (np.asarray([1, 2]), "type int64; expected floating"),
+        (np.asarray([1, 2]).astype(ml_dtypes.int4), "type int4; expected floating"),
+        (np.zeros(2, [("a", "f4")]), "expected floating"),
+        (np.asarray([1.0, 1e300]), r"holds 1e\+300 at \(1,\)"),
+        ([np.zeros(2, np.float16), np.zeros(2, ml_dtypes.bfloat16)], "do not fit together"),
         ([np.zeros((2, 3)), np.zeros((2, 4))], "do not fit together"),
         ([], "the list is empty"),
     ],
@@ -276,6 +281,9 @@ def test_histograms_of_any_order_and_grouping_are_equal_and_lose_nothing(batches
     for i in range(2):
         expected = counts_of(together[i], int(forward.exponent[i]), 64)
         np.testing.assert_array_equal(forward.counts[i], expected)
+    in_hand = hist.histogram_of(together, 64)
+    np.testing.assert_array_equal(in_hand.counts, forward.counts)
+    np.testing.assert_array_equal(in_hand.exponent, forward.exponent)
 
 
 def test_power_of_two_is_exact() -> None:

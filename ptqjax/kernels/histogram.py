@@ -59,10 +59,14 @@ def add_values(
 
 
 def histogram_of(matrix: np.ndarray, num_bins: int = NUM_BINS) -> Histogram:
-    """Returns the histograms of the rows of a matrix in hand, on NumPy: what `add_values` makes of all of it."""
+    """Returns the histograms of the rows of a matrix in hand, on NumPy: what `add_values` makes of all of it.
+
+    But for subnormal numbers, which JAX takes for 0 on a CPU; rows of zeros have wider bins.
+    """
     largest = np.abs(matrix).max(axis=1).astype(np.float32)
     exponent = np.maximum(np.frexp(largest)[1] - (num_bins.bit_length() - 2), _LOWEST_EXPONENT)
-    bins = np.floor(np.ldexp(matrix, -exponent[:, None])).astype(np.int64) + num_bins // 2
+    steps = np.ldexp(matrix, -exponent[:, None])
+    bins = np.where((matrix < 0) & (steps >= 0), -1, np.floor(steps)).astype(np.int64) + num_bins // 2
     flat = np.clip(bins, 0, num_bins - 1) + np.arange(len(matrix))[:, None] * num_bins
     counts = np.bincount(flat.ravel(), minlength=len(matrix) * num_bins).reshape(len(matrix), num_bins)
     return Histogram(counts=counts.astype(np.int32), exponent=exponent.astype(np.int32))

@@ -17,6 +17,7 @@ from ptqjax.quantize.observers import RangeScheme
 from ptqjax.quantize.placement import WEIGHT, Site, kind_of
 from ptqjax.quantize.schemes import find_scheme
 from ptqjax.quantize.site_encodings import as_aimet_has_it, encoding_of_grid, grid_of_site, is_float
+from ptqjax.quantize.tensors import is_floating
 
 
 def choose_encoding(
@@ -177,20 +178,21 @@ def _joined(samples: Any) -> np.ndarray:
         if isinstance(samples, list | tuple):
             return np.concatenate([np.asarray(batch) for batch in samples])
         return np.asarray(samples)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # shapes, or types that have no common one
         raise DataError(f"samples: the batches do not fit together: {error}") from error
 
 
 def _checked(name: str, array: np.ndarray) -> np.ndarray:
-    if not np.issubdtype(array.dtype, np.floating) and array.dtype.kind != "V":
+    if not is_floating(array.dtype):
         raise DataError(f"'{name}' has the type {array.dtype.name}; expected floating-point numbers")
     if array.size == 0:
         raise DataError(f"'{name}' has no values (shape {array.shape}); a range needs one at least")
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        place = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+    with np.errstate(over="ignore"):  # what float32 cannot hold is named below
+        values = array.astype(np.float32)
+    if not np.isfinite(values).all():
+        place = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
         raise DataError(f"'{name}' holds {array[place]} at {place}; a range needs finite float32 numbers")
-    return array
+    return values
 
 
 def _check_axis(site: Site, rank: int) -> None:
