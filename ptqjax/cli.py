@@ -367,8 +367,8 @@ def validate(model: Path, data: Path, device: str) -> None:
     """Compare what is simulated with what ONNX Runtime computes from a quantized model.
 
     Each group of operators is recomputed from ONNX Runtime's own integers before it, in steps of its grid: on the CPU,
-    expect at most 1 step, and equality in 99.9 %. End to end a single flipped rounding changes all that follows, so the
-    whole programs are compared by SQNR and agreement.
+    expect at most 1 step and equality in 99.99 %. Each tensor is also computed from the inputs, where a single flipped
+    rounding changes all that follows; the whole programs are compared by SQNR and agreement.
 
     \b
     Examples:
