@@ -1,6 +1,5 @@
 """AIMET's encodings, case by case as its own kernel computed them, and the laws of its schemes."""
 
-import inspect
 import json
 from functools import cache
 from pathlib import Path
@@ -84,21 +83,8 @@ def test_encoding_is_that_of_aimet(golden: dict[str, Any], index: int) -> None:
     np.testing.assert_allclose(grid_of(*found, kind), case["enc"], rtol=1e-7, atol=0)
 
 
-@cache
-def is_in_choose_encoding() -> bool:
-    if "compatibility" not in inspect.signature(choose_encoding).parameters:
-        return False
-    try:
-        choose_encoding(np.ones(3, np.float32), compatibility="aimet")
-    except ConfigError as error:
-        return "not yet available" not in str(error)
-    return True
-
-
 @pytest.mark.parametrize("index", range(NUM_CASES))
 def test_choose_encoding_is_that_of_aimet(golden: dict[str, Any], index: int) -> None:
-    if not is_in_choose_encoding():
-        pytest.skip("choose_encoding does not have compatibility='aimet' yet")
     case = golden["cases"][index]
     batches = data_of(case, golden)
     encoding = choose_encoding(
