@@ -603,6 +603,19 @@ def test_machines_calibrate_apart_and_merge(tmp_path):
         ptqjax.read_encodings(tmp_path / "0.safetensors", network())
 
 
+@pytest.mark.parametrize("leaf", ["text", jnp.ones(2, jnp.float8_e5m2), jnp.ones(2, jnp.int4), np.array([None])])
+def test_a_state_of_what_a_file_cannot_hold_is_refused(tmp_path, leaf):
+    with pytest.raises(DataError, match=r"leaf '\['a'\]' is of the type"):
+        ptqjax.write_state(tmp_path / "s.safetensors", {"a": leaf})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_are_leaves_too(tmp_path):
+    state = {"count": 3, "share": 0.5, "mean": jnp.ones((), jnp.bfloat16)}
+    ptqjax.write_state(tmp_path / "s.safetensors", state)
+    assert ptqjax.read_state(tmp_path / "s.safetensors", state) == state
+
+
 def test_float_formats_have_aimets_names():
     assert {name.replace("_", "") for name in FLOAT_FORMATS} >= {"float8e4m3fn", "float8e5m2", "float16", "bfloat16"}
     written = encodings_json(network(), {"x": float_encoding("float8_e5m2", np.float32(0.5))}, "2.0.0")

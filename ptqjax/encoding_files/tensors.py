@@ -23,6 +23,14 @@ _FORMAT = "ptqjax.format"
 _ENCODINGS, _STATE = "encodings 1", "state 1"
 _STATIC_KEY = "ptqjax.encodings"
 
+_WIDTHS = (8, 16, 32, 64)
+_TYPES = (
+    "bool",
+    *(f"{kind}{width}" for kind in ("int", "uint") for width in _WIDTHS),
+    *("bfloat16", "float16", "float32", "float64", "complex64"),
+)
+"""Of arrays that safetensors writes and reads as NumPy's."""
+
 Tree = TypeVar("Tree")
 
 
@@ -61,9 +69,15 @@ def write_state(path: str | os.PathLike[str], state: Any) -> None:
 
     Raises:
         OutputError: The folder is missing or cannot be written.
+        DataError: A leaf is no array of integers, booleans, or floats of 16 bits or more (complex64 too).
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     arrays = {jax.tree_util.keystr(keys): np.asarray(leaf) for keys, leaf in leaves}
+    for keys, array in arrays.items():
+        if array.dtype.name not in _TYPES:
+            raise DataError(
+                f"the state's leaf '{keys}' is of the type {array.dtype.name}; expected one of {', '.join(_TYPES)}"
+            )
     write_whole(Path(path), _content(arrays, {_FORMAT: _STATE}))
 
 
@@ -81,7 +95,7 @@ def read_state(path: str | os.PathLike[str], like: Tree) -> Tree:
     path = Path(path)
     arrays, _ = _read(path, _STATE)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    wanted = {jax.tree_util.keystr(keys): (np.shape(leaf), np.dtype(leaf.dtype)) for keys, leaf in leaves}
+    wanted = {jax.tree_util.keystr(keys): (np.shape(leaf), np.asarray(leaf).dtype) for keys, leaf in leaves}
     found = {name: (value.shape, value.dtype) for name, value in arrays.items()}
     if wanted != found:
         name = next(name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name))
