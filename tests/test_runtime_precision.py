@@ -92,6 +92,26 @@ def test_eight_bit_blocks_whose_product_stays_in_float_are_run():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["", "Relu"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_eight_bit_blocks_of_a_convolution_without_a_bias_are_run(dtype, activation):
+    layer = [node("Conv", ["x", "w"], "c" if activation else "y")]
+    layer += [node(activation, ["c"], "y")] if activation else []
+    model = build(layer, {"w": V}, input_shape=(2, 8, 7, 7), outputs=["y"], opset=21)
+    x = normal(2, 8, 7, 7, seed=2)
+    kind = grid_kind(dtype, symmetric=dtype == "int8")
+    scale, zero_point = grid_of_range(V[:, ::2], V[:, 1::2], kind)  # blocks of 2, a scale at each place
+    encodings = {"x": encode(x, "uint8"), "w": make_encoding(scale, zero_point, dtype=dtype, axis=1, block_size=2)}
+    encodings["y"] = encode(np.asarray(apply(model.graph, model.params, {"x": x})["y"]), "uint8")
+    with pytest.raises(Exception, match="filter scale shape invalid"):
+        run(session(insert_qdq(model, encodings)), {"x": x})
+    found = run(session(quantized_model(model, encodings)), {"x": x})["y"]
+    expected = np.asarray(simulate(model, encodings)(model.params, encodings, {"x": x})["y"])
+    steps = np.abs(found - expected) / np.float32(encodings["y"].scale)
+    assert steps.max() < 1.01  # a sum in another order may fall on the other side of a half
+    assert np.mean(steps < 0.01) > 0.99
+
+
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("bounds", [None, [], ["low"], ["low", "high"], ["", "high"]], ids=str)
 def test_activations_before_fp8_are_run(dtype, bounds):

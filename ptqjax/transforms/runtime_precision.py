@@ -8,8 +8,8 @@ Four of its rewrites (1.32, on by default) stand in the way:
   for large biases. A Clip without bounds behind the input's DequantizeLinear keeps it from both.
 - It multiplies by 4- and 8-bit weights that an axis 0 or 1 is dequantized along, not in integers, as MatMulNBits, which
   rounds activations to 8 bits (up to 206 steps of 16 bits, measured). Counted from the end, the axis escapes it.
-- It makes MatMulIntegerToFloat of a MatMul of 8-bit operands whose result stays in float, and then fails on the scales
-  of blocks. A Clip without bounds keeps it from that, too.
+- It makes MatMulIntegerToFloat of a MatMul of 8-bit operands whose result stays in float, and QLinearConv of a Conv
+  without a bias, and then fails on the scales of blocks. A Clip without bounds keeps it from that, too.
 - It drops a Relu before a QuantizeLinear to fp8, as if the type had no negative numbers, and fails on a Clip there. Max
   and Min take their place.
 """
@@ -120,10 +120,9 @@ def _with_max_and_min(model: Model, node: Node) -> Model:
 
 
 def _would_be_refused(model: Model, node: Node) -> bool:
-    if node.op_type != "MatMul":
-        return False
     reader = only_reader(model.graph, node.output)
-    if reader is not None and reader.op_type == "QuantizeLinear":
+    in_float = reader is None or reader.op_type != "QuantizeLinear"
+    if not (node.op_type == "MatMul" and in_float) and not (node.op_type == "Conv" and len(node.inputs) == _BIAS):
         return False
     has_blocks = any(_type_of_codes(model, name, block_size=True) for name in node.inputs)
     return has_blocks and all(_type_of_codes(model, name) in _BYTES for name in node.inputs)
