@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
@@ -351,6 +352,66 @@ def test_pairs_that_share_a_grid_are_one_and_names_of_aimet_are_known():
     found, encodings, _ = unquantize(handmade(nodes, params={"w": normal(6, 6)}))
     assert lines(found) == ["m = MatMul(x, w)", "y = Sum(m, x, x)"]
     assert_identical(encodings, {"x": STEP, "w": STEP, "y": STEP})
+
+
+def test_files_of_aimets_to_onnx_qdq(tmp_path):
+    """As aimet-onnx 2.42 writes a Conv, Flatten and Gemm, per channel: floats behind pairs, biases in float, X_updated."""
+    params = {"w": normal(4, 3, 3, 3), "b": normal(4), "g": normal(5, 36), "gb": normal(5)}
+    graph = onnx.helper.make_graph(
+        [
+            *aimet_pair("w", "w_qdq", axis=0),
+            *aimet_pair("x", "x_updated"),
+            onnx.helper.make_node("Conv", ["x_updated", "w_qdq", "b"], ["c"], "conv"),
+            onnx.helper.make_node("Relu", ["c"], ["r"], "relu"),
+            *aimet_pair("r", "r_updated"),
+            onnx.helper.make_node("Flatten", ["r_updated"], ["f"], "flatten"),
+            *aimet_pair("g", "g_qdq", axis=0),
+            *aimet_pair("f", "f_qdq"),
+            onnx.helper.make_node("Gemm", ["f_qdq", "g_qdq", "gb"], ["y_updated"], "gemm", transB=1),
+            *aimet_pair("y_updated", "y", base="y"),
+        ],
+        "aimet",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 3, 5, 5])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 5])],
+    )
+    grids = {name: (np.float32(0.05), np.uint8(120)) for name in ("x", "y")}
+    grids |= {name: (np.float32(0.03), np.uint8(0)) for name in ("r", "f")}
+    grids |= {"w": (np.float32([0.01, 0.02, 0.03, 0.015]), np.zeros(4, np.int8))}
+    grids |= {"g": (np.float32([0.02, 0.01, 0.025, 0.03, 0.015]), np.zeros(5, np.int8))}
+    ends = {f"{name}_{end}": value for name, pair in grids.items() for end, value in zip(ENDS, pair, strict=True)}
+    arrays = {**params, **ends}.items()
+    graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in arrays)
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(proto, tmp_path / "aimet.onnx")
+    found, encodings, report = ptqjax.read_quantized(tmp_path / "aimet.onnx")
+    assert [each.op_type for each in found.graph.nodes] == ["Conv", "Relu", "Flatten", "Gemm"]
+    assert found.params.keys() == params.keys()
+    assert all(record.done for record in report)
+    axes = {"w": 0, "g": 0}
+    types = {name: ("int8" if name in axes else "uint8") for name in grids}
+    expected = {
+        name: make_encoding(scale, zero_point.astype(np.float32), dtype=types[name], axis=axes.get(name))
+        for name, (scale, zero_point) in grids.items()
+    }
+    assert_identical(encodings, expected)
+    for name, value in params.items():
+        np.testing.assert_array_equal(found.params[name], value)
+    batch = {"x": normal(2, 3, 5, 5, seed=9)}
+    ptqjax.export(found, encodings, tmp_path, "ours")
+    (one,), (other,) = (plain_run(tmp_path / f"{name}.onnx", batch) for name in ("aimet", "ours"))
+    assert np.abs(one - other).max() <= 0.05 * 1.001  # biases become int32: a sum at a tie may fall to the other side
+
+
+ENDS = ("scale", "zero_point")
+
+
+def aimet_pair(source, target, *, base=None, **attributes):
+    base = base or source
+    ends, name = [f"{base}_{end}" for end in ENDS], f"QcQuantizeOp_{base}"
+    return (
+        onnx.helper.make_node("QuantizeLinear", [source, *ends], [f"{base}_q"], f"{name}_q", **attributes),
+        onnx.helper.make_node("DequantizeLinear", [f"{base}_q", *ends], [target], f"{name}_dq", **attributes),
+    )
 
 
 def test_the_runtimes_own_operators_are_read_like_onnxs():

@@ -21,6 +21,6 @@ def write_whole(path: Path, content: bytes) -> None:
             half.replace(path)
     except OSError as error:
         raise OutputError(
-            f"'{path}' cannot be written: {error.strerror}; expected the name of a file in an existing folder with write "
-            "permission"
+            f"'{path}' cannot be written: {error.strerror}; expected the name of a file in an existing folder with "
+            "write permission"
         ) from error
