@@ -376,7 +376,6 @@ def validate(model: Path, data: Path, device: str) -> None:
         ptqjax validate quantized/model.onnx --data test.npz
     """
     import ptqjax
-    from ptqjax.quantize.batches import checked_batches
     from ptqjax.report import tables
 
     _use_device(device)
@@ -384,8 +383,8 @@ def validate(model: Path, data: Path, device: str) -> None:
     quantized = ptqjax.read(path)
     _, batches = _load(data, quantized.graph)
     with _progress() as follow:
-        batches = checked_batches(quantized.graph, follow(batches, "validating"))
-        tables.print_validation(path, ptqjax.validate(quantized, batches, device=device))
+        found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)
+        tables.print_validation(path, found)
 
 
 @commands.command()

@@ -355,7 +355,7 @@ def test_pairs_that_share_a_grid_are_one_and_names_of_aimet_are_known():
 
 
 def test_files_of_aimets_to_onnx_qdq(tmp_path):
-    """As aimet-onnx 2.42 writes a Conv, Flatten and Gemm, per channel: floats behind pairs, biases in float, X_updated."""
+    """As aimet-onnx 2.42 writes a Conv, Flatten and Gemm: float weights behind pairs, float biases, X_updated."""
     params = {"w": normal(4, 3, 3, 3), "b": normal(4), "g": normal(5, 36), "gb": normal(5)}
     graph = onnx.helper.make_graph(
         [

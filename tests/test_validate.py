@@ -160,16 +160,24 @@ def test_a_float_model_is_an_error():
 
 
 def test_no_samples_is_an_error(quantized):
-    with pytest.raises(DataError, match="no samples"):
+    with pytest.raises(DataError, match="batches is empty"):
         validate(quantized[0], [])
 
 
 def test_a_batch_that_does_not_fit_is_an_error(quantized):
     model, batch = quantized
+    for value, message in (
+        ({"y": batch["x"]}, "batch 0 has the input 'y'"),
+        ({"x": batch["x"][:, :2]}, "input 'x' has the shape 4x2x8x8"),
+        ({"x": batch["x"][:0]}, "no elements"),
+        ({"x": batch["x"] * np.float32(np.nan)}, r"holds nan at \(0, 0, 0, 0\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            validate(model, [value])
     with pytest.raises(DataError, match="the model takes"):
-        validate(model, [{"y": batch["x"]}])
+        run(session(model), {"y": batch["x"]})
     with pytest.raises(DataError, match="cannot run the batch"):
-        validate(model, [{"x": batch["x"][:, :2]}])
+        run(session(model), {"x": batch["x"][:, :2]})
 
 
 def test_a_file_that_the_runtime_does_not_accept_is_an_error(tmp_path):

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from ptqjax import onnx_io
-from ptqjax.errors import DataError, ModelError
+from ptqjax.errors import ModelError
 from ptqjax.ir import Model, Node, Report, TensorSpec, rebuild, value_of
 from ptqjax.lowering import apply
+from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.transforms.fuse_quantized import fuse_quantized
 from ptqjax.transforms.saturation import saturating_weights, warn_of_saturation
 from ptqjax.validate.findings import Distance, Group, Validation
@@ -37,7 +38,7 @@ def validate(
 
     Raises:
         ModelError: The model cannot be read or run, or is not quantized.
-        DataError: The batches do not fit, or there are none.
+        DataError: There are no batches, or one does not fit or holds NaN or infinity (`checked_batches`).
         ConfigError: onnxruntime is not installed, or has no such device.
     """
     quantized = model if isinstance(model, Model) else onnx_io.read(model_file(model))
@@ -49,10 +50,8 @@ def validate(
     programs = _Programs.of(quantized, tensors)
     runtimes, fusions = _runtimes(programs, tensors, device)
     tally = _Tally(alone=dict.fromkeys(tensors, NO_DISTANCE), end_to_end=dict.fromkeys(tensors, NO_DISTANCE))
-    for batch in batches:
+    for batch in checked_batches(quantized.graph, batches):
         tally = tally.plus(programs, runtimes, batch)
-    if not tally.num_samples:
-        raise DataError("there are no samples to validate with; give at least one batch")
     groups = tuple(_group(fusions, quantized, name, tally) for name in tensors)
     unverified = [group.tensor for group in groups if not group.is_verified]
     saturating = saturating_weights(programs.fused)
@@ -139,7 +138,7 @@ class _Tally:
             },
             integer=self.integer.plus(outputs, apply(fused.graph, fused.params, batch)),
             floating=self.floating.plus(outputs, apply(quantized.graph, quantized.params, batch)),
-            num_samples=self.num_samples + len(next(iter(batch.values()))),
+            num_samples=self.num_samples + num_samples(batch),
         )
 
 
