@@ -294,6 +294,22 @@ def test_low_power_blocks_state_widths_and_integers():
     assert (later["output_dtype"], later["axis"], later["block_size"]) == ("int4", 1, 6)
 
 
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+def test_low_power_blocks_with_a_scale_at_each_place_of_a_kernel_come_back(tmp_path, version):
+    """Calibration finds them so: one scale for each channel, and an integer for each block and place."""
+    model = network()
+    config = ptqjax.QuantizationConfig(weights="int4", granularity="lpbq:2", equalize=False)
+    found = ptqjax.calibrate(model, [{model.graph.inputs[0].name: normal(2, 6, 6, 6)}], config)
+    low_power = {name: each for name, each in found.items() if each.scale_bits is not None}
+    assert {"w", "wt"} <= set(low_power)
+    path = tmp_path / "m.encodings"
+    ptqjax.write_encodings(path, model, low_power, version)
+    back = ptqjax.read_encodings(path, model)[0]
+    for name, encoding in low_power.items():
+        np.testing.assert_array_equal(back[name].scale, encoding.scale)
+        assert back[name].scale_bits == encoding.scale_bits
+
+
 def test_scales_that_are_no_multiples_are_not_written_as_low_power_blocks(tmp_path):
     model = network()
     encoding = make_encoding(scales(5, 2), 0, dtype="int4", axis=1, block_size=6, scale_bits=4)

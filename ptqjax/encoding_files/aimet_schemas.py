@@ -16,6 +16,7 @@ from ptqjax.encoding_files.entries import Entry, block_shapes, num_bits
 from ptqjax.encoding_files.fitting import UnfitError
 from ptqjax.encoding_files.located_json import Located
 from ptqjax.kernels.grid import FLOAT_FORMATS
+from ptqjax.quantize.low_power import channel_axis
 from ptqjax.quantize.tensor_axes import TensorAxes
 
 _LARGEST_BLOCK = 2**31 - 1
@@ -259,12 +260,18 @@ def _by_blocks(flat: np.ndarray, axes: TensorAxes, block_size: int) -> np.ndarra
 
 
 def _per_channel(scale: np.ndarray, multiples: np.ndarray, axis: int | None) -> np.ndarray:
-    """Returns the scales of channels in a shape that broadcasts over blocks."""
-    if axis is None or not -multiples.ndim <= axis < multiples.ndim:
-        raise UnfitError(f"the axis {axis}", f"one of {multiples.ndim} axes")
-    shape = tuple(1 if i == axis % multiples.ndim else size for i, size in enumerate(multiples.shape))
-    if scale.size != np.prod(shape):
-        raise UnfitError(f"{scale.size} scales of channels", f"{np.prod(shape)}, one for each")
+    """Returns the scales of channels, or of rows of blocks, in a shape that broadcasts over blocks."""
+    rank, sizes = multiples.ndim, multiples.shape
+    if axis is None or not -rank <= axis < rank:
+        raise UnfitError(f"the axis {axis}", f"one of {rank} axes")
+    rows = tuple(1 if i == axis % rank else size for i, size in enumerate(sizes))
+    channel = channel_axis(axis, rank)
+    channels = tuple(size if i == channel else 1 for i, size in enumerate(sizes))
+    if scale.ndim == rank and all(one in (1, size) for one, size in zip(scale.shape, rows, strict=True)):
+        return scale
+    shape = next((shape for shape in (rows, channels) if scale.size == np.prod(shape)), None)
+    if shape is None:
+        raise UnfitError(f"{scale.size} scales of channels", f"{np.prod(channels)}, one for each")
     return scale.reshape(shape)
 
 

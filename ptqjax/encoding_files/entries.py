@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
 
 from ptqjax.encoding_files.fitting import UnfitError, fitting
 from ptqjax.encoding_files.located_json import to_float32
+from ptqjax.errors import ConfigError
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.quantize.encodings import Encoding
+from ptqjax.quantize.low_power import decompose
 from ptqjax.quantize.tensor_axes import TensorAxes
 
 _INTEGERS = re.compile(r"(u?)int(\d+)")
@@ -67,7 +69,7 @@ def entry_of(encoding: Encoding, axes: TensorAxes) -> Entry:
     if axis is not None and axes.shape is not None:
         axis %= len(axes.shape)
     entry = Entry(dtype=dtype, scale=scale, zero_point=zero_point, axis=axis, block_size=encoding.block_size)
-    return entry if encoding.scale_bits is None else _low_power(entry, encoding.scale_bits)
+    return entry if encoding.scale_bits is None else _low_power(entry, encoding)
 
 
 def encoding_of(entry: Entry, axes: TensorAxes) -> Encoding:
@@ -119,21 +121,18 @@ def _effective_scale(entry: Entry) -> np.ndarray:
     return scale if entry.multiples is None else np.asarray(scale * entry.multiples.astype(np.float32))
 
 
-def _low_power(entry: Entry, scale_bits: int) -> Entry:
-    largest = entry.scale.max(axis=entry.axis, keepdims=True)
-    per_channel = np.asarray(np.ldexp(largest, -scale_bits))
-    multiples = np.asarray(np.rint(entry.scale / per_channel))
-    product = per_channel.astype(np.float32) * multiples.astype(np.float32)
-    if np.any(product != entry.scale.astype(np.float32)):
-        raise UnfitError("scales of low-power blocks that are no multiples of one scale per channel", "multiples")
-    return Entry(
-        dtype=entry.dtype,
-        scale=per_channel,
-        zero_point=entry.zero_point,
-        axis=entry.axis,
-        block_size=entry.block_size,
-        multiples=multiples,
-        scale_bits=scale_bits,
+def _low_power(entry: Entry, encoding: Encoding) -> Entry:
+    try:
+        found = decompose(encoding)
+    except ConfigError as error:
+        raise UnfitError(
+            "scales of low-power blocks that are no multiples of one scale per channel", "multiples"
+        ) from error
+    return replace(
+        entry,
+        scale=np.asarray(found.per_channel, np.float64),
+        multiples=np.asarray(found.per_block, np.float64),
+        scale_bits=encoding.scale_bits,
     )
 
 
@@ -149,5 +148,6 @@ def _check_multiples(entry: Entry, multiples: np.ndarray) -> None:
     most = 2 ** (entry.scale_bits or 0)
     if np.any(multiples != np.rint(multiples)) or np.any((multiples < 1) | (multiples > most)):
         raise UnfitError("multiples of a channel's scale out of range", f"integers from 1 to {most}")
-    if np.any(multiples.max(axis=entry.axis) != most):
+    shared = tuple(i for i, size in enumerate(entry.scale.shape) if size == 1)
+    if np.any(multiples.max(axis=shared) != most):
         raise UnfitError("a channel none of whose blocks has the largest scale", f"a block with {most} in each channel")
