@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.quantize.qdq import insert_qdq
 from ptqjax.transforms.fuse_quantized import fuse_quantized
 from ptqjax.validate import decibels, run, session
+from ptqjax.validate.totals import NO_DISTANCE, with_elements
 from tests.models import Chain, build, node
 
 MIN_MAX = QuantizationConfig(ranges="min-max")
@@ -193,6 +195,22 @@ def test_sessions_are_exact_on_every_x86(monkeypatch):
     runtime = session(network()[0])
     assert runtime.get_session_options().get_session_config_entry("session.x64quantprecision") == "1"
     assert list(run(runtime, network()[1]))
+
+
+def test_codes_in_fp8_are_as_far_apart_as_their_places_in_order(tmp_path):
+    nodes = [node("Conv", ["x", "w"], "c"), node("Relu", ["c"], "y")]
+    model = build(nodes, {"w": normal(4, 3, 3, 3)}, input_shape=("N", 3, 8, 8), outputs=["y"])
+    config = QuantizationConfig(weights="float8_e4m3fn", activations="float8_e4m3fn")
+    batch = {"x": normal(2, 3, 8, 8)}
+    encodings = calibrate(model, [batch], config)
+    export(model, encodings, tmp_path, "m")
+    found = validate(tmp_path / "m.onnx", [batch])
+    assert found.equal > 0.99
+    codes = np.arange(-3, 4).astype(ml_dtypes.float8_e4m3fn)  # -3, ..., 3: a zero, then fractions of 3 bits
+    moved = with_elements(NO_DISTANCE, codes, np.zeros(7, codes.dtype))
+    assert moved.largest == 68  # 3 = 1.5 * 2^1: exponent 8, fraction 4
+    assert moved.num_equal == 1
+    assert with_elements(NO_DISTANCE, -codes[3:4], codes[3:4]).largest == 0
 
 
 def test_decibels():

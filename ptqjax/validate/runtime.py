@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ptqjax import onnx_io
 from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.ir import Graph, Model
+
+_FP8 = {"tensor(float8e4m3fn)": ml_dtypes.float8_e4m3fn, "tensor(float8e5m2)": ml_dtypes.float8_e5m2}
 
 
 def session(source: Model | str | os.PathLike[str] | bytes, *, device: str = "cpu", **options: Any) -> Any:
@@ -57,10 +60,17 @@ def run(runtime: Any, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     expected = {spec.name for spec in runtime.get_inputs()}
     if set(batch) != expected:
         raise DataError(f"the batch holds {sorted(batch)}; the model takes {sorted(expected)}")
-    names = [spec.name for spec in runtime.get_outputs()]
+    specs = runtime.get_outputs()
+    names = [spec.name for spec in specs]
     with _explained(DataError, "ONNX Runtime cannot run the batch"):
         values = runtime.run(names, {name: np.asarray(value) for name, value in batch.items()})
-    return dict(zip(names, values, strict=True))
+    return {spec.name: _typed(value, spec.type) for spec, value in zip(specs, values, strict=True)}
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """Returns an output in its own type: ONNX Runtime hands fp8 over as bytes."""
+    dtype = _FP8.get(kind)
+    return value if dtype is None else value.view(dtype)
 
 
 @contextmanager

@@ -12,16 +12,25 @@ from ptqjax.validate.findings import Distance, Likeness
 
 NO_DISTANCE = Distance(largest=0, num_equal=0, num_elements=0)
 """Of no elements at all."""
+_SIGN = 128  # of a byte
 
 
 def with_elements(total: Distance, found: np.ndarray, computed: Any) -> Distance:
-    """Returns the distance of all elements of `total` and of these, whose integers the runtime `found`."""
-    steps = np.abs(found.astype(np.int64) - np.asarray(computed).astype(np.int64))
+    """Returns the distance of all elements of `total` and of these, whose codes the runtime `found`."""
+    steps = np.abs(_ranks(found) - _ranks(np.asarray(computed)))
     return Distance(
         largest=max(total.largest, int(steps.max(initial=0))),
         num_equal=total.num_equal + int(np.count_nonzero(steps == 0)),
         num_elements=total.num_elements + steps.size,
     )
+
+
+def _ranks(codes: np.ndarray) -> np.ndarray:
+    """Returns integers that differ by 1 between neighbours on a grid: the codes, or for fp8 places in their order."""
+    if not codes.dtype.name.startswith("float8"):
+        return codes.astype(np.int64)
+    bits = codes.view(np.uint8).astype(np.int64)  # sign and magnitude; both zeros are 0
+    return np.where(bits < _SIGN, bits, _SIGN - bits)
 
 
 @dataclass(frozen=True, slots=True)
