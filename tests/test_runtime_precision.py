@@ -8,7 +8,9 @@ from ptqjax.export import quantized_model
 from ptqjax.ir import text
 from ptqjax.kernels.ranges import grid_kind, grid_of_range
 from ptqjax.quantize import make_encoding
+from ptqjax.quantize.encodings import fake_quantize
 from ptqjax.quantize.qdq import insert_qdq
+from ptqjax.quantize.unquantize import unquantize
 from ptqjax.transforms.runtime_precision import keep_precision
 from ptqjax.validate import run, session
 from tests.models import build, node
@@ -149,6 +151,19 @@ def test_large_biases_beside_fp8_are_kept():
     expected = np.asarray(simulate(model, encodings)(model.params, encodings, batch)["y"])
     assert np.abs(run(session(insert_qdq(model, encodings)), batch)["y"] - expected).max() > 3
     np.testing.assert_allclose(run(session(quantized_model(model, encodings)), batch)["y"], expected, atol=0.0501)
+
+
+def test_a_weight_behind_a_transpose_keeps_its_name_and_comes_back():
+    model, encodings, _ = quantized("MatMul behind a Transpose")
+    written = quantized_model(model, encodings)
+    assert written.graph.producers["w"].op_type == "DequantizeLinear"
+    assert written.params["w_quantized"].shape == W.shape
+    found, again, _ = unquantize(written)
+    assert found.graph.nodes == model.graph.nodes
+    assert {name: each.axis for name, each in again.items()} == {"w": 0, "x": None, "y": None}
+    for name, expected in encodings.items():
+        np.testing.assert_array_equal(again[name].scale, expected.scale)
+    np.testing.assert_array_equal(found.params["w"], fake_quantize(W, encodings["w"]))
 
 
 def test_what_is_computed_in_integers_is_left_as_it_is():

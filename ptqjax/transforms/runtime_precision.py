@@ -7,7 +7,8 @@ Four of its rewrites (1.32, on by default) stand in the way:
   (measured). It rounds a bias in float to int32 with the scale s_x s_w, where fp8 operands make that scale too small
   for large biases. A Clip without bounds behind the input's DequantizeLinear keeps it from both.
 - It multiplies by 4- and 8-bit weights that an axis 0 or 1 is dequantized along, not in integers, as MatMulNBits, which
-  rounds activations to 8 bits (up to 206 steps of 16 bits, measured). Counted from the end, the axis escapes it.
+  rounds activations to 8 bits (up to 206 steps of 16 bits, measured). Counted from the end, the axis escapes it; behind
+  a Transpose, a Clip without bounds.
 - It makes MatMulIntegerToFloat of a MatMul of 8-bit operands whose result stays in float, and QLinearConv of a Conv
   without a bias, and then fails on the scales of blocks. A Clip without bounds keeps it from that, too.
 - It drops a Relu before a QuantizeLinear to fp8, as if the type had no negative numbers, and fails on a Clip there. Max
@@ -33,8 +34,7 @@ _FEW_BITS = (*_BYTES, "int4", "uint4")
 def keep_precision(model: Model) -> tuple[Model, Report]:
     """Returns the QDQ `model` with its function, written so that ONNX Runtime computes it, and a report.
 
-    Where a weight in few bits lies behind a Transpose, its codes are transposed instead. Arrays must be concrete. One
-    record for each change.
+    Arrays must be concrete. One record for each change.
     """
     report: list[Record] = []
     for node in model.graph.nodes:
@@ -46,13 +46,17 @@ def keep_precision(model: Model) -> tuple[Model, Report]:
 
 
 def without_empty_clips(model: Model) -> Model:
-    """Returns the model without the Clips without bounds that `keep_precision` put behind DequantizeLinear nodes."""
+    """Returns the model without the Clips without bounds that `keep_precision` put in.
+
+    They stand behind a DequantizeLinear, or a Transpose of what it writes.
+    """
     producers = model.graph.producers
     gone = {
         node.output: node.inputs[0]
         for node in model.graph.nodes
         if node.op_type == "Clip" and _has_no_bounds(node) and node.output not in model.graph.output_names
-        if (before := producers.get(node.inputs[0])) is not None and before.op_type == "DequantizeLinear"
+        if (before := producers.get(node.inputs[0])) is not None
+        if before.op_type == "DequantizeLinear" or _transposes_codes(model, before)
     }
     nodes = [
         replace(node, inputs=tuple(gone.get(name, name) for name in node.inputs))
@@ -60,6 +64,10 @@ def without_empty_clips(model: Model) -> Model:
         if node.output not in gone
     ]
     return rebuild(model, nodes=nodes) if gone else model
+
+
+def _transposes_codes(model: Model, node: Node) -> bool:
+    return node.op_type == "Transpose" and _type_of_codes(model, node.inputs[0]) is not None
 
 
 def _has_no_bounds(clip: Node) -> bool:
@@ -80,7 +88,13 @@ def _written_otherwise(model: Model, node: Node) -> tuple[Model, str] | None:
     if _would_be_refused(model, node):
         first_is_weight = _type_of_codes(model, node.inputs[0], block_size=True) is not None
         return _with_clip(model, node, int(first_is_weight)), "a Clip without bounds keeps the product in float"
-    changed = _with_axis_from_the_end(model, node) if _would_round_activations(model, node) else None
+    return _with_wide_activations(model, node) if _would_round_activations(model, node) else None
+
+
+def _with_wide_activations(model: Model, node: Node) -> tuple[Model, str] | None:
+    if model.graph.producers[node.inputs[1]].op_type == "Transpose":
+        return _with_clip(model, node, 1), "a Clip without bounds keeps the product in float"
+    changed = _with_axis_from_the_end(model, node)
     return None if changed is None else (changed, "the axis of the weight's scales counts from the end")
 
 
@@ -141,23 +155,25 @@ def _is_float_constant(model: Model, tensor: str) -> bool:
 def _would_round_activations(model: Model, node: Node) -> bool:
     if node.op_type not in ("Gemm", "MatMul"):
         return False
-    dequantizer, _ = _weight(model, node)
+    dequantizer = _weight(model, node)
     if dequantizer is None or np.ndim(model.params[dequantizer.inputs[0]]) != _MATRIX:
+        return False
+    if dequantizer.attribute("axis") is None or np.ndim(model.params[dequantizer.inputs[1]]) == 0:
         return False
     weight = _type_of_codes(model, dequantizer.output)
     in_integers = weight in _BYTES and _type_of_codes(model, node.inputs[0]) in _BYTES
     return weight in _FEW_BITS and not in_integers
 
 
-def _weight(model: Model, node: Node) -> tuple[Node | None, Node | None]:
-    """Returns what dequantizes the weight, a parameter that only this node reads, and a Transpose between them."""
-    producers, transpose = model.graph.producers, None
+def _weight(model: Model, node: Node) -> Node | None:
+    """Returns what dequantizes the weight, a parameter that only this node reads, perhaps through a Transpose."""
+    producers = model.graph.producers
     found = producers.get(node.inputs[1])
     if found is not None and found.op_type == "Transpose" and only_reader(model.graph, found.output) is not None:
-        transpose, found = found, producers.get(found.inputs[0])
+        found = producers.get(found.inputs[0])
     if found is None or found.op_type != "DequantizeLinear" or only_reader(model.graph, found.output) is None:
-        return None, None
-    return (found, transpose) if found.inputs[0] in model.params else (None, None)
+        return None
+    return found if found.inputs[0] in model.params else None
 
 
 def _type_of_codes(model: Model, tensor: str, *, block_size: bool = False) -> str | None:
@@ -183,24 +199,14 @@ def _with_clip(model: Model, node: Node, index: int) -> Model:
 
 def _with_axis_from_the_end(model: Model, node: Node) -> Model | None:
     """Returns the model with the weight's axis counted from the end; None where it is, or there is none."""
-    dequantizer, transpose = _weight(model, node)
-    if dequantizer is None or dequantizer.attribute("axis") is None or _is_along_no_axis(model, dequantizer):
+    dequantizer = _weight(model, node)
+    if dequantizer is None:
         return None
-    axis = dequantizer.attribute("axis") % _MATRIX
-    nodes = [each for each in model.graph.nodes if each is not transpose]
-    params, output = dict(model.params), dequantizer.output
-    if transpose is not None:
-        axis, output = 1 - axis, transpose.output
-        params |= {name: np.asarray(params[name]).T for name in dequantizer.inputs}
-    attributes = tuple(sorted({**dict(dequantizer.attributes), "axis": axis - _MATRIX}.items()))
-    changed = replace(dequantizer, attributes=attributes, outputs=(output,))
+    axis = dequantizer.attribute("axis") % _MATRIX - _MATRIX
+    changed = replace(dequantizer, attributes=tuple(sorted({**dict(dequantizer.attributes), "axis": axis}.items())))
     if changed == dequantizer:
         return None
-    return rebuild(model, nodes=[changed if each is dequantizer else each for each in nodes], params=params)
-
-
-def _is_along_no_axis(model: Model, dequantizer: Node) -> bool:
-    return np.ndim(model.params[dequantizer.inputs[1]]) == 0
+    return rebuild(model, nodes=[changed if each is dequantizer else each for each in model.graph.nodes])
 
 
 def _record(node: Node, what: str) -> Record:
