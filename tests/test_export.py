@@ -84,7 +84,7 @@ def test_onnx_runtime_runs_the_file_in_integers(tmp_path, granularity):
     assert operators["QLinearGlobalAveragePool"] == 1
     assert not {"Conv", "Gemm", "Relu", "Clip"} & set(operators)
     session = onnxruntime.InferenceSession(str(tmp_path / "small.onnx"), providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, batch)
+    y = np.asarray(session.run(None, batch)[0])
     (simulated,) = simulate(model, encodings)(model.params, encodings, batch).values()
     step = float(encodings[model.graph.outputs[0].name].scale)
     np.testing.assert_allclose(y, simulated, atol=2.01 * step)  # roundings of two layers that fall the other way
@@ -122,7 +122,7 @@ def test_the_lowest_opset_that_has_the_types(tmp_path, settings, opset, domain):
     onnx.checker.check_model(proto, full_check=True)
     assert {entry.domain: entry.version for entry in proto.opset_import} == {domain: opset}
     session = onnxruntime.InferenceSession(str(tmp_path / "small.onnx"), providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, batch)
+    y = np.asarray(session.run(None, batch)[0])
     (simulated,) = simulate(model, encodings)(model.params, encodings, batch).values()
     step = float(encodings[model.graph.outputs[0].name].scale)
     np.testing.assert_allclose(y, simulated, atol=max(3 * step, 1e-3))
@@ -145,7 +145,7 @@ def test_where_an_operator_would_change_the_opset_stays_and_the_runtimes_own_ope
     export(model, encodings, tmp_path, "small")
     assert dict(read(tmp_path / "small.onnx").graph.opsets) == {"": 12, "com.microsoft": 1}
     session = onnxruntime.InferenceSession(str(tmp_path / "small.onnx"), providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, batch)
+    y = np.asarray(session.run(None, batch)[0])
     for arithmetic in ("float", "integer"):
         (simulated,) = simulate(model, encodings, arithmetic=arithmetic)(model.params, encodings, batch).values()
         np.testing.assert_allclose(y, simulated, atol=2.01 * float(encodings["y"].scale))

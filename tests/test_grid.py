@@ -258,7 +258,7 @@ def test_one_scale_under_jit_divides_as_numpy_does(scale: float) -> None:
     assert np.any(np.round(x * (np.float32(1) / s)) != np.round(x / s))
 
 
-def fake(x, scale=0.5, zero_point=2.0, qmin=0.0, qmax=7.0, *, enabled=True):
+def fake(x, scale=0.5, zero_point=2.0, qmin=0.0, qmax=7.0, *, enabled: bool | jax.Array = True):
     return grid.fake_quantize(x, scale, zero_point, qmin, qmax, enabled=enabled)
 
 

@@ -92,7 +92,7 @@ def test_eight_bits_are_what_onnx_runtime_makes_of_them(name, scale):
     x = x[np.isfinite(x)] * np.float32(scale)
     x = x[np.abs(x) >= np.finfo(np.float32).tiny]  # XLA flushes subnormals to 0; they become 0 in any case
     ends = [
-        numpy_helper.from_array(np.float32(scale), "s"),
+        numpy_helper.from_array(np.asarray(scale, np.float32), "s"),
         numpy_helper.from_array(np.zeros((), array_type(name)), "z"),
     ]
     nodes = [
@@ -117,7 +117,7 @@ def test_sixteen_bits_are_what_onnx_runtime_makes_of_them(name):
 
 
 def test_what_an_encoding_says_of_its_format():
-    expected = {"float8_e4m3fn": (8, 448), "float8_e5m2": (8, 57344), "float16": (16, 65504)}
+    expected = {"float8_e4m3fn": (8, 448.0), "float8_e5m2": (8, 57344.0), "float16": (16, 65504.0)}
     expected["bfloat16"] = (16, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max))
     for name, (bits, largest) in expected.items():
         encoding = make_encoding(np.float32(1), np.float32(0), dtype=name)
