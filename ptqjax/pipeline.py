@@ -48,6 +48,9 @@ def quantize(
 ) -> Result:
     """Returns the quantized model: folded, equalized, calibrated and corrected as `config` says.
 
+    `export` writes it; where the target has weights written in float, `export` has to be told
+    (`weights=load_target(config.target).exported_weights`).
+
     Args:
         model: A float model, as `read` returns it; it stays as it is.
         batches: Calibration data: arrays by input name, samples along the first axis. Gone through several times; an

@@ -238,3 +238,18 @@ for text, message in {WRONG_TYPES!r}.items():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_rule_that_its_target_does_not_take_is_found_among_others() -> None:
+    text = 'target = "tensorrt"\n\n[[rules]]\noperators = ["Conv"]\nranges = "mse"\n\n[[rules]]\ndtype = "uint16"\n'
+    with pytest.raises(ConfigError, match=r"line 7: .*uint16 \(weights\).*of='activations'"):
+        config_from_toml(text)
+
+
+def test_marks_of_editors_are_left_out_and_other_encodings_told_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_bytes('\ufeffweights = "int4"\r\nexclude = ["\u00e9"]\r\n'.encode())
+    assert read_config(path) == QuantizationConfig(weights="int4", exclude=("\u00e9",))
+    path.write_bytes('weights = "int4"\nexclude = ["\u00e9"]\n'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"line 2 holds the byte 0xe9"):
+        read_config(path)

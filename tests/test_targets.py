@@ -192,7 +192,7 @@ def test_what_a_target_does_not_take_is_an_error_with_the_remedy(target: str, se
         ('supergroups = ["Conv"]', "supergroups is \\['Conv'\\]; expected a list of lists of operators"),
         ('biases = "int16"', 'biases is \'int16\'; expected "int32" or "float"'),
         ("bounds_per_channel = 1", "bounds_per_channel is 1; expected true or false"),
-        ("accumulator_bits = true", "accumulator_bits is True; expected a number of bits"),
+        ("fixed_point = 1", "fixed_point is 1; expected true or false"),
         ("[fixed_ranges]\nTanh = [1]", "expected a table: operator = \\[low, high\\]"),
         ("[allowed]\nweight = []", "allowed: unknown key 'weight'"),
         ('[[exceptions]]\ndtyp = "int8"', "exceptions: a rule has the unknown key 'dtyp'; near names: dtype"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptqjax.config.checks import Symmetry, near_names
+from ptqjax.config.checks import Symmetry, near_names, read_text
 from ptqjax.config.constraints import resolved_symmetry
 from ptqjax.config.rules import Rule
 from ptqjax.config.settings import QuantizationConfig
@@ -263,9 +263,7 @@ def _optional(rules: Iterator[Rule]) -> Iterator[Rule]:
 
 def _load(path: str | Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {str(path)!r} cannot be read: {error}") from error
+        content = json.loads(read_text(path, f"config {str(path)!r}"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
     if not isinstance(content, Mapping):

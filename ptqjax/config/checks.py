@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from ptqjax.errors import ConfigError
@@ -30,10 +31,32 @@ GRANULARITIES = ("tensor", "channel", "block:N", "lpbq:N")
 class SettingError(ConfigError):
     """A setting is not allowed."""
 
-    def __init__(self, field: str, message: str) -> None:
+    def __init__(self, field: str, message: str, *, rule: int | None = None) -> None:
         super().__init__(message)
         self.field = field
         """The setting, as the record calls it."""
+        self.rule = rule
+        """The place of the rule that is meant, from 0; None for a setting of its own."""
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """Returns the text of a file, without the byte order mark that some editors put in front.
+
+    Raises:
+        ConfigError: It cannot be read, or is not UTF-8; `what` is what the message calls it.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be read: {error}") from error
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{what} cannot be read: line {line} holds the byte 0x{data[error.start]:02x}, which is not UTF-8; save it "
+            "as UTF-8"
+        ) from error
 
 
 def near_names(wanted: str, names: Iterable[str]) -> str:
@@ -104,7 +127,7 @@ def check_flag(field: str, value: object) -> None:
 def check_fixed_range(field: str, value: Any) -> None:
     """Checks that `value` is a range (low, high) with 0 in it."""
     is_pair = isinstance(value, tuple) and len(value) == 2  # noqa: PLR2004 - two ends
-    if not is_pair or not all(isinstance(end, int | float) and math.isfinite(end) for end in value):
+    if not is_pair or not all(type(end) in (int, float) and math.isfinite(end) for end in value):
         raise SettingError(field, f"{field}={value!r}: expected two finite numbers, as in (0.0, 1.0)")
     if not value[0] <= 0 <= value[1] or value[0] == value[1]:
         raise SettingError(field, f"{field}={value!r}: expected a range with 0 in it, low <= 0 <= high")

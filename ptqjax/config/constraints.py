@@ -23,14 +23,13 @@ def check_allowed(config: QuantizationConfig, target: Target) -> None:
     for key, value in _settings(config):
         if key in restricted and value not in restricted[key]:
             raise SettingError(key, _refusal(target, key, getattr(config, key), value, restricted[key]))
-    for rule in config.rules:
+    for index, rule in enumerate(config.rules):
         for key, value in _settings_of_rule(rule):
             if key in restricted and value not in restricted[key]:
                 taken = ", ".join(map(_text, restricted[key]))
-                message = (
-                    f"{described(rule)}: target {target.name!r} does not take {_text(value)} ({key}); it takes {taken}"
-                )
-                raise SettingError("rules", message)
+                remedy = "; a rule for activations alone has of='activations'" if rule.of == "both" else ""
+                message = f"{described(rule)}: target {target.name!r} does not take {_text(value)} ({key}); it takes "
+                raise SettingError("rules", f"{message}{taken}{remedy}", rule=index)
 
 
 def resolved_symmetry(symmetric: Symmetry | None, dtype: str, *, of_weights: bool) -> Symmetry:

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ptqjax.config.checks import SettingError, near_names
+from ptqjax.config.checks import SettingError, near_names, read_text
 from ptqjax.config.rules import Rule, field_names
 from ptqjax.config.settings import QuantizationConfig
 from ptqjax.config.target import load_target, rule_of
@@ -34,11 +34,7 @@ def read_config(path: str | Path, **settings: Any) -> QuantizationConfig:
         ConfigError: The file cannot be read, is not TOML, or holds an unknown key or a value that is not allowed; the
             message has the line and the key.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {str(path)!r} cannot be read: {error}") from error
-    return config_from_toml(text, source=str(path), **settings)
+    return config_from_toml(read_text(path, f"config {str(path)!r}"), source=str(path), **settings)
 
 
 def config_from_toml(text: str, *, source: str = "config", **settings: Any) -> QuantizationConfig:
@@ -127,7 +123,10 @@ def _frozen(value: Any) -> Any:
 
 def _at(source: str, text: str, error: SettingError) -> ConfigError:
     """Returns the error with the line of the setting that it is about, where the text has it."""
-    line = _line_of(text.splitlines(), error.field)
+    if error.rule is not None:
+        line = _line_in_rule(text, error.rule, error.field)
+    else:
+        line = _line_of(text.splitlines(), error.field)
     return ConfigError(f"{source}, line {line}: {error}" if line else f"{source}: {error}")
 
 

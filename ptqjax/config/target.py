@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ptqjax.config.checks import SettingError, near_names
+from ptqjax.config.checks import SettingError, near_names, read_text
 from ptqjax.config.rules import Rule, field_names
 from ptqjax.errors import ConfigError
 
@@ -57,8 +57,6 @@ class Target:
     fixed_point: bool = False
     """Whether sums are multiplied by s_x s_w / s_y in integers, with the output's zero point in the sum: weights then
     get scales for which both fit (`quantize.bias.guard_biases`)."""
-    accumulator_bits: int = 32
-    """Bits in which products are summed."""
     bounds_per_channel: bool = True
     """Whether a Min or Max with a bound for each channel is as good as a Clip."""
     exceptions: tuple[Rule, ...] = ()
@@ -96,11 +94,11 @@ def check_target_name(value: object) -> None:
 
 
 def _text(name: str) -> str:
+    if name.endswith(".toml"):
+        return read_text(name, f"target {name!r}")
     try:
-        if name.endswith(".toml"):
-            return Path(name).read_text(encoding="utf-8")
         return (resources.files("ptqjax.targets") / f"{name}.toml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"target {name!r} cannot be read: {error}") from error
 
 
@@ -197,7 +195,6 @@ _READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "biases": (_one_of("int32", "float"), '"int32" or "float"'),
     "exported_weights": (_one_of("integer", "float"), '"integer" or "float"'),
     "fixed_point": (_kind(bool), "true or false"),
-    "accumulator_bits": (_kind(int), "a number of bits"),
     "bounds_per_channel": (_kind(bool), "true or false"),
     "exceptions": (lambda value: tuple(map(rule_of, value)), "tables, each a rule"),
     "defaults": (lambda value: tuple(value.items()), "a table of settings"),

@@ -16,6 +16,10 @@ from ptqjax.ir import Graph, Model
 from ptqjax.quantize.movement import moved_tensors
 
 _DIGITS = re.compile(r"\d+")
+_WRITTEN_OTHERWISE = {
+    "BatchNormalization": "; batch norms are folded into the layers before them, whose results such rules are for",
+    "Clip": "; equalization may have made Relu and Min of its Clips: name these, or set equalize=False",
+}
 _FIELDS = {"given_symmetry": "symmetric"}  # as a rule calls them
 
 
@@ -191,5 +195,5 @@ def _check_exists(graph: Graph, rule: Rule, names: tuple[str, ...]) -> None:
     known = {node.op_type for node in graph.nodes}
     for operator in rule.operators:
         if operator not in known:
-            near = near_names(operator, known)
+            near = near_names(operator, known) or _WRITTEN_OTHERWISE.get(operator, "")
             raise ConfigError(f"rules: the model has no operator {operator!r} (of {len(known)} types){near}")

@@ -9,7 +9,6 @@ from ptqjax.quantize import BiasSite, Placement, Site
 
 HEADINGS = ("tensor", "grid", "per", "range", "shares with", "why")
 """What `grid_rows` has in its columns."""
-_USUAL_BITS = 32
 
 _ZERO = {
     False: "",
@@ -26,8 +25,6 @@ def target_line(config: QuantizationConfig) -> str:
     parts = [f"Target {target.name}: {target.description}"]
     if (biases := config.biases or target.biases) != "int32":
         parts.append(f"biases are {biases}")
-    if target.accumulator_bits != _USUAL_BITS:
-        parts.append(f"products are summed in {target.accumulator_bits} bits")
     if target.exported_weights != "integer":
         parts.append(f"weights are written as {target.exported_weights}")
     return "; ".join(parts)
