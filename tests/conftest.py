@@ -1,6 +1,7 @@
 """Settings of every test: JAX strict, shapes checked, and where the real models are."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,3 +18,10 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"no real models: {folder}/models is missing (set PTQJAX_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_programs_of_other_files() -> Iterator[None]:
+    """Frees compiled programs: some thousands reach the system's limit of memory mappings, and XLA then crashes."""
+    yield
+    jax.clear_caches()

@@ -247,8 +247,10 @@ def test_the_analytic_correction_agrees_with_the_empirical_one_on_data_that_are_
     for first, second in zip(empirical.graph.nodes, analytic.graph.nodes, strict=True):
         if first.op_type == "Conv":
             shift, expected = analytic.params[second.inputs[2]], empirical.params[first.inputs[2]]
-            # of the largest shift: sampling errors, and what earlier rounding made of variances
-            np.testing.assert_allclose(shift, expected, atol=0.1 * np.abs(expected).max())
+            # Of the largest shift. The first layer's agree to 1 %; behind it, statistics are those of the float model,
+            # while its rounded weights have changed the variance of what the Relu cuts: 15 to 21 % (sqnr, min-max).
+            limit = 0.02 if first.inputs[0] == "x" else 0.25
+            np.testing.assert_allclose(shift, expected, atol=limit * np.abs(expected).max())
 
 
 def test_layers_of_which_nothing_is_known_are_left_alone_among_others():
