@@ -357,6 +357,5 @@ def test_a_weight_behind_a_transpose_has_its_scales_along_the_columns_that_are_m
 @pytest.mark.parametrize(("operator", "remedy"), [("Clip", "equalize=False"), ("BatchNormalization", "folded")])
 def test_a_rule_for_what_transforms_have_taken_away_says_so(operator: str, remedy: str) -> None:
     config = QuantizationConfig(rules=(Rule(operators=(operator,), dtype="int16"),))
-    model = build([node("Abs", ["x"], "y")], {}, input_shape=(1, 3), outputs=["y"])
     with pytest.raises(ConfigError, match=f"no operator '{operator}'.*{remedy}"):
-        place(model, config)
+        place(net(), config)
