@@ -268,7 +268,7 @@ def _check_effects(settled: Settled, placement: Placement) -> None:
         wanted = set(set_fields(rule)) - {"enabled"}
         if rule.optional or not wanted or any(wanted & _settable(own[name]) for name in matches if name in own):
             continue
-        why = _why_without_effect(matches[0], own, placement)
+        why = _why_without_effect(matches[-1], own, placement)  # results come after parameters
         raise ConfigError(f"rules: the {described(rule)} changes no grid, because {why}")
 
 
