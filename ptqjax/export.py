@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from ptqjax import onnx_io
-from ptqjax.encoding_files import encodings_json, write_whole
-from ptqjax.errors import ConfigError, ModelError, OutputError
+from ptqjax.encoding_files import encodings_json
+from ptqjax.errors import ConfigError, ModelError
 from ptqjax.ir import Model, Node, place_of
 from ptqjax.onnx_io.opset import blocking_node, with_opset
+from ptqjax.publish import published, write_text
 from ptqjax.quantize.encodings import Encodings, concrete
 from ptqjax.quantize.opsets import MICROSOFT, check_writable, lowest_opset, lowest_opset_of, needs_opset, stored_grids
 from ptqjax.quantize.qdq import insert_qdq
@@ -44,8 +45,8 @@ def export(
 ) -> None:
     """Writes NAME.onnx, the QDQ model, and NAME.encodings into `directory`, which is made if it is missing.
 
-    Under the final names there is never a half-written file. The ONNX file states in its metadata_props where it comes
-    from: the version of ptqjax, hashes of the model and of the encodings, and the settings.
+    Both files reach their names together, or what was there before stays. The ONNX file states in its metadata_props
+    where it comes from: the version of ptqjax, hashes of the model and of the encodings, and the settings.
 
     Args:
         model: The float model.
@@ -59,7 +60,7 @@ def export(
             `load_target(config.target).exported_weights`, and has to be given here.
 
     Raises:
-        OutputError: `directory` cannot be made or written.
+        OutputError: `directory` cannot be made or written; then it is as it was.
         ConfigError: `name` is not a file's name, an encoding cannot be written (`quantized_model`), or
             `encodings_version` is unknown or lacks a kind of grid.
         ModelError: The result does not pass ONNX's checker, or an operator bars the way to opset 10.
@@ -68,13 +69,10 @@ def export(
         raise ConfigError(f"name={name!r} is not the name of a file; expected one without folders, such as 'model'")
     quantized = with_provenance(quantized_model(model, encodings, weights=weights), model, encodings, settings or {})
     text = json.dumps(encodings_json(model, encodings, encodings_version), indent=1) + "\n"
-    folder = Path(directory)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"'{folder}' cannot be made: {error.strerror}; expected a folder to write into") from error
-    onnx_io.write(quantized, folder / f"{name}.onnx")
-    write_whole(folder / f"{name}.encodings", text.encode())
+    files = f"{name}.onnx", f"{name}.encodings"
+    with published(Path(directory), files) as folder:
+        onnx_io.write(quantized, folder / files[0])
+        write_text(folder / files[1], text)
 
 
 def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integer") -> Model:

@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"'{path.name}' cannot be written to --out: {error.strerror}; free space") from error
+        raise OutputError(f"'{path.name}' cannot be written: {error.strerror}; free space") from error
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def _staging(out: Path, names: Iterable[str]) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=".ptqjax-", dir=out))
     except OSError as error:
         raise OutputError(
-            f"--out '{out}' cannot be written: {error.strerror}; name a folder that exists or can be made"
+            f"'{out}' cannot be written: {error.strerror}; name a folder that exists or can be made"
         ) from error
     try:
         _require_replaceable(out, names)
@@ -68,9 +68,9 @@ def _staging(out: Path, names: Iterable[str]) -> Iterator[Path]:
 def _require_replaceable(out: Path, names: Iterable[str]) -> None:
     for target in (out / name for name in names):
         if target.is_dir():
-            raise OutputError(f"'{target}' is a folder; expected a file or nothing: move it, or name another --out")
+            raise OutputError(f"'{target}' is a folder; expected a file or nothing: move it, or name another folder")
         if target.exists() and not os.access(target, os.W_OK):
-            raise OutputError(f"'{target}' is write-protected; make it writable, or name another --out")
+            raise OutputError(f"'{target}' is write-protected; make it writable, or name another folder")
 
 
 def _move(folder: Path, out: Path) -> None:
@@ -90,7 +90,7 @@ def _move(folder: Path, out: Path) -> None:
         if not isinstance(error, OSError):
             raise
         raise OutputError(
-            f"--out '{out}' cannot be written: {error.strerror}; nothing in it was changed; free space, or name another"
+            f"'{out}' cannot be written: {error.strerror}; nothing in it was changed; free space, or name another"
         ) from error
 
 

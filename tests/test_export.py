@@ -374,10 +374,12 @@ def test_an_interrupted_export_leaves_nothing_half_written(tmp_path, monkeypatch
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_bytes", interrupt)
     changed = model.replace(params={name: value * 2 for name, value in model.params.items()})
-    with pytest.raises(KeyboardInterrupt):
-        export(changed, encodings, tmp_path, "m")
+    for moment in ("write_bytes", "write_text"):  # of the model, of the encodings
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, moment, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                export(changed, encodings, tmp_path, "m")
     assert (tmp_path / "m.onnx").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "m.encodings"}
 
