@@ -221,7 +221,7 @@ def quantize(
     source = ptqjax.read(model)
     frozen = None if encodings_file is None else _frozen(encodings_file, source)
     samples, batches = (None, None) if path is None else _load(path, source.graph)
-    with published(out, _FILES) as folder, _progress() as follow:
+    with published(out, _FILES, option="--out") as folder, _progress() as follow:
         data = None if batches is None else follow(batches, "quantizing")
         result = ptqjax.quantize(source, data, config, frozen=frozen)
         written = load_target(config.target).exported_weights

@@ -13,7 +13,7 @@ from ptqjax.errors import OutputError
 
 
 @contextmanager
-def published(out: Path, names: Iterable[str]) -> Iterator[Path]:
+def published(out: Path, names: Iterable[str], *, option: str = "") -> Iterator[Path]:
     """Yields a hidden folder in `out`; at the end its files move to `out`: all of them, or none.
 
     Whatever ends the body or the moves early, `out` is as it was before, and absent if it was absent. An error of the
@@ -22,15 +22,16 @@ def published(out: Path, names: Iterable[str]) -> Iterator[Path]:
     Args:
         out: Where the files go; made where it does not exist.
         names: The files to be expected, so that a name that cannot be taken is known before the work.
+        option: The option of the command line that names `out`, for errors.
 
     Raises:
         OutputError: `out` cannot be made or written, or one of the names cannot be taken.
     """
     absent = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
     try:
-        with _staging(out, names) as folder:
+        with _staging(out, names, option) as folder:
             yield folder
-            _move(folder, out)
+            _move(folder, out, option)
     finally:
         with suppress(OSError):  # the first folder that holds something ends it
             for made in absent:
@@ -49,14 +50,18 @@ def write_text(path: Path, text: str) -> None:
         raise OutputError(f"'{path.name}' cannot be written: {error.strerror}; free space") from error
 
 
+def _called(out: Path, option: str) -> str:
+    return f"{option} '{out}'" if option else f"'{out}'"
+
+
 @contextmanager
-def _staging(out: Path, names: Iterable[str]) -> Iterator[Path]:
+def _staging(out: Path, names: Iterable[str], option: str) -> Iterator[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".ptqjax-", dir=out))
     except OSError as error:
         raise OutputError(
-            f"'{out}' cannot be written: {error.strerror}; name a folder that exists or can be made"
+            f"{_called(out, option)} cannot be written: {error.strerror}; name a folder that exists or can be made"
         ) from error
     try:
         _require_replaceable(out, names)
@@ -73,7 +78,7 @@ def _require_replaceable(out: Path, names: Iterable[str]) -> None:
             raise OutputError(f"'{target}' is write-protected; make it writable, or name another folder")
 
 
-def _move(folder: Path, out: Path) -> None:
+def _move(folder: Path, out: Path, option: str) -> None:
     """Moves the files of `folder` to `out`; puts back what was there if one of the moves fails or is interrupted."""
     names = sorted(path.name for path in folder.iterdir())
     _require_replaceable(out, names)
@@ -90,7 +95,8 @@ def _move(folder: Path, out: Path) -> None:
         if not isinstance(error, OSError):
             raise
         raise OutputError(
-            f"'{out}' cannot be written: {error.strerror}; nothing in it was changed; free space, or name another"
+            f"{_called(out, option)} cannot be written: {error.strerror}; nothing in it was changed; free space, or "
+            "name another"
         ) from error
 
 
