@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +11,25 @@ import click
 
 from ptqjax.errors import ConfigError
 from ptqjax.faults import reports_faults
+from ptqjax.progress import progress
 from ptqjax.publish import published, write_text
+from ptqjax.quantize_command import (
+    NO_DATA,
+    configured,
+    frozen_encodings,
+    measured,
+    named,
+    provenance,
+    require_consistent,
+    without_equalization,
+)
 
 if TYPE_CHECKING:
-    from ptqjax.config import QuantizationConfig
     from ptqjax.data import Batches, Samples
-    from ptqjax.ir import Graph, Model
-    from ptqjax.pipeline import Result
-    from ptqjax.quantize import Encodings
+    from ptqjax.ir import Graph
     from ptqjax.report import Row
 
 _BATCH = 32  # samples at a time
-_NO_DATA = "none"  # instead of DATA.npz
 _FILES = ("model.onnx", "model.encodings", "report.json", "report.html")
 
 
@@ -209,28 +214,28 @@ def quantize(
     from ptqjax.config import load_target
     from ptqjax.report import tables
 
-    has_data = calibration != _NO_DATA
-    given = {name: value for name, value in _named().items() if name in settings}
+    has_data = calibration != NO_DATA
+    given = {name: value for name, value in named().items() if name in settings}
     if encodings_file is not None:
-        given = _without_equalization(given)
-    config = _configured(config_file, dict(given))
-    _require_consistent(calibration, config, given)
+        given = without_equalization(given)
+    config = configured(config_file, dict(given))
+    require_consistent(calibration, config, given)
     if not has_data and config.correct == "empirical":
         config = replace(config, correct="analytic")
     device_name, path = _use_device(device), Path(calibration) if has_data else None
     source = ptqjax.read(model)
-    frozen = None if encodings_file is None else _frozen(encodings_file, source)
+    frozen = None if encodings_file is None else frozen_encodings(encodings_file, source)
     samples, batches = (None, None) if path is None else _load(path, source.graph)
-    with published(out, _FILES, option="--out") as folder, _progress() as follow:
+    with published(out, _FILES, option="--out") as folder, progress() as follow:
         data = None if batches is None else follow(batches, "quantizing")
         result = ptqjax.quantize(source, data, config, frozen=frozen)
         written = load_target(config.target).exported_weights
         ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config), weights=written)
         rows: Sequence[Row] = ()
         if samples is not None:
-            rows = _measured(source, result, follow(batches, "measuring"), samples, config)
+            rows = measured(source, result, follow(batches, "measuring"), samples, config)
         facts = report.facts(
-            source=_provenance(model, path) | {"num_samples": 0 if samples is None else samples.num_samples},
+            source=provenance(model, path) | {"num_samples": 0 if samples is None else samples.num_samples},
             settings=asdict(config),
             device=device_name,
             rows=rows,
@@ -246,70 +251,6 @@ def quantize(
         click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")
     click.echo(f"wrote {out / 'model.onnx'}; what was done and why: {out / 'report.html'}")
     click.echo(f"what the file is worth: ptqjax evaluate {out / 'model.onnx'} --data TEST.npz --reference {model}")
-
-
-def _without_equalization(given: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options with equalization off.
-
-    Raises:
-        ConfigError: It is asked for by name.
-    """
-    if given.get("equalize"):
-        raise ConfigError("--equalize with --encodings: scaled tensors have other ranges; leave one of the two out")
-    return given | {"equalize": False}
-
-
-def _frozen(file: Path, source: Model) -> Encodings:
-    """Returns the encodings in a file, which are for the model with folded batch norms."""
-    import ptqjax
-
-    return ptqjax.read_encodings(file, ptqjax.fold_batch_norms(source)[0])[0]
-
-
-def _named() -> dict[str, Any]:
-    """Returns the options that are given by name."""
-    context = click.get_current_context()
-    by_name = click.core.ParameterSource.COMMANDLINE
-    return {name: value for name, value in context.params.items() if context.get_parameter_source(name) is by_name}
-
-
-def _configured(file: Path | None, given: dict[str, Any]) -> QuantizationConfig:
-    """Returns the settings of a file, or the defaults of the target, with those that are given in their place."""
-    import ptqjax
-
-    if file is None:
-        return ptqjax.QuantizationConfig.for_target(given.pop("target", "ort-cpu"), **given)
-    if file.suffix != ".json":
-        return ptqjax.read_config(file, **given)
-    config, notes = ptqjax.config_from_aimet(file, **given)
-    for note in notes:
-        click.echo(f"Note: {file.name}: {note}", err=True)
-    return config
-
-
-def _require_consistent(calibration: str, config: QuantizationConfig, given: dict[str, Any]) -> None:
-    """Refuses what cannot be done, before any work.
-
-    Raises:
-        ConfigError: What needs samples is asked for by name, and there are none; or absorption is asked for by name,
-            and equalization is off.
-    """
-    if calibration == _NO_DATA and given.get("correct") == "empirical":
-        raise ConfigError(
-            "--correct empirical with --calibration none: the empirical correction is measured on samples; give a "
-            "DATA.npz (a hundred will do, no labels needed), or take --correct analytic"
-        )
-    if calibration == _NO_DATA and config.scaling == "learned":
-        raise ConfigError(
-            "--scaling learned with --calibration none: scales are learned on samples; give a DATA.npz, or take "
-            "--scaling noise"
-        )
-    parts = {"scaling": "scaling", "bounds": "scaling", "absorb": "absorption"}
-    for name, part in parts.items():
-        if not config.equalize and given.get(name, "off") != "off":
-            raise ConfigError(
-                f"--{name} {given[name]} with --no-equalize: {part} is a part of equalization; leave one of the two out"
-            )
 
 
 @commands.command()
@@ -342,7 +283,7 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str) -> No
 
     graph = ptqjax.read(model).graph  # ONNX Runtime alone computes: it says where it can
     samples, batches = _load(data, graph)
-    with _progress() as follow:
+    with progress() as follow:
         found = ptqjax.evaluate(
             model,
             checked_batches(graph, follow(batches, "evaluating")),
@@ -382,7 +323,7 @@ def validate(model: Path, data: Path, device: str) -> None:
     path = model / "model.onnx" if model.is_dir() else model
     quantized = ptqjax.read(path)
     _, batches = _load(data, quantized.graph)
-    with _progress() as follow:
+    with progress() as follow:
         found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)
         tables.print_validation(path, found)
 
@@ -409,7 +350,7 @@ def inspect(model: Path, target: str, config_file: Path | None) -> None:
     from ptqjax import report
     from ptqjax.report import tables
 
-    config = _configured(config_file, {name: value for name, value in _named().items() if name == "target"})
+    config = configured(config_file, {name: value for name, value in named().items() if name == "target"})
     tables.print_inspection(model, report.inspect(ptqjax.read(model), config))
 
 
@@ -440,69 +381,3 @@ def _use_device(device: str) -> str:
             ) from error
     chosen = jax.devices()[0]
     return f"{chosen.platform}: {chosen.device_kind}"
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Any, str], Any]]:
-    """Yields a function that shows, on a terminal, how far each pass over its first argument is."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        yield lambda batches, label: _Followed(batches, label, progress)
-
-
-@dataclass(frozen=True, slots=True)
-class _Followed:
-    """A collection whose passes are shown."""
-
-    collection: Any
-    label: str
-    progress: Any
-
-    def __len__(self) -> int:
-        return len(self.collection)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.progress.track(self.collection, description=self.label))
-
-
-def _measured(
-    source: Model, result: Result, batches: Any, samples: Samples, config: QuantizationConfig
-) -> Sequence[Row]:
-    """Returns the table of the run; the model without equalization gets grids of its own, to show what that gained."""
-    import ptqjax
-    from ptqjax import report
-
-    folded = result.stages[0].model
-    own = {"fold": ptqjax.calibrate(folded, batches, _fitting(config, folded))} if config.equalize else {}
-    stages = [
-        report.MeasuredStage(
-            name=stage.name,
-            model=stage.model,
-            encodings=own.get(stage.name, result.encodings),
-            keeps_function=stage.name != "correct",
-        )
-        for stage in result.stages
-    ]
-    return report.measure(source, stages, batches, samples.labels)
-
-
-def _fitting(config: QuantizationConfig, model: Model) -> QuantizationConfig:
-    """Returns `config` without what is for tensors that `model` has not: they are for what equalization adds."""
-    from ptqjax.quantize.rules import matches_name
-
-    inputs = [spec.name for spec in model.graph.inputs]
-    names = [*model.graph.parameters, *inputs, *(name for node in model.graph.nodes for name in node.outputs)]
-    return replace(
-        config,
-        exclude=tuple(pattern for pattern in config.exclude if any(matches_name(pattern, name) for name in names)),
-        rules=tuple(replace(rule, optional=True) for rule in config.rules),
-    )
-
-
-def _provenance(model: Path, data: Path | None) -> dict[str, Any]:
-    files = {"model": model} | ({} if data is None else {"data": data})
-    hashes = {f"{key}_sha256": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()}
-    return {key: path.name for key, path in files.items()} | hashes

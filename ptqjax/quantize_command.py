@@ -1,0 +1,129 @@
+"""What `ptqjax quantize` does besides calling public functions: settings from options, its table, provenance."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ptqjax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ptqjax.config import QuantizationConfig
+    from ptqjax.data import Samples
+    from ptqjax.ir import Model
+    from ptqjax.pipeline import Result
+    from ptqjax.quantize import Encodings
+    from ptqjax.report import Row
+
+NO_DATA = "none"
+"""What stands in place of DATA.npz where there is none."""
+
+
+def without_equalization(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options with equalization off.
+
+    Raises:
+        ConfigError: It is asked for by name.
+    """
+    if given.get("equalize"):
+        raise ConfigError("--equalize with --encodings: scaled tensors have other ranges; leave one of the two out")
+    return given | {"equalize": False}
+
+
+def frozen_encodings(file: Path, source: Model) -> Encodings:
+    """Returns the encodings in a file, which are for the model with folded batch norms."""
+    import ptqjax
+
+    return ptqjax.read_encodings(file, ptqjax.fold_batch_norms(source)[0])[0]
+
+
+def named() -> dict[str, Any]:
+    """Returns the options that are given by name."""
+    context = click.get_current_context()
+    by_name = click.core.ParameterSource.COMMANDLINE
+    return {name: value for name, value in context.params.items() if context.get_parameter_source(name) is by_name}
+
+
+def configured(file: Path | None, given: dict[str, Any]) -> QuantizationConfig:
+    """Returns the settings of a file, or the defaults of the target, with those that are given in their place."""
+    import ptqjax
+
+    if file is None:
+        return ptqjax.QuantizationConfig.for_target(given.pop("target", "ort-cpu"), **given)
+    if file.suffix != ".json":
+        return ptqjax.read_config(file, **given)
+    config, notes = ptqjax.config_from_aimet(file, **given)
+    for note in notes:
+        click.echo(f"Note: {file.name}: {note}", err=True)
+    return config
+
+
+def require_consistent(calibration: str, config: QuantizationConfig, given: dict[str, Any]) -> None:
+    """Refuses what cannot be done, before any work.
+
+    Raises:
+        ConfigError: What needs samples is asked for by name, and there are none; or absorption is asked for by name,
+            and equalization is off.
+    """
+    if calibration == NO_DATA and given.get("correct") == "empirical":
+        raise ConfigError(
+            "--correct empirical with --calibration none: the empirical correction is measured on samples; give a "
+            "DATA.npz (a hundred will do, no labels needed), or take --correct analytic"
+        )
+    if calibration == NO_DATA and config.scaling == "learned":
+        raise ConfigError(
+            "--scaling learned with --calibration none: scales are learned on samples; give a DATA.npz, or take "
+            "--scaling noise"
+        )
+    parts = {"scaling": "scaling", "bounds": "scaling", "absorb": "absorption"}
+    for name, part in parts.items():
+        if not config.equalize and given.get(name, "off") != "off":
+            raise ConfigError(
+                f"--{name} {given[name]} with --no-equalize: {part} is a part of equalization; leave one of the two out"
+            )
+
+
+def measured(
+    source: Model, result: Result, batches: Any, samples: Samples, config: QuantizationConfig
+) -> Sequence[Row]:
+    """Returns the table of the run; the model without equalization gets grids of its own, to show what that gained."""
+    import ptqjax
+    from ptqjax import report
+
+    folded = result.stages[0].model
+    own = {"fold": ptqjax.calibrate(folded, batches, _fitting(config, folded))} if config.equalize else {}
+    stages = [
+        report.MeasuredStage(
+            name=stage.name,
+            model=stage.model,
+            encodings=own.get(stage.name, result.encodings),
+            keeps_function=stage.name != "correct",
+        )
+        for stage in result.stages
+    ]
+    return report.measure(source, stages, batches, samples.labels)
+
+
+def _fitting(config: QuantizationConfig, model: Model) -> QuantizationConfig:
+    """Returns `config` without what is for tensors that `model` has not: they are for what equalization adds."""
+    from ptqjax.quantize.rules import matches_name
+
+    inputs = [spec.name for spec in model.graph.inputs]
+    names = [*model.graph.parameters, *inputs, *(name for node in model.graph.nodes for name in node.outputs)]
+    return replace(
+        config,
+        exclude=tuple(pattern for pattern in config.exclude if any(matches_name(pattern, name) for name in names)),
+        rules=tuple(replace(rule, optional=True) for rule in config.rules),
+    )
+
+
+def provenance(model: Path, data: Path | None) -> dict[str, Any]:
+    """Returns the names of the files that a run reads, and their SHA-256."""
+    files = {"model": model} | ({} if data is None else {"data": data})
+    hashes = {f"{key}_sha256": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()}
+    return {key: path.name for key, path in files.items()} | hashes
