@@ -3,7 +3,7 @@
     python scripts/bench_sweep.py
     python scripts/bench_sweep.py --parts sensitivity --quick
 
-Each part is a module beside this one, `bench_sweep_PART.py`, with `lines(quick)`: an iterator of lines of Markdown, printed
+Each part is a module beside this one, `bench_sweep_PART.py`; its `lines(quick)` yields lines of Markdown, which are printed
 as they come.
 """
 
