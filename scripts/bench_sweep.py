@@ -3,8 +3,8 @@
     python scripts/bench_sweep.py
     python scripts/bench_sweep.py --parts sensitivity --quick
 
-Each part is a module beside this one, `bench_sweep_PART.py`; its `lines(quick)` yields lines of Markdown, which are printed
-as they come.
+Each part is a module beside this one, `bench_sweep_PART.py`; its `lines(quick)` yields lines of Markdown, which are
+printed as they come.
 """
 
 from __future__ import annotations
