@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ptqjax.bridges import from_flax, to_flax
     from ptqjax.config import QuantizationConfig, Rule, config_from_aimet, read_config, write_config
     from ptqjax.encoding_files import read_encodings, read_quantized, read_state, write_encodings, write_state
     from ptqjax.errors import (
@@ -62,6 +63,7 @@ __all__ = [
     "evaluate",
     "export",
     "fold_batch_norms",
+    "from_flax",
     "lowers",
     "quantize",
     "read",
@@ -70,6 +72,7 @@ __all__ = [
     "read_quantized",
     "read_state",
     "simulate",
+    "to_flax",
     "validate",
     "write",
     "write_config",
@@ -99,6 +102,7 @@ _ROOM = {
     "evaluate": "evaluate",
     "export": "export",
     "fold_batch_norms": "transforms",
+    "from_flax": "bridges",
     "lowers": "ops",
     "quantize": "pipeline",
     "read": "onnx_io",
@@ -107,6 +111,7 @@ _ROOM = {
     "read_quantized": "encoding_files",
     "read_state": "encoding_files",
     "simulate": "simulate",
+    "to_flax": "bridges",
     "validate": "validate",
     "write": "onnx_io",
     "write_config": "config",
