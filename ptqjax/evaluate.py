@@ -65,7 +65,7 @@ def evaluate(
     num_samples = num_right = num_same = 0
     signal = noise = 0.0
     for index, batch in enumerate(batches):
-        _require_samples(batch, index)
+        require_samples(batch, index)
         outputs = subject.outputs(batch, index)
         first = next(iter(outputs))
         classes = predicted(outputs[first])
@@ -74,9 +74,9 @@ def evaluate(
             num_right += _num_right(classes, labels[num_samples : num_samples + len(classes)])
         if other is not None:
             wanted = other.outputs(batch, index)
-            _require_alike(outputs, wanted, f"{other.label} and {subject.label}")
+            require_alike(outputs, wanted, f"{other.label} and {subject.label}")
             num_same += int(np.count_nonzero(classes == predicted(wanted[first])))
-            signal, noise = signal + _energy(wanted), noise + _energy(wanted, outputs)
+            signal, noise = signal + energy(wanted), noise + energy(wanted, outputs)
         num_samples += len(classes)
     num_labels = num_samples if labels is None else len(labels)
     if not num_samples or num_labels != num_samples:
@@ -109,7 +109,7 @@ def agreement(y: Float[np.ndarray, "n ..."], other: Float[np.ndarray, "n ..."]) 
 
 def sqnr(y: Shaped[np.ndarray, "..."], quantized: Shaped[np.ndarray, "..."]) -> float:
     """Returns 10 log10(sum y^2 / sum (y - quantized)^2) in dB: infinite where they are equal."""
-    return decibels(_energy({"": y}), _energy({"": y}, {"": quantized}))
+    return decibels(energy({"": y}), energy({"": y}, {"": quantized}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +128,7 @@ class _Runner:
         except DataError as error:
             raise DataError(f"{self.label}, batch {index}: {error}") from error
         for name, value in found.items():
-            _require_finite(value, f"{self.label}: output '{name}' of batch {index}")
+            require_finite(value, f"{self.label}: output '{name}' of batch {index}")
         return found
 
 
@@ -140,14 +140,24 @@ def _runner(model: Runnable, part: str, device: str) -> _Runner:
     return _Runner(label=label, function=lambda batch: run(runtime, batch))
 
 
-def _require_samples(batch: Mapping[str, Any], index: int) -> None:
+def require_samples(batch: Mapping[str, Any], index: int) -> None:
+    """Checks that batch number `index` has samples.
+
+    Raises:
+        DataError: An input has none.
+    """
     for name in [name for name, value in batch.items() if 0 in np.shape(value)]:
         raise DataError(
             f"batch {index}: input '{name}' has no samples (shape {np.shape(batch[name])}); leave the batch out"
         )
 
 
-def _require_finite(value: np.ndarray, place: str) -> None:
+def require_finite(value: np.ndarray, place: str) -> None:
+    """Checks that an output, called `place` in a message, holds finite numbers.
+
+    Raises:
+        ModelError: It holds NaN or infinity.
+    """
     if value.dtype.kind in "iubOSUT":
         return
     finite = np.isfinite(value)
@@ -159,7 +169,12 @@ def _require_finite(value: np.ndarray, place: str) -> None:
         )
 
 
-def _require_alike(outputs: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], who: str) -> None:
+def require_alike(outputs: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], who: str) -> None:
+    """Checks that two models, called `who` in a message, have outputs of the same names and shapes.
+
+    Raises:
+        DataError: They have not.
+    """
     shapes = ({name: value.shape for name, value in found.items()} for found in (wanted, outputs))
     theirs, ours = shapes
     if theirs != ours:
@@ -173,7 +188,7 @@ def _num_right(classes: np.ndarray, labels: np.ndarray) -> int:
     return int(np.count_nonzero(classes[: len(labels)] == labels))
 
 
-def _energy(outputs: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> float:
+def energy(outputs: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> float:
     """Returns the sum of squares of all outputs, or of their differences from `others`."""
     total = 0.0
     for name, value in outputs.items():

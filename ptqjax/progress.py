@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+Follow = Callable[[Iterable[Any], str], Iterable[Any]]
+"""Shows how far a pass over its first argument is, under the label that is its second; yields what the first does."""
 
 
 @contextmanager
