@@ -205,7 +205,7 @@ def test_batches_stream_and_each_size_is_compiled_once(model: Model, monkeypatch
         traces.append(None)
         return interpret(*arguments, **settings)
 
-    monkeypatch.setattr(sys.modules["ptqjax.quantize.calibrate"], "interpret", counted)
+    monkeypatch.setattr(sys.modules["ptqjax.quantize.observing"], "interpret", counted)
 
     def stream() -> Iterator[dict[str, np.ndarray]]:
         for index in range(6):
@@ -289,7 +289,7 @@ def traces(monkeypatch) -> list[None]:
         found.append(None)
         return interpret(*arguments, **settings)
 
-    monkeypatch.setattr(sys.modules["ptqjax.quantize.calibrate"], "interpret", counted)
+    monkeypatch.setattr(sys.modules["ptqjax.quantize.observing"], "interpret", counted)
     return found
 
 

@@ -1,7 +1,7 @@
 """Grids, where they go, and how their ranges are found."""
 
 from ptqjax.quantize.bias import BiasSite, bias_encoding, bias_sites, guard_biases
-from ptqjax.quantize.calibrate import calibrate, calibrate_and_report
+from ptqjax.quantize.calibrate import calibrate, calibrate_and_report, calibrate_each
 from ptqjax.quantize.encodings import Encoding, Encodings, make_encoding
 from ptqjax.quantize.fold_to_scale import fold_to_scale
 from ptqjax.quantize.headroom import widened
@@ -20,6 +20,7 @@ __all__ = [
     "bias_sites",
     "calibrate",
     "calibrate_and_report",
+    "calibrate_each",
     "check_not_quantized",
     "choose_encoding",
     "fold_to_scale",

@@ -255,5 +255,7 @@ def _finish_density(percentage: float | None, state: BatchDensity, kind: GridKin
     return _grid_of_density(density, percentage, lowest, highest, kind)
 
 
-BATCH_DENSITY = Observer(init=_init, update=_update, merge=_merge, extremes=lambda state: state.extremes)
+BATCH_DENSITY = Observer(
+    name="density of each batch", init=_init, update=_update, merge=_merge, extremes=lambda state: state.extremes
+)
 """Keeps AIMET's histograms, of all values; `merge` is for states outside `jit`."""

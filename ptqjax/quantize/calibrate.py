@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from ptqjax.config import QuantizationConfig, near_names
-from ptqjax.errors import ConfigError, DataError, ModelError
-from ptqjax.ir import Graph, Model, Report
+from ptqjax.errors import ConfigError
+from ptqjax.ir import Model, Report
 from ptqjax.kernels.ranges import stack_kinds
-from ptqjax.lowering import compiled, interpret
-from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.quantize.bias import float_bias, guard_biases, sums_in_fixed_point
 from ptqjax.quantize.data_free import encode_from_statistics
 from ptqjax.quantize.encodings import Encoding, Encodings
-from ptqjax.quantize.observers import Observer, RangeScheme
-from ptqjax.quantize.placement import ACTIVATION, Site, kind_of, place
+from ptqjax.quantize.observers import RangeScheme
+from ptqjax.quantize.observing import Observed, Wanted, observe
+from ptqjax.quantize.placement import ACTIVATION, Placement, Site, kind_of, place
 from ptqjax.quantize.schemes import MIN_MAX, find_scheme
 from ptqjax.quantize.search import encode_constants
 from ptqjax.quantize.site_encodings import (
@@ -78,17 +73,96 @@ def calibrate_and_report(
         UnsupportedOperatorError: A node has no lowering.
     """
     config = QuantizationConfig() if config is None else config
-    frozen = {} if frozen is None else frozen
+    return _calibrated(model, batches, [_task(model, config, frozen or {})])[0]
+
+
+def calibrate_each(
+    model: Model,
+    batches: Iterable[Any] | None,
+    configs: Sequence[QuantizationConfig],
+    *,
+    frozen: Mapping[str, Encoding] | None = None,
+    labels: Sequence[str] | None = None,
+) -> tuple[tuple[Encodings, Report], ...]:
+    """Returns what `calibrate_and_report` returns for each configuration, in order, from one pass over the data.
+
+    One program observes what any of them needs, and each grid that several ask for is searched once: many
+    configurations cost about as much as one.
+
+    Args:
+        model: The model; nothing in it changes.
+        batches: As `calibrate_and_report` takes them.
+        configs: The configurations.
+        frozen: Encodings that all of them keep.
+        labels: What a message about each of them begins with; None: "configuration 0: " and so on.
+
+    Raises:
+        PtqjaxError: As `calibrate_and_report` does; a ConfigError's message says which configuration it is about.
+    """
+    labels = [f"configuration {index}: " for index in range(len(configs))] if labels is None else labels
+    tasks = []
+    for config, label in zip(configs, labels, strict=True):
+        try:
+            tasks.append(_task(model, config, frozen or {}))
+        except ConfigError as error:
+            raise ConfigError(f"{label}{error}") from error
+    return _calibrated(model, batches, tasks) if tasks else ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    """What one configuration asks for."""
+
+    config: QuantizationConfig
+    """The configuration."""
+    frozen: Mapping[str, Encoding]
+    """Encodings that are kept."""
+    placement: Placement
+    """What is rounded."""
+    constants: Mapping[str, _Search]
+    """How the encodings of constant tensors are found."""
+    given: Mapping[str, Encoding]
+    """Encodings that follow from the plan: fixed ranges and casts."""
+    observed: Mapping[str, _Search]
+    """How those of activations are found."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Search:
+    """What decides about an encoding, besides the data: what is equal is searched once."""
+
+    scheme: str
+    """The scheme's name; that of extremes for floating-point formats, whatever the configuration."""
+    compatibility: str | None
+    """Whose formulas are followed."""
+    site: Site
+    """The tensor and its grid, without what only tells of them."""
+
+    @property
+    def kind(self) -> tuple[str, str | None, bool, bool]:
+        """What searches have in common that one program makes."""
+        return self.scheme, self.compatibility, is_float(self.site), bool(self.site.symmetric)
+
+
+def _task(model: Model, config: QuantizationConfig, frozen: Mapping[str, Encoding]) -> _Task:
     placement = place(model, config)
     sites = placement.sites
     _check_frozen(frozen, sites)
     free = [site for site in sites if site.root not in frozen and site.tensor not in frozen]
-    own = dict(frozen) | _encode_known(model, free, config)
-    observed = [site for site in free if site.root == site.tensor and site.tensor not in own]
-    own |= encode_from_statistics(model, observed) if batches is None else _encode(model, batches, observed, config)
-    encodings = {site.tensor: own[site.tensor if site.tensor in frozen else site.root] for site in sites}
-    encodings |= {name: float_bias() for name in placement.float_biases}
-    return guard_biases(model, encodings, fixed_point=sums_in_fixed_point(config))
+    searched = [site for site in free if site.fixed_range is None and (site.kind != ACTIVATION or needs_range(site))]
+    kinds = {site.tensor for site in searched}
+    return _Task(
+        config=config,
+        frozen=frozen,
+        placement=placement,
+        constants={site.tensor: _search(site, config) for site in searched if site.kind != ACTIVATION},
+        given={site.tensor: _given(site, config) for site in free if site.tensor not in kinds},
+        observed={
+            site.tensor: _search(site, config)
+            for site in searched
+            if site.kind == ACTIVATION and site.root == site.tensor
+        },
+    )
 
 
 def _check_frozen(frozen: Mapping[str, Encoding], sites: Sequence[Site]) -> None:
@@ -101,127 +175,99 @@ def _check_frozen(frozen: Mapping[str, Encoding], sites: Sequence[Site]) -> None
         )
 
 
-def _encode_known(model: Model, sites: Sequence[Site], config: QuantizationConfig) -> dict[str, Encoding]:
-    """Returns the encodings that follow from the model alone: of parameters, fixed ranges and casts."""
-    constant = [site for site in sites if site.kind != ACTIVATION and site.fixed_range is None]
-    found: dict[str, Encoding] = {}
-    for scheme, alike in _by_scheme(constant, config):
-        found |= encode_constants(alike, model.params, scheme, compatibility=config.compatibility)
-    for site in sites:
-        if site.fixed_range is not None:
-            found[site.tensor] = fixed_encoding(site, compatibility=config.compatibility)
-        elif site.kind == ACTIVATION and not needs_range(site):
-            found[site.tensor] = cast_encoding(site)
+def _given(site: Site, config: QuantizationConfig) -> Encoding:
+    if site.fixed_range is not None:
+        return fixed_encoding(site, compatibility=config.compatibility)
+    return cast_encoding(site)
+
+
+def _search(site: Site, config: QuantizationConfig) -> _Search:
+    bare = replace(site, root="", reason="", ranges="")
+    if is_float(site):
+        return _Search(scheme=MIN_MAX.name, compatibility=None, site=bare)
+    return _Search(scheme=site.ranges or config.ranges, compatibility=config.compatibility, site=bare)
+
+
+def _calibrated(
+    model: Model, batches: Iterable[Any] | None, tasks: Sequence[_Task]
+) -> tuple[tuple[Encodings, Report], ...]:
+    constants = _encode_constants(model, [search for task in tasks for search in task.constants.values()])
+    if batches is None:
+        observed = [encode_from_statistics(model, _sites(task, task.observed)) for task in tasks]
+    else:
+        found = _encode_observed(model, batches, [search for task in tasks for search in task.observed.values()])
+        observed = [{name: found[search] for name, search in task.observed.items()} for task in tasks]
+    return tuple(_result(model, task, constants, after) for task, after in zip(tasks, observed, strict=True))
+
+
+def _sites(task: _Task, tensors: Container[str]) -> list[Site]:
+    return [site for site in task.placement.sites if site.tensor in tensors]
+
+
+def _result(
+    model: Model, task: _Task, constants: Mapping[_Search, Encoding], observed: Mapping[str, Encoding]
+) -> tuple[Encodings, Report]:
+    own = {**task.frozen, **{name: constants[search] for name, search in task.constants.items()}}
+    own |= {**task.given, **observed}
+    sites = task.placement.sites
+    encodings = {site.tensor: own[site.tensor if site.tensor in task.frozen else site.root] for site in sites}
+    encodings |= {name: float_bias() for name in task.placement.float_biases}
+    return guard_biases(model, encodings, fixed_point=sums_in_fixed_point(task.config))
+
+
+def _alike(searches: Iterable[_Search]) -> Iterator[tuple[RangeScheme, list[_Search]]]:
+    """Yields the searches, each once, with those that one program makes together, and what chooses their ranges."""
+    groups: dict[tuple[Any, ...], list[_Search]] = {}
+    for search in dict.fromkeys(searches):
+        groups.setdefault(search.kind, []).append(search)
+    for alike in groups.values():
+        yield find_scheme(alike[0].scheme, alike[0].compatibility), alike
+
+
+def _encode_constants(model: Model, searches: Iterable[_Search]) -> dict[_Search, Encoding]:
+    found: dict[_Search, Encoding] = {}
+    for scheme, alike in _alike(searches):
+        for part in _parts(alike):
+            compatibility = part[0].compatibility
+            sites = [search.site for search in part]
+            encodings = encode_constants(sites, model.params, scheme, compatibility=compatibility)
+            found |= {search: encodings[search.site.tensor] for search in part}
     return found
 
 
-def _by_scheme(sites: Sequence[Site], config: QuantizationConfig) -> list[tuple[RangeScheme, list[Site]]]:
-    """Returns the schemes of the sites, in the order of their first ones."""
-    groups: dict[str, list[Site]] = {}
-    for site in sites:
-        groups.setdefault(site.ranges or config.ranges, []).append(site)
-    return [(find_scheme(name, config.compatibility), alike) for name, alike in groups.items()]
+def _parts(alike: Sequence[_Search]) -> list[list[_Search]]:
+    """Returns the searches in parts in which a tensor occurs once: the n-th search of a tensor is in the n-th part."""
+    parts: list[list[_Search]] = []
+    seen: Counter[str] = Counter()
+    for search in alike:
+        nth = seen[search.site.tensor]
+        seen[search.site.tensor] += 1
+        parts.extend([[]] if nth == len(parts) else [])
+        parts[nth].append(search)
+    return parts
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """What is static in a step."""
-
-    graph: Graph
-    """The model's graph."""
-    parts: tuple[tuple[Observer, tuple[str, ...]], ...]
-    """The ways to observe, and the tensors that each is for."""
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """All tensors that are observed."""
-        return tuple(name for _, names in self.parts for name in names)
+def _encode_observed(model: Model, batches: Iterable[Any], searches: Sequence[_Search]) -> dict[_Search, Encoding]:
+    groups = list(_alike(searches))
+    wanted = [
+        Wanted(observer=scheme.observer, tensors=tuple(each.site.tensor for each in alike), scheme=scheme.name)
+        for scheme, alike in groups
+    ]
+    observed = observe(model, batches, wanted)
+    found: dict[_Search, Encoding] = {}
+    for scheme, alike in groups:
+        found |= dict(zip(alike, _finished(scheme, observed[scheme.observer], alike), strict=True))
+    return found
 
 
-def _encode(
-    model: Model, batches: Iterable[Any], sites: Sequence[Site], config: QuantizationConfig
-) -> dict[str, Encoding]:
-    data = checked_batches(model.graph, batches)
-    groups = _by_scheme([site for site in sites if not is_float(site)], config)
-    floats = [site for site in sites if is_float(site)]
-    groups += [(MIN_MAX, floats)] if floats else []
-    if not groups:
-        return _encode_nothing(data)
-    encodings: dict[str, Encoding] = {}
-    for (scheme, alike), state in zip(groups, _observed(model, data, groups), strict=True):
-        encodings |= _finished(scheme, state, alike, config.compatibility)
-    return encodings
-
-
-def _observed(
-    model: Model, data: Iterable[Mapping[str, Any]], groups: Sequence[tuple[RangeScheme, list[Site]]]
-) -> tuple[Any, ...]:
-    """Returns what the observer of each scheme kept of its sites."""
-    parts = tuple((scheme.observer, tuple(site.tensor for site in sites)) for scheme, sites in groups)
-    plan = _Plan(graph=model.graph, parts=parts)
-    tensors = plan.tensors
-    # Copied: leaves that share a buffer could not be donated to the step.
-    states = jax.tree.map(jnp.copy, tuple(observer.init(len(names)) for observer, names in parts))
-    params = jax.device_put(dict(model.params))
-    seen = 0
-    for index, inputs in enumerate(data):
-        seen += num_samples(inputs)
-        _check_room([scheme for scheme, _ in groups], seen, index)
-        states, is_finite = _step(plan, params, states, inputs)
-        # Waits for the step: JAX would otherwise run ahead and hold many batches at once.
-        _check_finite(tensors, np.asarray(is_finite), index)
-    return states
-
-
-def _finished(scheme: RangeScheme, state: Any, sites: Sequence[Site], compatibility: str | None) -> dict[str, Encoding]:
-    ends = jax.tree.map(np.asarray, scheme.observer.extremes(state))
+def _finished(scheme: RangeScheme, observed: Observed, alike: Sequence[_Search]) -> list[Encoding]:
+    sites = [search.site for search in alike]
+    tensors = [site.tensor for site in sites]
+    ends = observed.extremes(tensors)
     if is_float(sites[0]):
-        pairs = zip(sites, ends.lowest, ends.highest, strict=True)
-        return {site.tensor: encoding_of_range(site, low, high) for site, low, high in pairs}
-    grids = zip(*scheme.finish(state, stack_kinds([kind_of(site) for site in sites])), strict=True)
-    if compatibility is not None:
+        return [encoding_of_range(*each) for each in zip(sites, ends.lowest, ends.highest, strict=True)]
+    grids = zip(*scheme.finish(observed.of(tensors), stack_kinds([kind_of(site) for site in sites])), strict=True)
+    if alike[0].compatibility is not None:
         is_zero = (ends.lowest == 0) & (ends.highest == 0)
         sites = [as_aimet_has_it(s, scheme.name, is_all_zero=bool(z)) for s, z in zip(sites, is_zero, strict=True)]
-    return {site.tensor: encoding_of_grid(site, *grid) for site, grid in zip(sites, grids, strict=True)}
-
-
-def _encode_nothing(data: Iterable[Mapping[str, Any]]) -> dict[str, Encoding]:
-    """Goes through the data, so that bad ones are an error even where none are needed."""
-    for _ in data:
-        pass
-    return {}
-
-
-@partial(compiled, donated=2)
-def _step(plan: _Plan, params: dict[str, Any], states: Any, inputs: dict[str, Any]) -> tuple[Any, jax.Array]:
-    """Returns the states after one batch, and which tensors were finite; forward pass and observers in one program."""
-    tensors, wanted = plan.tensors, frozenset(plan.tensors)
-    _, observed = interpret(
-        plan.graph, params, inputs, intercept=lambda name, value, _: (value, value if name in wanted else None)
-    )
-    absent = [name for name in tensors if name not in observed]
-    if absent:
-        raise ModelError(f"tensor '{absent[0]}' depends on constants alone; fold it into a parameter, or exclude it")
-    updated = tuple(
-        observer.update(state, [observed[name] for name in names], num_samples(inputs))
-        for (observer, names), state in zip(plan.parts, states, strict=True)
-    )
-    extremes = [observer.extremes(state) for (observer, _), state in zip(plan.parts, updated, strict=True)]
-    return updated, jnp.concatenate([jnp.isfinite(each.lowest) & jnp.isfinite(each.highest) for each in extremes])
-
-
-def _check_room(schemes: Sequence[RangeScheme], seen: int, index: int) -> None:
-    for scheme in schemes:
-        most = scheme.observer.most_samples
-        if most is not None and seen > most:
-            raise DataError(
-                f"batch {index}: {seen} samples so far, and the scheme '{scheme.name}' has room for {most}; give fewer"
-            )
-
-
-def _check_finite(tensors: tuple[str, ...], is_finite: np.ndarray, index: int) -> None:
-    if not is_finite.all():
-        raise DataError(
-            f"tensor '{tensors[int(np.argmin(is_finite))]}' is NaN or infinite in batch {index}; "
-            "check the model in float on that batch, or exclude the tensor"
-        )
+    return [encoding_of_grid(site, *grid) for site, grid in zip(sites, grids, strict=True)]

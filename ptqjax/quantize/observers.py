@@ -67,6 +67,8 @@ class Observer:
     Schemes that differ in what they make of the same state share the observer, and with it the compiled program.
     """
 
+    name: str
+    """What is kept, in words."""
     init: Callable[[int], Any]
     """(number of tensors) -> state before any data."""
     update: Callable[[Any, Sequence[Any], int], Any]
@@ -193,10 +195,17 @@ def _merge_distributions(first: Distribution, second: Distribution) -> Distribut
     )
 
 
-EXTREMES = Observer(init=_init_extremes, update=_update_extremes, merge=_merge_extremes, extremes=lambda state: state)
+EXTREMES = Observer(
+    name="extremes",
+    init=_init_extremes,
+    update=_update_extremes,
+    merge=_merge_extremes,
+    extremes=lambda state: state,
+)
 """Keeps the smallest and the largest value."""
 
 MEAN_EXTREMES = Observer(
+    name="extremes of each sample",
     init=_init_mean_extremes,
     update=_update_mean_extremes,
     merge=_merge_mean_extremes,
@@ -206,6 +215,7 @@ MEAN_EXTREMES = Observer(
 """Keeps the sums of each sample's smallest and largest value."""
 
 DISTRIBUTION = Observer(
+    name="distribution",
     init=_init_distribution,
     update=_update_distribution,
     merge=_merge_distributions,

@@ -1,0 +1,153 @@
+"""One pass over data: what each observer keeps of the tensors of the float model that it is told to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptqjax.errors import DataError, ModelError
+from ptqjax.ir import Graph, Model
+from ptqjax.lowering import compiled, interpret
+from ptqjax.quantize.batches import checked_batches, num_samples
+from ptqjax.quantize.observers import Extremes, Observer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observed:
+    """What an observer kept of several tensors."""
+
+    observer: Observer
+    """The way to observe."""
+    rows: Mapping[str, int]
+    """Where each tensor is along the first axis of the state's arrays."""
+    state: Any
+    """The observer's state, its leaves NumPy arrays."""
+
+    def of(self, tensors: Sequence[str]) -> Any:
+        """Returns the state of these tensors alone, in this order."""
+        rows = np.asarray([self.rows[name] for name in tensors])
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), self.state)
+
+    def extremes(self, tensors: Sequence[str]) -> Extremes:
+        """Returns the extremes of these tensors, as NumPy arrays."""
+        return jax.tree.map(np.asarray, self.observer.extremes(self.of(tensors)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """What is static in a step."""
+
+    graph: Graph
+    """The model's graph."""
+    parts: tuple[tuple[Observer, tuple[str, ...]], ...]
+    """The ways to observe, and the tensors that each is for."""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All tensors that are observed, once for each way."""
+        return tuple(name for _, names in self.parts for name in names)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What is to be kept of some tensors."""
+
+    observer: Observer
+    """The way to observe."""
+    tensors: tuple[str, ...]
+    """The tensors."""
+    scheme: str
+    """The scheme that asks for it, for messages."""
+
+
+def observe(model: Model, batches: Iterable[Any], wanted: Iterable[Wanted]) -> dict[Observer, Observed]:
+    """Returns what each observer keeps over all batches; the compiled step depends on the sets of tensors alone.
+
+    Raises:
+        DataError: The batches do not fit the model, a tensor takes a value that is not finite, or an observer has no
+            room for more samples; the message names the tensor or input and the batch.
+        ModelError: A tensor depends on constants alone.
+    """
+    data = checked_batches(model.graph, batches)
+    wanted = tuple(wanted)
+    plan = _Plan(graph=model.graph, parts=_in_order(model.graph, wanted))
+    if not plan.parts:
+        for _ in data:  # bad ones are an error even where none are needed
+            pass
+        return {}
+    # Copied: leaves that share a buffer could not be donated to the step.
+    states = jax.tree.map(jnp.copy, tuple(observer.init(len(names)) for observer, names in plan.parts))
+    params = jax.device_put(dict(model.params))
+    seen = 0
+    for index, inputs in enumerate(data):
+        seen += num_samples(inputs)
+        _check_room(wanted, seen, index)
+        states, is_finite = _step(plan, params, states, inputs)
+        # Waits for the step: JAX would otherwise run ahead and hold many batches at once.
+        _check_finite(plan, np.asarray(is_finite), index)
+    return {
+        observer: Observed(
+            observer=observer,
+            rows={name: row for row, name in enumerate(names)},
+            state=jax.tree.map(np.asarray, state),
+        )
+        for (observer, names), state in zip(plan.parts, states, strict=True)
+    }
+
+
+def _in_order(graph: Graph, wanted: Sequence[Wanted]) -> tuple[tuple[Observer, tuple[str, ...]], ...]:
+    """Returns observers by name and their tensors in the graph's order, so that equal sets are one program."""
+    place = _places(graph)
+    tensors: dict[Observer, set[str]] = {}
+    for each in wanted:
+        tensors.setdefault(each.observer, set()).update(each.tensors)
+    observers = sorted((observer for observer, names in tensors.items() if names), key=lambda each: each.name)
+    return tuple((observer, tuple(sorted(tensors[observer], key=place.__getitem__))) for observer in observers)
+
+
+def _places(graph: Graph) -> dict[str, int]:
+    names = [spec.name for spec in graph.inputs] + [name for node in graph.nodes for name in node.outputs]
+    return {name: place for place, name in enumerate(names)}
+
+
+@partial(compiled, donated=2)
+def _step(plan: _Plan, params: dict[str, Any], states: Any, inputs: dict[str, Any]) -> tuple[Any, jax.Array]:
+    """Returns the states after one batch, and which tensors were finite; forward pass and observers in one program."""
+    tensors, wanted = plan.tensors, frozenset(plan.tensors)
+    _, observed = interpret(
+        plan.graph, params, inputs, intercept=lambda name, value, _: (value, value if name in wanted else None)
+    )
+    absent = [name for name in tensors if name not in observed]
+    if absent:
+        raise ModelError(f"tensor '{absent[0]}' depends on constants alone; fold it into a parameter, or exclude it")
+    updated = tuple(
+        observer.update(state, [observed[name] for name in names], num_samples(inputs))
+        for (observer, names), state in zip(plan.parts, states, strict=True)
+    )
+    extremes = [observer.extremes(state) for (observer, _), state in zip(plan.parts, updated, strict=True)]
+    return updated, jnp.concatenate([jnp.isfinite(each.lowest) & jnp.isfinite(each.highest) for each in extremes])
+
+
+def _check_room(wanted: Sequence[Wanted], seen: int, index: int) -> None:
+    for each in wanted:
+        most = each.observer.most_samples
+        if most is not None and seen > most:
+            raise DataError(
+                f"batch {index}: {seen} samples so far, and the scheme '{each.scheme}' has room for {most}; give fewer"
+            )
+
+
+def _check_finite(plan: _Plan, is_finite: np.ndarray, index: int) -> None:
+    if not is_finite.all():
+        place = _places(plan.graph)
+        bad = (name for name, fine in zip(plan.tensors, is_finite, strict=True) if not fine)
+        raise DataError(
+            f"tensor '{min(bad, key=place.__getitem__)}' is NaN or infinite in batch {index}; "
+            "check the model in float on that batch, or exclude the tensor"
+        )
