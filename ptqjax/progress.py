@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeAlias
 
 import click
@@ -131,11 +130,15 @@ class _Work:
     num_passes: int = 0
 
 
+def _to_stderr(line: str) -> None:
+    click.echo(line, err=True)
+
+
 @dataclass(slots=True)
 class Lines:
     """Progress as plain lines: at most one every few seconds, and one for each label when its work is over."""
 
-    say: Callable[[str], Any] = partial(click.echo, err=True)
+    say: Callable[[str], Any] = _to_stderr
     """Writes a line."""
     clock: Callable[[], float] = time.monotonic
     """The time in seconds."""

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "ptqjax"
 # Per level: the modules on it, and what they may import besides `errors`; None: whatever stands above it.
 LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("errors",), set()),
-    (("kernels", "ir", "config", "targets", "publish", "progress", "faults"), set()),
+    (("kernels", "ir", "config", "targets", "publish", "progress", "faults", "versions", "images"), set()),
     (("ops",), {"kernels"}),
     (("onnx_io",), {"ir", "ops"}),
     (("data",), {"ir"}),
