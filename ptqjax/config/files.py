@@ -43,6 +43,14 @@ def config_from_toml(text: str, *, source: str = "config", **settings: Any) -> Q
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source} is not TOML: {error}") from error
+    return config_from_table(table, text=text, source=source, **settings)
+
+
+def config_from_table(table: Mapping[str, Any], *, text: str, source: str, **settings: Any) -> QuantizationConfig:
+    """Returns the settings of a table that was read from the TOML text `text`, in which errors find their lines.
+
+    So files that hold settings among other things have the same errors: see `read_config`.
+    """
     known = [field.name for field in fields(QuantizationConfig)]
     for key in table:
         if key not in known:
@@ -126,7 +134,7 @@ def _at(source: str, text: str, error: SettingError) -> ConfigError:
     if error.rule is not None:
         line = _line_in_rule(text, error.rule, error.field)
     else:
-        line = _line_of(text.splitlines(), error.field)
+        line = line_of(text.splitlines(), error.field)
     return ConfigError(f"{source}, line {line}: {error}" if line else f"{source}: {error}")
 
 
@@ -134,12 +142,12 @@ def _line_in_rule(text: str, index: int, key: str) -> int:
     lines = text.splitlines()
     heads = [number for number, line in enumerate(lines) if re.match(r"\s*\[\[\s*rules\s*\]\]", line)]
     if index >= len(heads):  # written in one line
-        return _line_of(lines, "rules") or 1
+        return line_of(lines, "rules") or 1
     end = heads[index + 1] if index + 1 < len(heads) else len(lines)
-    return heads[index] + (_line_of(lines[heads[index] : end], key) or 1)
+    return heads[index] + (line_of(lines[heads[index] : end], key) or 1)
 
 
-def _line_of(lines: list[str], key: str) -> int:
+def line_of(lines: list[str], key: str) -> int:
     """Returns the number of the first line that sets `key` or opens its table, from 1; 0 where none does."""
     name = re.escape(key) if _BARE_KEY.fullmatch(key) else re.escape(json.dumps(key))
     pattern = re.compile(rf"\s*(\[+\s*)?[\"']?{name}[\"']?\s*(=|\]|\.)")
