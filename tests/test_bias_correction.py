@@ -1,5 +1,8 @@
 """Bias correction: afterwards no layer's output is off on average, and nothing else has changed."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
@@ -10,7 +13,7 @@ import pytest
 from ptqjax import onnx_io
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError, DataError
-from ptqjax.fit import bias_correction, correct_biases
+from ptqjax.fit import bias_correction, correct_biases, correct_each
 from ptqjax.ir import Model, Statistics
 from ptqjax.lowering import interpret
 from ptqjax.quantize import calibrate
@@ -327,3 +330,23 @@ def test_one_program_serves_all_batches_of_a_size(monkeypatch):
     monkeypatch.setattr(bias_correction, "interpret", counting)
     correct_biases(model, encodings, [{"x": x[:6]}, {"x": x[6:]}])
     assert len(traced) == 2  # the float and the quantized program, each once
+
+
+def test_several_variants_are_corrected_as_each_is_alone(monkeypatch):
+    model, _ = convolutions()
+    batches = [{"x": normal(6, 3, 8, 8, seed=9)}, {"x": normal(6, 3, 8, 8, seed=10)}]
+    configs = [PER_TENSOR, replace(PER_TENSOR, weights="int3"), replace(PER_TENSOR, exclude=("w2", "ra"))]
+    variants = [calibrate(model, batches, config) for config in configs]
+    alone = [correct_biases(model, encodings, batches) for encodings in variants]
+    traced = []
+
+    def counting(*args, **kwargs):
+        traced.append(args)
+        return interpret(*args, **kwargs)
+
+    monkeypatch.setattr(bias_correction, "interpret", counting)
+    for (found, report), (expected, expected_report) in zip(correct_each(model, variants, batches), alone, strict=True):
+        assert found.graph == expected.graph
+        jax.tree.map(np.testing.assert_array_equal, dict(found.params), dict(expected.params))
+        assert report == expected_report
+    assert not traced  # the float program is that of one, and the quantized ones are those of two structures

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -89,19 +88,39 @@ def correct_biases(
         Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2
         and appendices B to D. There the empirical correction is measured layer by layer with a forward pass each.
     """
+    return correct_each(model, (encodings,), batches, method=method)[0]
+
+
+def correct_each(
+    model: Model, variants: Sequence[Encodings], batches: Iterable[Any] | None, *, method: str | None = None
+) -> tuple[tuple[Model, Report], ...]:
+    """Returns what `correct_biases` returns for each of several encodings, in order, from one pass over the data.
+
+    The float model runs once a batch for all of them; encodings of one structure (the same tensors, axes and block
+    sizes) share a compiled program. The other arguments and the errors are those of `correct_biases`.
+    """
     if method not in (None, *_METHODS):
         raise ConfigError(f"method={method!r} is unknown; expected one of {', '.join(_METHODS)}, or None")
     check_not_quantized(model)
-    check_tensors(model.graph, encodings)
-    layers, left_alone = _find_layers(model, encodings)
+    for encodings in variants:
+        check_tensors(model.graph, encodings)
+    found = [_find_layers(model, encodings) for encodings in variants]
     if method == "analytic" or (method is None and batches is None):
-        errors, unknown = expected_errors(model, encodings, [layer.output for layer in layers])
-        left_alone = (*left_alone, *(_left(output, reason) for output, reason in unknown.items()))
-        layers = tuple(layer for layer in layers if layer.output in errors)
-    else:
-        errors = _mean_errors(model, encodings, layers, checked_batches(model.graph, batches))
-    corrected, records = _corrected_model(model, layers, errors)
-    return corrected, (*records, *left_alone)
+        return tuple(_analytic(model, encodings, *each) for encodings, each in zip(variants, found, strict=True))
+    each = _mean_errors(model, variants, [layers for layers, _ in found], checked_batches(model.graph, batches))
+    results = []
+    for (layers, left_alone), errors in zip(found, each, strict=True):
+        corrected, records = _corrected_model(model, layers, errors)
+        results.append((corrected, (*records, *left_alone)))
+    return tuple(results)
+
+
+def _analytic(
+    model: Model, encodings: Encodings, layers: tuple[_Layer, ...], left_alone: Report
+) -> tuple[Model, Report]:
+    errors, unknown = expected_errors(model, encodings, [layer.output for layer in layers])
+    corrected, records = _corrected_model(model, tuple(each for each in layers if each.output in errors), errors)
+    return corrected, (*records, *left_alone, *(_left(output, reason) for output, reason in unknown.items()))
 
 
 def _corrected_model(
@@ -149,9 +168,9 @@ def _find_layers(model: Model, encodings: Encodings) -> tuple[tuple[_Layer, ...]
     layers: list[_Layer] = []
     left_alone: list[Record] = []
     for node in model.graph.nodes:
-        if not _multiplies_a_quantized_weight(model, node, encodings):
+        if not _multiplies_a_weight(model, node) or node.inputs[1] not in encodings:
             continue
-        layer = _matmul_layer(model, node) if node.op_type == "MatMul" else _layer(node)
+        layer = _layer_of(model, node)
         reason = _obstacle(model, layer)
         if layer is not None and not reason:
             layers.append(layer)
@@ -160,13 +179,20 @@ def _find_layers(model: Model, encodings: Encodings) -> tuple[tuple[_Layer, ...]
     return tuple(layers), tuple(left_alone)
 
 
-def _multiplies_a_quantized_weight(model: Model, node: Node, encodings: Encodings) -> bool:
-    if node.op_type not in {"Conv", "ConvTranspose", "Gemm", "MatMul"} or node.domain:
-        return False
-    return node.inputs[1] in model.params and node.inputs[1] in encodings
+def _all_layers(model: Model) -> tuple[_Layer, ...]:
+    """Returns the layers that could be corrected, whatever is quantized."""
+    layers = (_layer_of(model, node) for node in model.graph.nodes if _multiplies_a_weight(model, node))
+    return tuple(layer for layer in layers if layer is not None and not _obstacle(model, layer))
 
 
-def _layer(node: Node) -> _Layer:
+def _multiplies_a_weight(model: Model, node: Node) -> bool:
+    linear = node.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"} and not node.domain
+    return linear and node.inputs[1] in model.params
+
+
+def _layer_of(model: Model, node: Node) -> _Layer | None:
+    if node.op_type == "MatMul":
+        return _matmul_layer(model, node)
     bias = node.inputs[_BIAS_INPUT] if len(node.inputs) > _BIAS_INPUT and node.inputs[_BIAS_INPUT] else None
     return _Layer(output=node.output, node=node, weight=node.inputs[1], bias=bias, channels_last=False)
 
@@ -199,19 +225,28 @@ def _obstacle(model: Model, layer: _Layer | None) -> str:
 
 
 def _mean_errors(
-    model: Model, encodings: Encodings, layers: tuple[_Layer, ...], batches: Iterable[Mapping[str, Any]]
-) -> dict[str, np.ndarray]:
+    model: Model,
+    variants: Sequence[Encodings],
+    corrected: Sequence[tuple[_Layer, ...]],
+    batches: Iterable[Mapping[str, Any]],
+) -> list[dict[str, np.ndarray]]:
     """Returns E[y_q - y] per channel and layer, each layer seeing corrected predecessors; float64 across batches."""
-    totals = {layer.output: np.zeros((), np.float64) for layer in layers}
+    totals = [{layer.output: np.zeros((), np.float64) for layer in layers} for layers in corrected]
     total_size = 0
-    params = jax.device_put(model.params)
+    params = jax.device_put(dict(model.params))
+    measured = _Plan(graph=model.graph, layers=_all_layers(model))
     for index, batch in enumerate(batches):
         size = num_samples(batch)
-        errors = jax.device_get(_batch_errors(model.graph, layers, params, encodings, dict(batch)))
-        _check_finite({name: errors[name] for name in totals}, index)
-        totals = {name: total + size * np.asarray(errors[name], np.float64) for name, total in totals.items()}
+        inputs = jax.device_put(dict(batch))
+        means = _float_means(measured, params, inputs)
+        for encodings, layers, total in zip(variants, corrected, totals, strict=True):
+            expected = {layer.output: means[layer.output] for layer in layers}
+            plan = _Plan(graph=model.graph, layers=layers)
+            errors = jax.device_get(_batch_errors(plan, params, encodings, expected, inputs))
+            _check_finite({name: errors[name] for name in total}, index)
+            total |= {name: value + size * np.asarray(errors[name], np.float64) for name, value in total.items()}
         total_size += size
-    return {name: total / total_size for name, total in totals.items()}
+    return [{name: value / total_size for name, value in total.items()} for total in totals]
 
 
 def _check_finite(errors: Mapping[str, np.ndarray], index: int) -> None:
@@ -223,21 +258,36 @@ def _check_finite(errors: Mapping[str, np.ndarray], index: int) -> None:
         )
 
 
-@partial(compiled, num_static=2)
-def _batch_errors(
-    graph: Graph,
-    layers: tuple[_Layer, ...],
-    params: Mapping[str, Any],
-    encodings: Encodings,
-    batch: Mapping[str, Any],
-) -> dict[str, Float[Array, " c"]]:
-    by_output = {layer.output: layer for layer in layers}
-    quantize = fake_quantization(Model(graph=graph, params=dict(params)), encodings)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """What is static in a program."""
+
+    graph: Graph
+    """The model's graph."""
+    layers: tuple[_Layer, ...]
+    """The layers whose outputs are measured."""
+
+
+@compiled
+def _float_means(plan: _Plan, params: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Float[Array, " c"]]:
+    by_output = {layer.output: layer for layer in plan.layers}
 
     def measure(name: str, value: Array, channel_axis: int | None) -> tuple[Array, Array | None]:
         return value, _channel_means(by_output[name], value, channel_axis) if name in by_output else None
 
-    _, float_means = interpret(graph, params, batch, intercept=measure)
+    return interpret(plan.graph, params, batch, intercept=measure)[1]
+
+
+@compiled
+def _batch_errors(
+    plan: _Plan,
+    params: Mapping[str, Any],
+    encodings: Encodings,
+    float_means: Mapping[str, Float[Array, " c"]],
+    batch: Mapping[str, Any],
+) -> dict[str, Float[Array, " c"]]:
+    by_output = {layer.output: layer for layer in plan.layers}
+    quantize = fake_quantization(Model(graph=plan.graph, params=dict(params)), encodings)
 
     def correct(name: str, value: Array, channel_axis: int | None) -> tuple[Array, Array | None]:
         error = None
@@ -249,7 +299,7 @@ def _batch_errors(
             value, _ = quantize(name, value, channel_axis)
         return value, error
 
-    _, errors = interpret(graph, params, batch, intercept=correct)
+    _, errors = interpret(plan.graph, params, batch, intercept=correct)
     return errors
 
 
