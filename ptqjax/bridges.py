@@ -90,9 +90,9 @@ def to_flax(model: Model, encodings: Encodings | None = None, *, learn_scales: b
         encodings: The grids by tensor, concrete. Part of the module, not of its variables.
         learn_scales: Whether grids are variables too: scale = (scale of `encodings`) * exp(log_factor), so that it
             stays above 0; zero point = that of `encodings` + offset, rounded straight-through and kept on the grid.
-            Where 0 is in the middle or at an end of all of a tensor's grids it stays there, without offset. Tensors that share a grid across an operator without
-            weights (a pool, a Reshape, a bound) keep one. Left as they are: grids that are not enabled, float formats
-            of 16 bits, low-power blocks.
+            Where 0 is in the middle or at an end of all of a tensor's grids it stays there, without offset. Tensors
+            that share a grid across an operator without weights (a pool, a Reshape, a bound) keep one. Left as they
+            are: grids that are not enabled, float formats of 16 bits, low-power blocks.
 
     Raises:
         ConfigError: An encoding is for a tensor that the model has not, or there are none whose scales to learn.
