@@ -44,19 +44,25 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def device_class() -> dict[str, Any]:
+def device_class(device: Any) -> dict[str, Any]:
     """Returns what a machine must have in common with another to compute the same bits, as plain data.
 
     Float sums depend on their order, and that on the vector instructions that XLA compiles for, on the number of cores
-    that work is divided among, on the sizes of caches that it is cut to, and on flags that were given to XLA and JAX.
-    """
-    import jax  # noqa: PLC0415  (starts nothing by itself; what follows starts the backend)
+    that work is divided among, on the sizes of caches that it is cut to, and on flags that were given to XLA and JAX;
+    on a CPU also on whether there is a GPU beside it, since programs are then made for either.
 
-    device = jax.devices()[0]
+    Args:
+        device: The JAX device that computes.
+    """
+    import jax  # noqa: PLC0415  (what starts no backend does not wait for it)
+    from jax.extend.backend import backends  # noqa: PLC0415
+
     found: dict[str, Any] = {"platform": device.platform, "device": device.device_kind, "machine": platform.machine()}
     if device.platform == "cpu":
         found |= {"cores": num_cores(), **_processor()}
-    found["xla_flags"] = sorted(flag for flag in os.environ.get("XLA_FLAGS", "").split() if not _is_harmless(flag))
+    found["platforms"] = sorted(backends())
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    found["xla_flags"] = sorted(flag for flag in flags if not _is_harmless(flag, device.platform))
     found["jax_enable_x64"] = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return found | {"jax_default_matmul_precision": precision and str(precision)}
@@ -67,8 +73,9 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _is_harmless(flag: str) -> bool:
-    return flag.startswith(("--xla_force_host_platform_device_count", "--xla_dump"))
+def _is_harmless(flag: str, platform_name: str) -> bool:
+    others = ("--xla_gpu",) if platform_name == "cpu" else ()
+    return flag.startswith(("--xla_force_host_platform_device_count", "--xla_dump", *others))
 
 
 def _processor() -> dict[str, Any]:

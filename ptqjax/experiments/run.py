@@ -1,0 +1,215 @@
+"""A recipe, run: every result in a folder that its content addresses, what is there already left as it is."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ptqjax import onnx_io
+from ptqjax.errors import ConfigError, OutputError
+from ptqjax.experiments import recipe_data
+from ptqjax.experiments.recipe import Pictures, Recipe, read_recipe
+from ptqjax.experiments.stages import STAGES, Task, metrics_of
+from ptqjax.experiments.store import digest_of, file_digest, look, put, remove_abandoned, write_file
+from ptqjax.export import fingerprint
+from ptqjax.progress import Follow, nothing
+from ptqjax.versions import PACKAGES, device_class, source_digest, versions
+
+RECIPE, RUN = "recipe.toml", "run.json"
+"""Files of a run beside the folders of its stages: the recipe's text, and what else it takes to run it again."""
+_ADDRESS = 16  # hexadecimal digits of the hash in the folder's name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRun:
+    """A stage of a run."""
+
+    name: str
+    """As in `STAGES`."""
+    folder: Path
+    """Where its files are."""
+    files: Mapping[str, str]
+    """The SHA-256 of each."""
+    is_new: bool
+    """Whether it was computed now; else it was there."""
+    note: str
+    """Why what was there could not be used; "" where it could, or nothing was there."""
+    seconds: float
+    """How long it took."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What a recipe gave."""
+
+    folder: Path
+    """Where everything is: out/<hash>."""
+    identity: Mapping[str, Any]
+    """What the hash is of: model, data, settings, versions, class of device."""
+    stages: tuple[StageRun, ...]
+    """In order."""
+    metrics: Mapping[str, Any]
+    """What was measured of the exported file: "num_samples", and those of the recipe's metrics that could be."""
+
+    @property
+    def model(self) -> Path:
+        """The exported model."""
+        return self.folder / "export" / "model.onnx"
+
+
+def run_recipe(
+    recipe: str | Path | Recipe,
+    out: str | Path = "runs",
+    *,
+    follow: Follow | None = None,
+    told: Callable[[StageRun], object] | None = None,
+    place: Callable[[Any], Any] | None = None,
+) -> Run:
+    """Returns what a recipe gives, stored under `out` in a folder named by a hash of all that decides it.
+
+    The hash is of the model, the data (their contents, wherever they lie), the settings, the versions of packages and
+    the class of the device (`versions.device_class`): the same hash, the same bytes of every file of the stages up to
+    the export. A stage that is there already, with all its files as they were written, is not computed again; one that
+    is half there or damaged is. A run may be killed at any moment, and several may work in the same folder at once.
+
+    Args:
+        recipe: The recipe, or its file.
+        out: Where the folder goes; made where it does not exist.
+        follow: Shows how far each pass over samples is; None: nothing does.
+        told: Is given each stage as it is done, or found.
+        place: Puts each batch of calibration samples where it is computed, such as over a mesh of devices.
+
+    Raises:
+        ConfigError: The recipe is wrong, or asks for a device that is not there.
+        ModelError, DataError, UnsupportedOperatorError: The model or the data are at fault.
+        OutputError: `out` cannot be written.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    with computing_on(recipe.device):
+        task = task_of(recipe, follow=follow or nothing, place=place or _as_it_is)
+        identity = identity_of(task)
+        folder = _prepared(Path(out), task, identity)
+        stages = run_stages(task, folder, digest_of(identity), told or (lambda _: None))
+    return Run(folder=folder, identity=identity, stages=stages, metrics=metrics_of(folder))
+
+
+def run_stages(task: Task, root: Path, address: str, told: Callable[[StageRun], object]) -> tuple[StageRun, ...]:
+    """Returns the stages in the folder `root`, those that are missing or damaged computed."""
+    done: list[StageRun] = []
+    key = address
+    for name, compute in STAGES.items():
+        key = digest_of([key, name, done[-1].files if done else {}])
+        begin = time.monotonic()
+        found = look(root / name, key)
+        files = found.files
+        if files is None:
+            files = put(root, name, key, lambda half, compute=compute: compute(task, root, half))
+        seconds = time.monotonic() - begin
+        stage = StageRun(
+            name=name,
+            folder=root / name,
+            files=files,
+            is_new=found.files is None,
+            note=found.note,
+            seconds=seconds,
+        )
+        told(stage)
+        done.append(stage)
+    return tuple(done)
+
+
+def task_of(recipe: Recipe, *, follow: Follow, place: Callable[[Any], Any]) -> Task:
+    """Returns what a recipe is to be done on: model and data, read and checked."""
+    model = onnx_io.read(recipe.model)
+    device = device_of(recipe.device)
+
+    def loaded(source: Path | Pictures | None, *, keep: bool) -> recipe_data.Data | None:
+        return None if source is None else recipe_data.load(source, model.graph, batch=recipe.batch, keep=keep)
+
+    return Task(
+        recipe=recipe,
+        model=model,
+        calibration=loaded(recipe.calibration, keep=True),
+        evaluation=loaded(recipe.evaluation, keep=False),
+        device=f"{device.platform}: {device.device_kind}",
+        follow=follow,
+        place=place,
+    )
+
+
+def identity_of(task: Task) -> dict[str, Any]:
+    """Returns all that decides a run's results, as plain data: what its address is the hash of."""
+    recipe, target = task.recipe, task.recipe.config.target
+    data = {"calibration": task.calibration, "evaluation": task.evaluation}
+    sources = {"calibration": recipe.calibration, "evaluation": recipe.evaluation}
+    pictured = any(isinstance(source, Pictures) for source in sources.values())
+    return {
+        "model": {"file": file_digest(recipe.model), "content": fingerprint(task.model)},
+        "data": {name: each and each.digest for name, each in data.items()},
+        "settings": {
+            "config": task.settings,
+            "target": file_digest(Path(target)) if target.endswith(".toml") else None,
+            "preprocessing": {name: recipe_data.settings_of(source) for name, source in sources.items()},
+            "batch": recipe.batch,
+            "metrics": list(recipe.metrics),
+        },
+        "versions": versions((*PACKAGES, *(["pillow"] if pictured else []))) | {"ptqjax source": source_digest()},
+        "device": device_class(device_of(recipe.device)),
+    }
+
+
+def device_of(name: str) -> Any:
+    """Returns the device that a recipe's `device` means.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name == "auto":
+        return jax.devices()[0]
+    try:
+        return jax.local_devices(backend=name)[0]
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device={name!r}: JAX sees none; install ptqjax[cuda12] on a machine with an NVIDIA GPU, or choose 'auto'"
+        ) from error
+
+
+def computing_on(name: str) -> AbstractContextManager[Any]:
+    """Returns a context in which JAX computes on the device that a recipe's `device` means."""
+    return jax.default_device(None if name == "auto" else device_of(name))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _prepared(out: Path, task: Task, identity: Mapping[str, Any]) -> Path:
+    """Returns the run's folder, with what it takes to run it again."""
+    folder = out / digest_of(identity)[:_ADDRESS]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"'{folder}' cannot be made: {error.strerror}; name another folder") from error
+    remove_abandoned(folder)
+    recipe = task.recipe
+    files = {
+        "model": str(recipe.model.resolve()),
+        "calibration": _absolute(recipe.calibration),
+        "evaluation": _absolute(recipe.evaluation),
+        "target": _absolute(Path(recipe.config.target)) if recipe.config.target.endswith(".toml") else "",
+    }
+    write_file(folder / RECIPE, recipe.text)
+    write_file(folder / RUN, json.dumps({"identity": identity, "files": files}, indent=1) + "\n")
+    return folder
+
+
+def _absolute(source: Path | Pictures | None) -> str:
+    place = recipe_data.place_of(source)
+    return place and str(Path(place).resolve())
