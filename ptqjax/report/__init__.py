@@ -3,12 +3,16 @@
 from ptqjax.report.facts import Row, contents, facts, to_json
 from ptqjax.report.inspection import Inspection, inspect
 from ptqjax.report.measure import MeasuredStage, measure
-from ptqjax.report.page import metric_headings, metric_text, page
+from ptqjax.report.page import page
+from ptqjax.report.recommendations import Recommendation, as_facts, recommendations
+from ptqjax.report.texts import metric_headings, metric_text
 
 __all__ = [
     "Inspection",
     "MeasuredStage",
+    "Recommendation",
     "Row",
+    "as_facts",
     "contents",
     "facts",
     "inspect",
@@ -16,5 +20,6 @@ __all__ = [
     "metric_headings",
     "metric_text",
     "page",
+    "recommendations",
     "to_json",
 ]

@@ -18,7 +18,7 @@ from ptqjax.ir import Record
 from ptqjax.quantize import Placement
 from ptqjax.report.grids import HEADINGS, grid_rows, summary, target_line
 from ptqjax.report.inspection import Inspection, Unknown
-from ptqjax.report.page import by_transform, figure_texts, metric_headings, metric_text
+from ptqjax.report.texts import by_transform, figure_texts, metric_headings, metric_text
 from ptqjax.transforms.saturation import Saturation
 from ptqjax.validate import Distance, Group, Validation
 

@@ -1,0 +1,339 @@
+"""What to do next, in words that follow from the facts of a report: a pure function for each reason."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ptqjax.report.plots import spread
+
+_GOOD_DB, _GOOD_AGREEMENT = 30.0, 0.99  # from which on nothing more is asked of the quantized model
+_MOST_NAMED = 5  # tensors in one recommendation
+_LEAST_GAIN_DB = 0.5  # that one tensor alone must promise
+_LEAST_GAIN_OF_KIND_DB = 1.0
+_LEAST_SPREAD = 16.0  # of a weight's channels under one grid: four bits less for the narrowest
+_MUCH_CLIPPED = 0.5  # of what a tensor's rounding adds
+_NEAR_DB = 6.0  # of the accumulated noise: a tensor that adds less is none of the causes
+_FEW_SAMPLES = 32
+_SAME_FUNCTION_DB = 60.0  # float32 leaves a hundred
+_LOST_DB = 0.5
+_WIDER = {2: 4, 3: 4, 4: 8, 5: 8, 6: 8, 7: 8, 8: 16}  # bits -> the next width that files have
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recommendation:
+    """One thing to do, and the figures that it follows from."""
+
+    reason: str
+    """Which of the reasons it is, one word or two: "dominant groups", "clipping"; the function that found it."""
+    what: str
+    """What to do, in a sentence."""
+    where: tuple[str, ...] = ()
+    """The tensors that it is about, the most important first; empty where it is about all."""
+    why: str
+    """The figures, in a sentence or two."""
+    option: str
+    """How to say it to `ptqjax quantize`: options, or tables of its --config FILE."""
+    gain_db: float | None = None
+    """SQNR of the output that it promises, in dB; None where that cannot be told."""
+
+
+def recommendations(report: Mapping[str, Any]) -> tuple[Recommendation, ...]:
+    """Returns what the facts recommend, the reasons that undo most first; empty where nothing stands out.
+
+    As long as the quantized model agrees with the float one on 99 % of the samples, or reaches 30 dB, nothing is said
+    against noise, only against what was not done or not measured.
+    """
+    return tuple(found for reason in REASONS for found in reason(report))
+
+
+def as_facts(found: Sequence[Recommendation]) -> list[dict[str, Any]]:
+    """Returns the recommendations as plain data."""
+    return [asdict(each) | {"where": list(each.where)} for each in found]
+
+
+def stage_gains(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns what each stage gained over the one before it, of those that were measured quantized.
+
+    A row is {"stage", "over", and for each metric of both the difference}: dB, and fractions for agreement and top-1.
+    """
+    measured = [stage for stage in stages if stage["stage"] != "float" and "sqnr_db" in stage["metrics"]]
+    rows = []
+    for before, after in itertools.pairwise(measured):
+        names = [
+            name for name in ("sqnr_db", "agreement", "top1") if name in before["metrics"] and name in after["metrics"]
+        ]
+        gains = {name: _difference(after["metrics"][name], before["metrics"][name]) for name in names}
+        rows.append({"stage": after["stage"], "over": before["stage"], **gains})
+    return rows
+
+
+def shares(report: Mapping[str, Any]) -> dict[str, float]:
+    """Returns by group the fraction of all noise in the output that it causes, the largest first."""
+    groups = (report.get("sensitivity") or {}).get("groups", [])
+    total = sum(group["noise"] for group in groups)
+    order = sorted(groups, key=lambda group: -group["noise"])
+    return {group["name"]: group["noise"] / total for group in order} if total > 0 else {}
+
+
+def without_samples(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends samples where there are none, or few."""
+    count = report["source"].get("num_samples")
+    if count is None or count >= _FEW_SAMPLES:
+        return []
+    how = "--calibration DATA.npz"
+    if count == 0:
+        why = "there were no samples: ranges and corrections are what batch norms tell, and nothing was measured."
+        return [Recommendation(reason="no samples", what="Calibrate on samples of your data.", why=why, option=how)]
+    why = f"{count} samples were given: values that they do not reach are clipped. A hundred need no labels."
+    return [Recommendation(reason="few samples", what="Calibrate on more samples.", why=why, option=how)]
+
+
+def changed_function(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends the exact way where a transform has changed the function in float."""
+    for stage in report["stages"]:
+        kept = stage["metrics"].get("float_sqnr_db", math.inf)
+        if kept < _SAME_FUNCTION_DB:
+            return [
+                Recommendation(
+                    reason="changed function",
+                    what=f"Have {stage['stage']} keep the function.",
+                    why=f"computed in float, the model after {stage['stage']} is {kept:.1f} dB from the one that was "
+                    "read (an exact transform leaves a hundred); quantized, it cannot be nearer.",
+                    option=_exact_option(report["settings"]),
+                )
+            ]
+    return []
+
+
+def losing_stages(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends to leave out a stage after which less is left than before."""
+    options = {"equalize": "--no-equalize", "correct": "--correct none"}
+    return [
+        Recommendation(
+            reason="losing stage",
+            what=f"Leave out {gain['stage']}.",
+            why=f"after it the quantized model has {-gain['sqnr_db']:.1f} dB less than after {gain['over']}, on the "
+            "calibration samples.",
+            option=options[gain["stage"]],
+            gain_db=-gain["sqnr_db"],
+        )
+        for gain in stage_gains(report["stages"])
+        if gain["stage"] in options and gain["sqnr_db"] < -_LOST_DB
+    ]
+
+
+def one_grid_for_all_channels(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends a grid per channel where one serves channels that differ by orders of magnitude."""
+    if _is_good(report):
+        return []
+    ranges = {
+        name: spread(pair["after"])
+        for name, pair in report["weight_ranges"].items()
+        if name in report["encodings"] and report["encodings"][name]["axis"] is None
+    }
+    wide = sorted((name for name in ranges if ranges[name] >= _LEAST_SPREAD), key=lambda name: -ranges[name])
+    if not wide:
+        return []
+    worst, bits = wide[0], report["encodings"][wide[0]]["num_bits"]
+    left = max(bits - math.log2(ranges[worst]), 0)
+    return [
+        Recommendation(
+            reason="one grid for all channels",
+            what="Give each channel of the weights a grid of its own.",
+            where=tuple(wide[:_MOST_NAMED]),
+            why=f"{_count(len(wide), 'weight has', 'weights have')} one grid for channels that differ by a factor of "
+            f"{_LEAST_SPREAD:.0f} or more; in {worst} by {ranges[worst]:.3g}: of its {bits} bits the narrowest channel "
+            f"uses {left:.1f}.",
+            option="--granularity channel",
+        )
+    ]
+
+
+def dominant_groups(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends to widen or exclude the tensors that cause much of the noise each."""
+    if _is_good(report):
+        return []
+    groups = {group["name"]: group for group in (report.get("sensitivity") or {}).get("groups", [])}
+    found = []
+    for name, share in shares(report).items():
+        bits = _bits(report, groups[name]["tensors"])
+        rest = 4.0 ** (bits - 8) if groups[name]["kind"] == "weight" and bits < 8 else 0.0  # noqa: PLR2004
+        gain = -10 * math.log10(max(1 - share * (1 - rest), 1e-3))
+        if gain >= _LEAST_GAIN_DB and len(found) < _MOST_NAMED:
+            found.append(_about_group(groups[name], share, gain, bits))
+    return found
+
+
+def noisy_kind(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends the next wider type for all weights, or all activations, whichever cause more of the noise."""
+    groups = (report.get("sensitivity") or {}).get("groups", [])
+    total = sum(group["noise"] for group in groups)
+    if _is_good(report) or total <= 0:
+        return []
+    noise = {kind: sum(g["noise"] for g in groups if g["kind"] == kind) for kind in ("weight", "activation")}
+    kind = max(noise, key=lambda each: noise[each])
+    setting = f"{kind}s"
+    wider = _wider(report["settings"][setting])
+    if wider is None:
+        return []
+    dtype, saved = wider
+    share = noise[kind] / total
+    gain = -10 * math.log10(max(1 - share * (1 - saved), 1e-3))
+    if gain < _LEAST_GAIN_OF_KIND_DB:
+        return []
+    return [
+        Recommendation(
+            reason="noisy kind",
+            what=f"Widen the {setting} to {dtype}, or the ones above alone.",
+            why=f"{setting} in {report['settings'][setting]} cause {100 * share:.0f} % of the noise in the output. "
+            "ptqjax.mixed_precision divides a budget of bits among them.",
+            option=f"--{setting} {dtype}",
+            gain_db=gain,
+        )
+    ]
+
+
+def clipping(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends the whole range where most of what a tensor's rounding adds is from values outside its grid."""
+    if _is_good(report):
+        return []
+    clipped = [
+        tensor
+        for tensor in report.get("tensors", [])
+        if tensor["clip_share"] > _MUCH_CLIPPED
+        and (tensor["kind"] == "weight" or tensor["own_sqnr_db"] < tensor["sqnr_db"] + _NEAR_DB)
+        and report["settings"]["ranges"] != "min-max"
+    ]
+    if not clipped:
+        return []
+    clipped.sort(key=lambda tensor: tensor["own_sqnr_db"])
+    first, names = clipped[0], tuple(tensor["name"] for tensor in clipped[:_MOST_NAMED])
+    return [
+        Recommendation(
+            reason="clipping",
+            what=f"Let the {_count(len(clipped), 'range', 'ranges')} reach as far as the values do.",
+            where=names,
+            why=f"{first['name']} has {100 * first['clipped']:.3g} % of its values outside its grid, and "
+            f"{100 * first['clip_share']:.0f} % of the noise that its rounding adds ({first['own_sqnr_db']:.1f} dB) is "
+            "from these.",
+            option=_rule(names, ranges="min-max"),
+        )
+    ]
+
+
+def other_arithmetic(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends to judge the file in the runtime where that computes something else than what is simulated."""
+    runtime = report.get("runtime") or {}
+    if not runtime.get("compared"):
+        return []
+    agreement = runtime["integer"]["agreement"] if has_classes(report["model"]) else 1.0
+    worst = runtime["groups"][:_MOST_NAMED]
+    if agreement >= _GOOD_AGREEMENT and not runtime["unverified"]:
+        return []
+    why = f"the integer program and ONNX Runtime take the same class on {100 * agreement:.1f} % of the samples"
+    if runtime["unverified"]:
+        why += f"; {_count(len(runtime['unverified']), 'tensor is', 'tensors are')} computed otherwise than foreseen"
+    return [
+        Recommendation(
+            reason="other arithmetic",
+            what="Judge the file in ONNX Runtime; the simulation does not speak for it.",
+            where=tuple(runtime["unverified"][:_MOST_NAMED]) or tuple(group["tensor"] for group in worst),
+            why=f"{why}.",
+            option="ptqjax evaluate model.onnx --data TEST.npz --reference FLOAT.onnx",
+        )
+    ]
+
+
+REASONS: tuple[Callable[[Mapping[str, Any]], list[Recommendation]], ...] = (
+    without_samples,
+    changed_function,
+    losing_stages,
+    one_grid_for_all_channels,
+    dominant_groups,
+    noisy_kind,
+    clipping,
+    other_arithmetic,
+)
+"""The reasons in the order in which they are told: facts -> recommendations."""
+
+
+def _is_good(report: Mapping[str, Any]) -> bool:
+    """Tells whether the quantized model is near enough to the float one, or not known not to be."""
+    last = report["stages"][-1]["metrics"] if report["stages"] else {}
+    if "sqnr_db" not in last:
+        return True
+    agrees = has_classes(report["model"]) and last.get("agreement", 0.0) >= _GOOD_AGREEMENT
+    return agrees or last["sqnr_db"] >= _GOOD_DB
+
+
+def has_classes(contents: Mapping[str, Any]) -> bool:
+    """Tells whether agreement says anything: not of a first output with one element to a sample."""
+    shape = contents["outputs"][0]["shape"] if contents["outputs"] else None
+    return shape is None or any(size != 1 for size in shape[1:])
+
+
+def _about_group(group: Mapping[str, Any], share: float, gain: float, bits: int) -> Recommendation:
+    widens = group["kind"] == "weight" and bits < 8  # noqa: PLR2004
+    tensors = tuple(group["tensors"])
+    return Recommendation(
+        reason="dominant groups",
+        what=f"{'Widen' if widens else 'Exclude'} {tensors[0]}{' to int8' if widens else ''}.",
+        where=tensors,
+        why=f"of the noise in the output it causes {100 * share:.0f} %, more than its part: in {bits} bits it alone "
+        f"leaves {_decibels(group['noise'])} dB.",
+        option=_rule(tensors, dtype="int8") if widens else " ".join(f"--exclude {_quoted(name)}" for name in tensors),
+        gain_db=gain,
+    )
+
+
+def _exact_option(settings: Mapping[str, Any]) -> str:
+    if settings.get("bounds") in ("relu", "auto"):
+        return "--bounds exact"
+    return "--absorb exact" if settings.get("absorb") == "statistics" else "--no-equalize"
+
+
+def _bits(report: Mapping[str, Any], tensors: Sequence[str]) -> int:
+    known = [report["encodings"][name]["num_bits"] for name in tensors if name in report["encodings"]]
+    return min(known, default=8)
+
+
+def _wider(dtype: str) -> tuple[str, float] | None:
+    """Returns the next wider type of the same kind, and the part of the noise that is left with it."""
+    found = re.fullmatch(r"(u?int)(\d+)", dtype)
+    if found is None or int(found[2]) not in _WIDER:
+        return None
+    bits, wider = int(found[2]), _WIDER[int(found[2])]
+    return f"{found[1]}{wider}", 4.0 ** (bits - wider)
+
+
+def _rule(tensors: Sequence[str], **settings: str) -> str:
+    names = json.dumps([_pattern(name) for name in tensors], ensure_ascii=False)
+    return "\n".join(["[[rules]]", f"tensors = {names}", *(f'{key} = "{value}"' for key, value in settings.items())])
+
+
+def _pattern(name: str) -> str:
+    """Returns the pattern that matches this name alone; some names hold what has a meaning in patterns."""
+    return "re:" + re.escape(name) if re.search(r"[*?\[]", name) or name.startswith("re:") else name
+
+
+def _quoted(name: str) -> str:
+    """Returns the name as a shell takes it."""
+    return "'" + _pattern(name).replace("'", "'\"'\"'") + "'"
+
+
+def _difference(after: float, before: float) -> float:
+    return 0.0 if after == before else float(after - before)  # both may be infinite
+
+
+def _decibels(noise: float) -> str:
+    return f"{-10 * math.log10(noise):.1f}" if noise > 0 else "any number of"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

@@ -1,0 +1,48 @@
+"""How figures and records are said, on the terminal and on the page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ptqjax.report.markup import figure
+
+_Record = TypeVar("_Record")
+METRICS = {
+    "float_sqnr_db": ("in float: SQNR, dB", 1.0, "{:.0f}"),
+    "top1": ("top-1, %", 100.0, "{:.1f}"),
+    "agreement": ("agreement with float, %", 100.0, "{:.1f}"),
+    "sqnr_db": ("SQNR, dB", 1.0, "{:.1f}"),
+}
+"""Metric -> (heading, factor, format)."""
+
+
+def metric_headings(stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns the metrics that the stages have, in the order of columns, with their headings."""
+    present = {name for stage in stages for name in stage["metrics"]}
+    return {name: heading for name, (heading, _, _) in METRICS.items() if name in present}
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """Returns a figure as the table shows it; an exact copy has infinite SQNR."""
+    if value is None:
+        return ""
+    _, factor, style = METRICS[name]
+    return "exact" if value == float("inf") else style.format(factor * value)
+
+
+def figure_texts(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """Returns a record's figures, one text each: "ratio: 8 → 2", or "channels: 3" where but one side is known."""
+    texts = []
+    for name in dict.fromkeys((*before, *after)):
+        known = [figure(side[name]) for side in (before, after) if name in side]
+        texts.append(f"{name}: {' → '.join(known)}")
+    return texts
+
+
+def by_transform(records: Iterable[_Record], name_of: Callable[[_Record], str]) -> dict[str, list[_Record]]:
+    """Returns the records of each transform, in the order in which transforms first ran."""
+    groups: dict[str, list[_Record]] = {}
+    for record in records:
+        groups.setdefault(name_of(record), []).append(record)
+    return groups
