@@ -8,8 +8,8 @@ what the quantized file will compute, and whose gradients pass straight through 
 float model's answers alone, no labels: what changes are weights, biases and the scales of the grids. `from_flax` then
 gives the model and the encodings that `export` writes.
 
-Step sizes were chosen on a sixth of the training pictures, trained on the others. It takes three quarters
-of a minute of processor time, most of it compilation.
+Step sizes were chosen on a sixth of the training pictures, trained on the others. It takes three quarters of a minute
+of processor time, most of it compilation.
 """
 
 from __future__ import annotations
@@ -94,27 +94,32 @@ def run(out: Path, *, seed: int) -> None:
     calibration = [{"input": digits.train[:NUM_CALIBRATION]}]
     data, labels = [{"input": digits.evaluation}], digits.evaluation_labels
     original = HERE / "digits.onnx"
-    print(f"float          {100 * right(original, data, labels):5.1f} % of {len(labels)} digits, in ONNX Runtime")
+    show("float", right(original, data, labels), f"of {len(labels)} digits, in ONNX Runtime")
 
     model, _ = ptqjax.equalize(ptqjax.read(original))
     encodings = ptqjax.calibrate(model, calibration, CONFIG)
     corrected, _ = ptqjax.correct_biases(model, encodings, calibration)
     ptqjax.export(corrected, encodings, out, "post_training")
-    print(
-        f"post-training  {100 * right(out / 'post_training.onnx', data, labels):5.1f} %  3-bit weights and activations"
-    )
+    show("post-training", right(out / "post_training.onnx", data, labels), "with weights and activations of 3 bits")
 
     tuned, learned = fine_tune(model, encodings, digits.train, seed=seed)
     ptqjax.export(tuned, learned, out, "fine_tuned")
-    print(
-        f"fine-tuned   {100 * right(out / 'fine_tuned.onnx', data, labels):5.1f} %  the same, {NUM_STEPS} steps later"
-    )
+    show("fine-tuned", right(out / "fine_tuned.onnx", data, labels), f"the same, {NUM_STEPS} steps later")
 
     simulate = ptqjax.simulate(tuned, learned)
-    same = ptqjax.evaluate(
-        out / "fine_tuned.onnx", data, reference=lambda batch: simulate(tuned.params, learned, batch)
+    simulated = ptqjax.evaluate(
+        lambda batch: simulate(tuned.params, learned, batch), data, reference=out / "fine_tuned.onnx"
     )
-    print(f"simulation     {100 * (same.agreement or 0):5.1f} % of the answers are the file's")
+    show(
+        "simulated",
+        simulated.agreement or 0.0,
+        f"of the answers are the file's, outputs {simulated.sqnr:.0f} dB above noise",
+    )
+
+
+def show(what: str, share: float, of: str) -> None:
+    """Prints a share as a line of the table."""
+    print(f"{what:13} {100 * share:6.1f} % {of}")
 
 
 def right(file: Path, data: list[dict[str, np.ndarray]], labels: Int[np.ndarray, " n"]) -> float:
