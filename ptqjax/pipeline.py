@@ -1,18 +1,29 @@
-"""The whole flow as one function: a line per stage, no other logic."""
+"""The whole flow as one function: for a configuration, or for many that share what is the same for all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 from ptqjax.config import QuantizationConfig
+from ptqjax.config.checks import check_choice
 from ptqjax.errors import ConfigError
-from ptqjax.fit import correct_biases, scale_as_configured
+from ptqjax.fit import Choice, scale_each
+from ptqjax.fit.bias_correction import correct_each
 from ptqjax.ir import Model, Report
-from ptqjax.quantize import Encoding, Encodings, calibrate_and_report, check_not_quantized, guard_biases, widened
+from ptqjax.quantize import Encoding, Encodings, check_not_quantized, guard_biases, widened
+from ptqjax.quantize.alignment import aligned
 from ptqjax.quantize.bias import sums_in_fixed_point
+from ptqjax.quantize.calibrate import calibrate_each
+from ptqjax.quantize.rules import num_bits
 from ptqjax.transforms import fold_batch_norms, prepare
+
+CHOICES = ("each", "shared")
+"""Whether each of many configurations chooses its scales by itself."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,30 +77,200 @@ def quantize(
         ModelError: The model is quantized already, is not in float32, or its parameters are not finite.
     """
     config = config or QuantizationConfig()
+    return _quantized(model, batches, [_Task(config, "", config)], frozen=frozen)[0]
+
+
+def quantize_each(
+    model: Model,
+    batches: Iterable[Mapping[str, Any]] | None,
+    configs: Sequence[QuantizationConfig],
+    *,
+    choose: str | Sequence[QuantizationConfig] = "each",
+    names: Sequence[str] | None = None,
+    frozen: Mapping[str, Encoding] | None = None,
+    stage: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Result, ...]:
+    """Returns what `quantize` returns for each configuration, in order; what several need is made once.
+
+    The model is folded once, prepared once for each way to absorb biases, scaled once for each way that configurations
+    ask for; one pass over the data calibrates all that have the same scaled model, and one corrects their biases.
+
+    What `scaling` "auto" and "learned" choose depends on all settings, and takes a search each. With `choose="shared"`
+    one search serves all configurations that are alike in `equalize`, `scaling`, `bounds`, `absorb`, `correct`,
+    `headroom`, `seed`, `target`, and in whether a weight has one scale or several: that for the middle one of them, by
+    the bits of weights and activations together (of an even number the coarser of the two; equal ones in the order of
+    their text), whatever order they are given in.
+
+    Args:
+        model: A float model, as `read` returns it.
+        batches: Calibration data, as for `quantize`.
+        configs: What to do.
+        choose: "each": every configuration makes its own choice, as `quantize` does; "shared"; or for each of them the
+            configuration whose choice it takes.
+        names: What configurations are called in messages; None: by their position.
+        frozen: As for `quantize`.
+        stage: Entered around each part of the work, with its name ("transform", "calibrate", "correct").
+
+    Raises:
+        PtqjaxError: As `quantize` does; a ConfigError names the configuration that it is about.
+    """
+    sources = _sources(configs, choose)
+    called = [f"configuration {i}" for i in range(len(configs))] if names is None else [f"'{name}'" for name in names]
+    tasks = [_Task(config, f"{who}: ", source) for config, who, source in zip(configs, called, sources, strict=True)]
+    return _quantized(model, batches, tasks, frozen=frozen, stage=stage)
+
+
+def _sources(
+    configs: Sequence[QuantizationConfig], choose: str | Sequence[QuantizationConfig]
+) -> Sequence[QuantizationConfig]:
+    if not isinstance(choose, str):
+        return choose
+    check_choice("choose", choose, CHOICES)
+    return configs if choose == "each" else [configs[position] for position in middle_ones(configs)]
+
+
+class _Task(NamedTuple):
+    """What is asked for."""
+
+    config: QuantizationConfig
+    """The configuration."""
+    label: str
+    """What messages about it begin with."""
+    source: QuantizationConfig
+    """The configuration that scales, headroom and correction are chosen for."""
+
+
+def _quantized(
+    model: Model,
+    batches: Iterable[Mapping[str, Any]] | None,
+    tasks: Sequence[_Task],
+    *,
+    frozen: Mapping[str, Encoding] | None,
+    stage: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Result, ...]:
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
     check_not_quantized(model)
-    if frozen and config.equalize:
-        raise ConfigError("equalize=True: it scales the tensors that frozen encodings are for; choose equalize=False")
-    folded, fold_report = fold_batch_norms(model)
-    prepared, prepare_report = prepare(folded, config.absorb) if config.equalize else (folded, ())
-    choice = scale_as_configured(prepared, batches, config)
-    equalized, equalize_report = choice.model, (*prepare_report, *choice.report)
-    calibrated, calibrate_report = calibrate_and_report(equalized, batches, config, frozen=frozen)
-    kept = {name: calibrated[name] for name in frozen or {}}
-    encodings = widened(equalized, calibrated, choice.headroom, config) | kept
-    corrects = choice.correct != "none"
-    corrected, correct_report = (
-        correct_biases(equalized, encodings, batches, method=choice.correct) if corrects else (equalized, ())
-    )
+    for task in tasks:
+        if frozen and task.config.equalize:
+            raise ConfigError(
+                f"{task.label}equalize=True: it scales the tensors that frozen encodings are for; choose equalize=False"
+            )
+    with stage("transform"):
+        folded = fold_batch_norms(model)
+        drafts = _scaled(folded, batches, tasks)
+    with stage("calibrate"):
+        drafts = _calibrated(drafts, batches, frozen or {})
+    with stage("correct"):
+        drafts = _corrected(drafts, batches)
+        return tuple(_finished(folded, draft) for draft in drafts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Draft:
+    """A result in the making."""
+
+    config: QuantizationConfig
+    label: str
+    """What messages about it begin with."""
+    prepare_report: Report
+    choice: Choice
+    encodings: Encodings = field(default_factory=dict)
+    calibrate_report: Report = ()
+    corrected: Model | None = None
+    """None where biases are not corrected."""
+    correct_report: Report = ()
+
+
+def _scaled(
+    folded: tuple[Model, Report],
+    batches: Iterable[Mapping[str, Any]] | None,
+    tasks: Sequence[_Task],
+) -> list[_Draft]:
+    drafts: dict[int, _Draft] = {}
+    for absorb, positions in _alike(tasks, lambda task: task.config.absorb if task.config.equalize else None).items():
+        prepared, report = folded[0], ()
+        if absorb is not None:
+            prepared, report = prepare(folded[0], absorb)
+        some = [tasks[position] for position in positions]
+        sources, labels = [task.source for task in some], [task.label for task in some]
+        choices = scale_each(prepared, batches, sources, labels=labels)
+        for position, choice in zip(positions, choices, strict=True):
+            config, label, _ = tasks[position]
+            drafts[position] = _Draft(config=config, label=label, prepare_report=report, choice=choice)
+    return [drafts[position] for position in range(len(tasks))]
+
+
+def _calibrated(
+    drafts: Sequence[_Draft], batches: Iterable[Mapping[str, Any]] | None, frozen: Mapping[str, Encoding]
+) -> list[_Draft]:
+    found: dict[int, _Draft] = {}
+    for positions in _alike(drafts, lambda draft: id(draft.choice.model)).values():
+        some = [drafts[position] for position in positions]
+        scaled = some[0].choice.model
+        each = calibrate_each(
+            scaled, batches, [draft.config for draft in some], frozen=frozen, labels=[draft.label for draft in some]
+        )
+        for position, draft, (encodings, report) in zip(positions, some, each, strict=True):
+            kept = {name: encodings[name] for name in frozen}
+            wide = widened(scaled, encodings, draft.choice.headroom, draft.config) | kept
+            found[position] = replace(draft, encodings=wide, calibrate_report=report)
+    return [found[position] for position in range(len(drafts))]
+
+
+def _corrected(drafts: Sequence[_Draft], batches: Iterable[Mapping[str, Any]] | None) -> list[_Draft]:
+    found = dict(enumerate(drafts))
+    groups = _alike(drafts, lambda draft: (id(draft.choice.model), draft.choice.correct))
+    for (_, method), positions in groups.items():
+        if method != "none":
+            some = [drafts[position] for position in positions]
+            scaled = some[0].choice.model
+            alike = aligned(scaled, [draft.encodings for draft in some], adds=False).encodings  # one program for all
+            each = correct_each(scaled, alike, batches, method=method)
+            for position, draft, (corrected, report) in zip(positions, some, each, strict=True):
+                found[position] = replace(draft, corrected=corrected, correct_report=report)
+    return [found[position] for position in range(len(drafts))]
+
+
+def _finished(folded: tuple[Model, Report], draft: _Draft) -> Result:
+    config, choice = draft.config, draft.choice
+    corrected = choice.model if draft.corrected is None else draft.corrected
     # Corrected biases may have grown.
-    encodings, guard_report = guard_biases(corrected, encodings, fixed_point=sums_in_fixed_point(config))
-    reports = {"fold": fold_report, "equalize": equalize_report}
-    reports |= {"calibrate": calibrate_report, "correct": (*correct_report, *guard_report)}
-    stages = {"fold": folded, "equalize": equalized, "correct": corrected}
-    left_out = {name for name, done in (("equalize", config.equalize), ("correct", corrects)) if not done}
+    encodings, guard_report = guard_biases(corrected, draft.encodings, fixed_point=sums_in_fixed_point(config))
+    reports = {"fold": folded[1], "equalize": (*draft.prepare_report, *choice.report)}
+    reports |= {"calibrate": draft.calibrate_report, "correct": (*draft.correct_report, *guard_report)}
+    stages = {"fold": folded[0], "equalize": choice.model, "correct": corrected}
+    ran = {"equalize": config.equalize, "correct": draft.corrected is not None}
     return Result(
         model=corrected,
         encodings=encodings,
-        reports={name: report for name, report in reports.items() if name not in left_out},
-        stages=tuple(Stage(name=name, model=after) for name, after in stages.items() if name not in left_out),
+        reports={name: report for name, report in reports.items() if ran.get(name, True)},
+        stages=tuple(Stage(name=name, model=after) for name, after in stages.items() if ran.get(name, True)),
     )
+
+
+def middle_ones(configs: Sequence[QuantizationConfig]) -> tuple[int, ...]:
+    """Returns for each configuration the position of the one whose choice of scales it shares; see `quantize_each`."""
+    found = {}
+    for positions in _alike(configs, _what_choices_share).values():
+        ranked = sorted(positions, key=lambda position: (_bits(configs[position]), repr(configs[position])))
+        found |= dict.fromkeys(positions, ranked[(len(ranked) - 1) // 2])
+    return tuple(found[position] for position in range(len(configs)))
+
+
+def _what_choices_share(config: QuantizationConfig) -> Any:
+    if not config.equalize or config.scaling not in {"auto", "learned"}:
+        return config  # nothing is chosen: its own
+    names = ("scaling", "bounds", "absorb", "correct", "headroom", "seed", "target")
+    return (*(getattr(config, name) for name in names), config.granularity == "tensor")
+
+
+def _bits(config: QuantizationConfig) -> int:
+    return num_bits(config.weights) + num_bits(config.activations)
+
+
+def _alike(elements: Sequence[_T], key: Callable[[_T], Any]) -> dict[Any, list[int]]:
+    """Returns the positions of the elements by what `key` says of them, in order of appearance."""
+    found: dict[Any, list[int]] = {}
+    for position, element in enumerate(elements):
+        found.setdefault(key(element), []).append(position)
+    return found

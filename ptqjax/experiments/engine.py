@@ -14,12 +14,12 @@ from ptqjax.config.checks import check_choice
 from ptqjax.data import checked_labels
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.evaluate import require_alike, require_finite, require_samples
-from ptqjax.experiments.alignment import aligned
 from ptqjax.experiments.batching import WAYS, Arguments, Inputs, Step, loop, put
 from ptqjax.experiments.metrics import Metric, Outputs, Seen, find_metrics
 from ptqjax.ir import Graph, Model
 from ptqjax.lowering import apply
 from ptqjax.progress import Follow
+from ptqjax.quantize.alignment import aligned
 from ptqjax.quantize.encodings import Encodings
 from ptqjax.quantize.qdq import check_tensors
 

@@ -6,7 +6,7 @@ data alone, and judged on samples that neither ranges nor corrections have seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,8 @@ class Choice:
     """How biases are to be corrected."""
     report: Report
     """What was tried, what it gave, and what the scaling that was chosen did."""
+    scaling: str | None = None
+    """The value of `QuantizationConfig.scaling` that gives the same model again, where one was chosen and does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,34 +105,98 @@ def scale_as_configured(
         ConfigError: The scaling needs data, and there are none.
         DataError: The batches do not fit the model.
     """
-    if not config.equalize:
-        config = replace(config, scaling="off")
-    if batches is None:
-        return _without_data(model, config)
-    ways = _ways(model, batches, config)
+    return scale_each(model, batches, [config])[0]
+
+
+def scale_each(
+    model: Model,
+    batches: Iterable[Mapping[str, Any]] | None,
+    configs: Sequence[QuantizationConfig],
+    *,
+    labels: Sequence[str] | None = None,
+) -> tuple[Choice, ...]:
+    """Returns what `scale_as_configured` returns for each configuration; what several ask for is made once.
+
+    Configurations that ask for the same scaling share one model, the same object.
+
+    Args:
+        model: The model, prepared.
+        batches: Calibration data; None where there are none.
+        configs: The settings.
+        labels: What the message of a ConfigError about each of them begins with; None: nothing.
+
+    Raises:
+        PtqjaxError: As `scale_as_configured` does.
+    """
+    ways = None if batches is None else _Ways(model, batches)
+    made: dict[Any, Choice] = {}
+    choices = []
+    for given, label in zip(configs, labels or [""] * len(configs), strict=True):
+        config = given if given.equalize else replace(given, scaling="off")
+        key = _dependence(config)
+        if key not in made:
+            try:
+                made[key] = _without_data(model, config) if ways is None else _with_data(ways, config)
+            except ConfigError as error:
+                if not label:
+                    raise
+                raise ConfigError(f"{label}{error}") from error
+        own = {} if _is_chosen(config) else _as_asked(config, has_data=batches is not None)
+        choices.append(replace(made[key], **own))
+    return tuple(choices)
+
+
+def _is_chosen(config: QuantizationConfig) -> bool:
+    """Tells whether the scaling is one that depends on all that is set."""
+    return config.scaling in {"auto", "learned"}
+
+
+def _dependence(config: QuantizationConfig) -> Any:
+    """Returns what the scaled model depends on."""
+    if _is_chosen(config):
+        return config
+    steps = steps_of(config) if config.scaling == "noise" else None
+    return config.scaling, _bounds(config), config.seed, steps
+
+
+def _as_asked(config: QuantizationConfig, *, has_data: bool) -> dict[str, Any]:
+    """Returns headroom and correction as they are set, where nothing is chosen."""
+    correct = "analytic" if config.correct == "empirical" and not has_data else config.correct
+    return {"headroom": config.headroom or 1.0, "correct": correct}
+
+
+def _with_data(ways: _Ways, config: QuantizationConfig) -> Choice:
+    model, batches, asked = ways.model, ways.batches, _as_asked(config, has_data=True)
     if config.scaling != "auto":
-        scaled, report = ways[config.scaling]()
-        return Choice(model=scaled, headroom=config.headroom or 1.0, correct=config.correct, report=report)
+        scaled, report = ways.scaled(config.scaling, config)
+        return Choice(model=scaled, report=report, **asked)
     if not any(is_floating(spec.dtype) for spec in model.graph.outputs):
         report = unscaled(model, "no output holds floating numbers, by which ways could be compared")
-        return Choice(model=model, headroom=config.headroom or 1.0, correct=config.correct, report=report)
+        return Choice(model=model, report=report, **asked)
     judge = _Judge.of(model, batches, config)
-    half = _ways(model, judge.used, config)
-    best = _best([trial for name in ("off", "ranges", "noise") for trial in judge.trials(name, *half[name]())])
+    half = _Ways(model, judge.used)
+    best = _best(
+        [trial for name in ("off", "ranges", "noise") for trial in judge.trials(name, *half.scaled(name, config))]
+    )
     best = _best([best, *judge.corrections(best)])
     records = tuple(_tried(trial, is_chosen=trial is best) for trial in judge.tried)
-    scaled, report = ways[best.name]()
+    scaled, report = ways.scaled(best.name, config)
     if config.granularity == "tensor":
         scaled, learned = learn_scales(
             scaled, judge.used + judge.held, config, Learning(seed=config.seed), bounds=_bounds(config)
         )
         report = (*report, *learned)
-    return Choice(model=scaled, headroom=best.headroom, correct=best.correct, report=(*records, *report))
+    return Choice(
+        model=scaled,
+        headroom=best.headroom,
+        correct=best.correct,
+        report=(*records, *report),
+        scaling=None if config.granularity == "tensor" else best.name,
+    )
 
 
 def _without_data(model: Model, config: QuantizationConfig) -> Choice:
-    correct = "analytic" if config.correct == "empirical" else config.correct
-    headroom = config.headroom or 1.0
+    asked = _as_asked(config, has_data=False)
     if config.scaling == "learned":
         raise ConfigError(
             "scaling='learned' needs calibration data, and there are none; give samples, or scale for 'noise'"
@@ -142,24 +208,24 @@ def _without_data(model: Model, config: QuantizationConfig) -> Choice:
             scaled, report = model, unscaled(model, "scaling is switched off")
         else:
             scaled, report = scale_channels(model, limit=limit, bounds=bounds)
-        return Choice(model=scaled, headroom=headroom, correct=correct, report=report)
+        return Choice(model=scaled, report=report, **asked)
     if config.scaling == "auto" and config.granularity != "tensor":
         # What is left to gain is less than the prediction is wrong (MobileNetV2: 18.5 dB unscaled, 14.2 scaled).
         report = unscaled(model, "without data, channels are scaled only where a weight has one scale")
-        return Choice(model=model, headroom=headroom, correct=correct, report=report)
+        return Choice(model=model, report=report, **asked)
     try:
         scaled, report = scale_for_noise(model, steps=steps_of(config), bounds=_bounds(config))
     except ConfigError:
         if config.scaling != "auto":
             raise
         report = unscaled(model, "without data and batch norms, nothing is known of the activations")
-        return Choice(model=model, headroom=headroom, correct=correct, report=report)
+        return Choice(model=model, report=report, **asked)
     whole = next((record for record in report if "predicted SQNR, dB" in record.after), None)
     gain = whole.after["predicted SQNR, dB"] - whole.before["predicted SQNR, dB"] if whole else 0.0
     if config.scaling == "auto" and gain < _PREDICTED:
         reason = f"without data: scales are predicted to gain {gain:.1f} dB, less than {_PREDICTED:g}"
-        return Choice(model=model, headroom=headroom, correct=correct, report=unscaled(model, reason))
-    return Choice(model=scaled, headroom=headroom, correct=correct, report=report)
+        return Choice(model=model, report=unscaled(model, reason), **asked)
+    return Choice(model=scaled, report=report, **asked)
 
 
 def _bounds(config: QuantizationConfig) -> str:
@@ -169,42 +235,42 @@ def _bounds(config: QuantizationConfig) -> str:
     return config.bounds
 
 
-_Way = Callable[[], "tuple[Model, Report]"]
+class _Ways:
+    """The ways to scale a model; what they need to know of the data is measured once, when one first asks."""
 
+    def __init__(self, model: Model, batches: Iterable[Mapping[str, Any]]) -> None:
+        self.model = model
+        self.batches = batches
+        self._behaviour: dict[int, dict[str, Behaviour]] = {}
+        self._beyond: dict[str, float] | None = None
 
-def _ways(model: Model, batches: Iterable[Mapping[str, Any]], config: QuantizationConfig) -> dict[str, _Way]:
-    """Returns the ways to scale, by name; what they share is measured once."""
-    known: list[dict[str, Behaviour]] = []
-
-    def behaviour() -> dict[str, Behaviour]:
-        if not known:
-            known.append(observe_behaviour(model, batches, seed=config.seed))
-        return known[0]
-
-    bounds = _bounds(config)
-
-    def beyond() -> dict[str, float] | None:
-        return None if bounds != "auto" else observe_shares_beyond(model, batches)
-
-    def ranges() -> tuple[Model, Report]:
-        reach = {name: np.maximum(abs(found.low), abs(found.high)) for name, found in behaviour().items()}
-        return scale_channels(model, limit=_LIMIT, magnitudes=reach, bounds=bounds, beyond=beyond())
-
-    def noise() -> tuple[Model, Report]:
-        return scale_for_noise(model, behaviour(), steps=steps_of(config), bounds=bounds, beyond=beyond())
-
-    def learned() -> tuple[Model, Report]:
-        scaled, report = noise()
-        learned, more = learn_scales(scaled, batches, config, Learning(seed=config.seed), bounds=bounds)
+    def scaled(self, name: str, config: QuantizationConfig) -> tuple[Model, Report]:
+        """Returns the model scaled in one of the ways, and what that did."""
+        if name == "off":
+            return self.model, unscaled(self.model, "left as they are")
+        bounds = _bounds(config)
+        how = {"bounds": bounds, "beyond": self._shares_beyond() if bounds == "auto" else None}
+        if name == "weights":
+            return scale_channels(self.model, limit=None, **how)
+        behaviour = self._observed(config.seed)
+        if name == "ranges":
+            reach = {tensor: np.maximum(abs(found.low), abs(found.high)) for tensor, found in behaviour.items()}
+            return scale_channels(self.model, limit=_LIMIT, magnitudes=reach, **how)
+        scaled, report = scale_for_noise(self.model, behaviour, steps=steps_of(config), **how)
+        if name == "noise":
+            return scaled, report
+        learned, more = learn_scales(scaled, self.batches, config, Learning(seed=config.seed), bounds=bounds)
         return learned, (*report, *more)
 
-    return {
-        "off": lambda: (model, unscaled(model, "left as they are")),
-        "weights": lambda: scale_channels(model, limit=None, bounds=bounds, beyond=beyond()),
-        "ranges": ranges,
-        "noise": noise,
-        "learned": learned,
-    }
+    def _observed(self, seed: int) -> dict[str, Behaviour]:
+        if seed not in self._behaviour:
+            self._behaviour[seed] = observe_behaviour(self.model, self.batches, seed=seed)
+        return self._behaviour[seed]
+
+    def _shares_beyond(self) -> dict[str, float]:
+        if self._beyond is None:
+            self._beyond = observe_shares_beyond(self.model, self.batches)
+        return self._beyond
 
 
 @dataclass(frozen=True, kw_only=True)

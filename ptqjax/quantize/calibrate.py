@@ -105,6 +105,8 @@ def calibrate_each(
         try:
             tasks.append(_task(model, config, frozen or {}))
         except ConfigError as error:
+            if not label:
+                raise
             raise ConfigError(f"{label}{error}") from error
     return _calibrated(model, batches, tasks) if tasks else ()
 

@@ -45,15 +45,23 @@ class Aligned:
     """The number of each variant's structure, from 0 in order of appearance."""
 
 
-def aligned(model: Model, encodings: Sequence[Encodings]) -> Aligned:
-    """Returns the encodings, all of `model`, in as few structures as can be found by taking them in order."""
+def aligned(model: Model, encodings: Sequence[Encodings], *, adds: bool = True) -> Aligned:
+    """Returns the encodings, all of `model`, in as few structures as can be found by taking them in order.
+
+    Args:
+        model: The model; of its arrays only shapes matter.
+        encodings: Concrete encodings of each variant.
+        adds: Whether what is missing is added, switched off. Else variants have the tensors that they had, and those
+            of other tensors have another structure: for what asks which tensors have an encoding.
+    """
     sites = bias_sites(model)
-    explicit = _with_explicit_biases(encodings, sites)
+    explicit = _with_explicit_biases(encodings, sites) if adds else list(encodings)
     layouts: list[dict[str, _Layout]] = []
     structures = []
     for each in explicit:
         own = {name: _layout(encoding) for name, encoding in each.items()}
-        joined = ((index, _joined(model, sites, layout, own)) for index, layout in enumerate(layouts))
+        fitting = ((i, layout) for i, layout in enumerate(layouts) if adds or layout.keys() == own.keys())
+        joined = ((index, _joined(model, sites, layout, own)) for index, layout in fitting)
         index, layout = next(((i, found) for i, found in joined if found is not None), (len(layouts), own))
         layouts[index:] = [layout, *layouts[index + 1 :]]
         structures.append(index)
