@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,8 +28,9 @@ from ptqjax.ir import (
 )
 from ptqjax.lowering import compiled, interpret
 from ptqjax.quantize import check_not_quantized
-from ptqjax.quantize.batches import checked_batches, num_samples
+from ptqjax.quantize.batches import checked_part, checked_parts, num_samples
 from ptqjax.quantize.encodings import Encodings
+from ptqjax.quantize.parts import Parts, together
 from ptqjax.quantize.qdq import check_tensors
 from ptqjax.simulate import fake_quantization
 
@@ -107,7 +109,7 @@ def correct_each(
     found = [_find_layers(model, encodings) for encodings in variants]
     if method == "analytic" or (method is None and batches is None):
         return tuple(_analytic(model, encodings, *each) for encodings, each in zip(variants, found, strict=True))
-    each = _mean_errors(model, variants, [layers for layers, _ in found], checked_batches(model.graph, batches))
+    each = _mean_errors(model, variants, [layers for layers, _ in found], checked_parts(model.graph, batches))
     results = []
     for (layers, left_alone), errors in zip(found, each, strict=True):
         corrected, records = _corrected_model(model, layers, errors)
@@ -228,32 +230,52 @@ def _mean_errors(
     model: Model,
     variants: Sequence[Encodings],
     corrected: Sequence[tuple[_Layer, ...]],
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Parts],
 ) -> list[dict[str, np.ndarray]]:
     """Returns E[y_q - y] per channel and layer, each layer seeing corrected predecessors; float64 across batches."""
     totals = [{layer.output: np.zeros((), np.float64) for layer in layers} for layers in corrected]
     total_size = 0
-    params = jax.device_put(dict(model.params))
+    params: dict[Any, Any] = {}
+    plans = [_Plan(graph=model.graph, layers=layers) for layers in corrected]
     measured = _Plan(graph=model.graph, layers=_all_layers(model))
-    for index, batch in enumerate(batches):
-        size = num_samples(batch)
-        inputs = jax.device_put(dict(batch))
-        means = _float_means(measured, params, inputs)
-        for encodings, layers, total in zip(variants, corrected, totals, strict=True):
-            expected = {layer.output: means[layer.output] for layer in layers}
-            plan = _Plan(graph=model.graph, layers=layers)
-            errors = jax.device_get(_batch_errors(plan, params, encodings, expected, inputs))
-            _check_finite({name: errors[name] for name in total}, index)
-            total |= {name: value + size * np.asarray(errors[name], np.float64) for name, value in total.items()}
-        total_size += size
+    for parts in batches:
+        for part in parts.here:
+            params.setdefault(part.device, None)
+            if params[part.device] is None:
+                params[part.device] = jax.device_put(dict(model.params), part.device)
+        found = together(partial(_errors_of_parts, measured, plans, params, variants, parts), is_shared=parts.is_shared)
+        for _, size, errors in sorted((each for some in found for each in some), key=lambda each: int(each[0])):
+            for total, error in zip(totals, errors, strict=True):
+                total |= {name: value + int(size) * error[name].astype(np.float64) for name, value in total.items()}
+            total_size += int(size)
     return [{name: value / total_size for name, value in total.items()} for total in totals]
 
 
-def _check_finite(errors: Mapping[str, np.ndarray], index: int) -> None:
+def _errors_of_parts(
+    measured: _Plan, plans: Sequence[_Plan], params: Mapping[Any, Any], variants: Sequence[Encodings], parts: Parts
+) -> list[tuple[int, int, list[dict[str, np.ndarray]]]]:
+    """Returns the first sample, the size and the errors under each variant, of each part of a batch."""
+    running = []
+    for part in parts.here:  # all devices work before the first is waited for
+        inputs = jax.device_put(checked_part(measured.graph, part), part.device)
+        means = _float_means(measured, params[part.device], inputs)
+        errors = []
+        for plan, encodings in zip(plans, variants, strict=True):
+            expected = {layer.output: means[layer.output] for layer in plan.layers}
+            errors.append(_batch_errors(plan, params[part.device], encodings, expected, inputs))
+        running.append((part, num_samples(inputs), errors))
+    found = [(part.start, size, jax.device_get(errors)) for part, size, errors in running]
+    for (part, _, _), (_, _, errors) in zip(running, found, strict=True):
+        for plan, error in zip(plans, errors, strict=True):
+            _check_finite({layer.output: error[layer.output] for layer in plan.layers}, part.place)
+    return found
+
+
+def _check_finite(errors: Mapping[str, np.ndarray], place: str) -> None:
     name = next((name for name, error in errors.items() if not np.isfinite(error).all()), None)
     if name is not None:
         raise DataError(
-            f"tensor '{name}' is NaN or infinite in batch {index}; check the model in float on that batch, "
+            f"tensor '{name}' is NaN or infinite in {place}; check the model in float on that batch, "
             "and that the encodings are those of this model"
         )
 

@@ -256,6 +256,11 @@ def _finish_density(percentage: float | None, state: BatchDensity, kind: GridKin
 
 
 BATCH_DENSITY = Observer(
-    name="density of each batch", init=_init, update=_update, merge=_merge, extremes=lambda state: state.extremes
+    name="density of each batch",
+    init=_init,
+    update=_update,
+    merge=_merge,
+    extremes=lambda state: state.extremes,
+    is_ordered=True,
 )
 """Keeps AIMET's histograms, of all values; `merge` is for states outside `jit`."""

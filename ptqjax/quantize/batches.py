@@ -11,23 +11,55 @@ import numpy as np
 from ptqjax.config import near_names
 from ptqjax.errors import DataError
 from ptqjax.ir import Graph, TensorSpec
+from ptqjax.quantize.parts import Part, Parts, parts_of, parts_on_host
 
 
 def checked_batches(graph: Graph, batches: Iterable[Any] | None) -> Iterator[dict[str, Any]]:
     """Yields the batches one by one, each an array for every graph input; the size of a batch may change.
 
+    A batch that lies on several devices comes as its parts, one after the other, on the host of every process.
+
     Raises:
         DataError: There is no batch; or one lacks an input, has a surplus one, or an array of another type, rank or
             shape, or without elements, or with NaN or infinity. The message names the batch by its index from 0.
     """
+    for place, batch in _named_batches(graph, batches):
+        for part in parts_on_host(batch, place):
+            yield _checked(graph, part, place)
+
+
+def checked_parts(graph: Graph, batches: Iterable[Any] | None) -> Iterator[Parts]:
+    """Yields the batches one by one, each as its parts on devices, which `checked_part` has still to check.
+
+    Raises:
+        DataError: There is no batch; or one is no mapping, lacks an input or has a surplus one; or its inputs are
+            spread over devices in different ways.
+    """
+    for place, batch in _named_batches(graph, batches):
+        yield parts_of(batch, place)
+
+
+def _named_batches(graph: Graph, batches: Iterable[Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if batches is None or isinstance(batches, Mapping | str | np.ndarray) or not isinstance(batches, Iterable):
         found = "None" if batches is None else f"a {type(batches).__name__}"
         raise DataError(f"batches is {found}; expected an iterable of mappings {_example(graph)}")
     index = -1
     for index, batch in enumerate(batches):
-        yield _checked(graph, batch, f"batch {index}")
+        place = f"batch {index}"
+        _check_names(graph, batch, place)
+        yield place, {spec.name: batch[spec.name] for spec in graph.inputs}
     if index < 0:
         raise DataError(f"batches is empty; expected at least one mapping {_example(graph)}")
+
+
+def checked_part(graph: Graph, part: Part) -> dict[str, Any]:
+    """Returns the arrays of a part, which fit the graph's inputs.
+
+    Raises:
+        DataError: An array has another type, rank or shape, no elements, or NaN or infinity; the message names the
+            batch by its index from 0, and the samples where it is divided.
+    """
+    return _checked(graph, part.inputs, part.place)
 
 
 def num_samples(inputs: Mapping[str, Any]) -> int:
@@ -35,7 +67,7 @@ def num_samples(inputs: Mapping[str, Any]) -> int:
     return next((array.shape[0] for array in inputs.values() if array.ndim), 1)
 
 
-def _checked(graph: Graph, batch: Any, place: str) -> dict[str, Any]:
+def _check_names(graph: Graph, batch: Any, place: str) -> None:
     if not isinstance(batch, Mapping):
         raise DataError(f"{place} is a {type(batch).__name__}; expected a mapping {_example(graph)}")
     known = [spec.name for spec in graph.inputs]
@@ -48,6 +80,9 @@ def _checked(graph: Graph, batch: Any, place: str) -> dict[str, Any]:
     missing = [name for name in known if name not in batch]
     if missing:
         raise DataError(f"{place} lacks the input {missing[0]!r}; it has {', '.join(map(str, batch)) or 'none'}")
+
+
+def _checked(graph: Graph, batch: Mapping[str, Any], place: str) -> dict[str, Any]:
     symbols: dict[str, int] = {}
     return {spec.name: _checked_array(spec, batch[spec.name], place, symbols) for spec in graph.inputs}
 

@@ -79,6 +79,8 @@ class Observer:
     """(state) -> the extremes of all values so far."""
     most_samples: int | None = None
     """Samples that a state has room for, merged ones included: its sums are in int32. None: any number."""
+    is_ordered: bool = False
+    """Whether batches count one by one and in their order: then states of several devices do not merge."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

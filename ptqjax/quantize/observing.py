@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptqjax.errors import DataError, ModelError
+from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.ir import Graph, Model
 from ptqjax.lowering import compiled, interpret
-from ptqjax.quantize.batches import checked_batches, num_samples
+from ptqjax.quantize.batches import checked_part, checked_parts, num_samples
 from ptqjax.quantize.observers import Extremes, Observer
+from ptqjax.quantize.parts import Parts, merged, together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,31 +75,57 @@ def observe(model: Model, batches: Iterable[Any], wanted: Iterable[Wanted]) -> d
             room for more samples; the message names the tensor or input and the batch.
         ModelError: A tensor depends on constants alone.
     """
-    data = checked_batches(model.graph, batches)
+    data = checked_parts(model.graph, batches)
     wanted = tuple(wanted)
     plan = _Plan(graph=model.graph, parts=_in_order(model.graph, wanted))
     if not plan.parts:
-        for _ in data:  # bad ones are an error even where none are needed
-            pass
+        for parts in data:  # bad ones are an error even where none are needed
+            together(partial(_check, model.graph, parts), is_shared=parts.is_shared)
         return {}
-    # Copied: leaves that share a buffer could not be donated to the step.
-    states = jax.tree.map(jnp.copy, tuple(observer.init(len(names)) for observer, names in plan.parts))
-    params = jax.device_put(dict(model.params))
-    seen = 0
-    for index, inputs in enumerate(data):
-        seen += num_samples(inputs)
-        _check_room(wanted, seen, index)
-        states, is_finite = _step(plan, params, states, inputs)
-        # Waits for the step: JAX would otherwise run ahead and hold many batches at once.
-        _check_finite(plan, np.asarray(is_finite), index)
+    states, is_shared = _states(model, plan, wanted, data)
     return {
         observer: Observed(
             observer=observer,
             rows={name: row for row, name in enumerate(names)},
-            state=jax.tree.map(np.asarray, state),
+            state=jax.tree.map(np.asarray, merged(observer.merge, [each[i] for each in states], is_shared=is_shared)),
         )
-        for (observer, names), state in zip(plan.parts, states, strict=True)
+        for i, (observer, names) in enumerate(plan.parts)
     }
+
+
+def _states(model: Model, plan: _Plan, wanted: Sequence[Wanted], data: Iterable[Parts]) -> tuple[list[Any], bool]:
+    """Returns the observers' states of each device of this process, and whether other processes have some, too."""
+    states: dict[Any, Any] = {}
+    params: dict[Any, Any] = {}
+    num_seen, is_shared = 0, False
+    for index, parts in enumerate(data):
+        num_seen += parts.num_samples
+        _check_room(wanted, num_seen, index)
+        _check_order(wanted, parts, index)
+        is_shared |= parts.is_shared
+        for part in parts.here:
+            if part.device not in states:
+                params[part.device] = jax.device_put(dict(model.params), part.device)
+                states[part.device] = jax.device_put(_initial(plan), part.device)
+        together(partial(_advance, plan, params, states, parts), is_shared=parts.is_shared)
+    return list(states.values()) or [_initial(plan)], is_shared
+
+
+def _advance(plan: _Plan, params: Mapping[Any, Any], states: dict[Any, Any], parts: Parts) -> None:
+    """Replaces the states of the devices by those after one batch."""
+    flags = []
+    for part in parts.here:  # all devices work before the first is waited for
+        inputs = checked_part(plan.graph, part)
+        states[part.device], is_finite = _step(plan, params[part.device], states[part.device], inputs)
+        flags.append((part, is_finite))
+    # Waits for the step: JAX would otherwise run ahead and hold many batches at once.
+    for part, is_finite in flags:
+        _check_finite(plan, np.asarray(is_finite), part.place)
+
+
+def _initial(plan: _Plan) -> Any:
+    # Copied: leaves that share a buffer could not be donated to the step.
+    return jax.tree.map(jnp.copy, tuple(observer.init(len(names)) for observer, names in plan.parts))
 
 
 def _in_order(graph: Graph, wanted: Sequence[Wanted]) -> tuple[tuple[Observer, tuple[str, ...]], ...]:
@@ -143,11 +170,25 @@ def _check_room(wanted: Sequence[Wanted], seen: int, index: int) -> None:
             )
 
 
-def _check_finite(plan: _Plan, is_finite: np.ndarray, index: int) -> None:
+def _check(graph: Graph, parts: Parts) -> None:
+    for part in parts.here:
+        checked_part(graph, part)
+
+
+def _check_order(wanted: Sequence[Wanted], parts: Parts, index: int) -> None:
+    ordered = next((each for each in wanted if each.observer.is_ordered), None)
+    if ordered is not None and parts.num_parts > 1:
+        raise ConfigError(
+            f"batch {index} lies on {parts.num_parts} devices; what '{ordered.scheme}' with compatibility='aimet' "
+            "makes of batches depends on their order: give them on one device"
+        )
+
+
+def _check_finite(plan: _Plan, is_finite: np.ndarray, where: str) -> None:
     if not is_finite.all():
         place = _places(plan.graph)
         bad = (name for name, fine in zip(plan.tensors, is_finite, strict=True) if not fine)
         raise DataError(
-            f"tensor '{min(bad, key=place.__getitem__)}' is NaN or infinite in batch {index}; "
+            f"tensor '{min(bad, key=place.__getitem__)}' is NaN or infinite in {where}; "
             "check the model in float on that batch, or exclude the tensor"
         )
