@@ -1,0 +1,109 @@
+"""What every group's rounding does to the outputs, measured one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ptqjax.evaluate import energy, predicted
+from ptqjax.experiments.effects import Effects, Labels
+from ptqjax.experiments.engine import Variant, evaluate_variants, switched
+from ptqjax.experiments.groups import Group
+from ptqjax.experiments.metrics import Metric, Outputs, Seen
+from ptqjax.ir import Model
+from ptqjax.progress import Follow
+from ptqjax.quantize import Encodings
+
+
+def measure_effects(
+    model: Model,
+    batches: Iterable[Mapping[str, Any]],
+    encodings: Encodings,
+    groups: Sequence[Group],
+    *,
+    is_alone: bool,
+    labels: Labels = None,
+    follow: Follow | None = None,
+) -> Effects:
+    """Returns exactly what each group does to the outputs of these samples; a run of the simulated model for each.
+
+    Alone: the noise and the loss where it alone is rounded, less those of the float model. Beside the others: those
+    where all is rounded, less those where all but the group is.
+
+    Args:
+        model: The float model.
+        batches: Inputs by name. Gone through once.
+        encodings: The grids; what is not enabled stays in float.
+        groups: What is switched. The other encodings are off, where `is_alone`, else on.
+        is_alone: Whether each group is rounded alone, or all are but the group.
+        labels: Which task's loss is measured.
+        follow: Shows how far the pass is.
+
+    Raises:
+        DataError: The batches do not fit the model, there are none, or not as many labels as samples.
+        ModelError: An output is not finite.
+    """
+    named = [frozenset(group.tensors) for group in groups]
+    variants = [
+        Variant(name=group.name, encodings=switched(encodings, lambda name, of=of: (name in of) == is_alone))
+        for group, of in zip(groups, named, strict=True)
+    ]
+    base = switched(encodings, lambda _: not is_alone)
+    metrics = [_noise()] if labels is None else [_noise(), _loss()]
+    values = evaluate_variants(
+        model,
+        [Variant(name="all the others", encodings=base), *variants],
+        batches,
+        metrics=metrics,
+        labels=None if isinstance(labels, str) else labels,
+        follow=follow,
+    ).values
+    sign = 1 if is_alone else -1
+    found = {name: sign * np.array([value[name] - values[0][name] for value in values[1:]]) for name in values[0]}
+    return Effects(noise=found["noise"], loss=found.get("loss"))
+
+
+def _noise() -> Metric:
+    """Returns the metric sum (y - y_q)^2 / sum y^2 over all floating outputs."""
+
+    def update(state: tuple[float, float], seen: Seen) -> tuple[float, float]:
+        found, wanted = _floating(seen.found), _floating(seen.wanted)
+        return state[0] + energy(wanted, found), state[1] + energy(wanted)
+
+    return Metric(
+        name="noise",
+        init=lambda: (0.0, 0.0),
+        update=update,
+        finish=_ratio,
+        higher_is_better=False,
+    )
+
+
+def _ratio(state: tuple[float, float]) -> float:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.float64(state[0]) / np.float64(state[1]))
+
+
+def _loss() -> Metric:
+    """Returns the metric: mean cross-entropy of the first output with the labels, or with the reference's own class."""
+
+    def update(state: tuple[float, int], seen: Seen) -> tuple[float, int]:
+        name = next(iter(_floating(seen.wanted)))
+        logits = np.asarray(seen.found[name], np.float64).reshape(len(seen.found[name]), -1)
+        classes = predicted(seen.wanted[name]) if seen.labels is None else seen.labels
+        losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(logits)), classes]
+        return state[0] + float(losses.sum()), state[1] + len(logits)
+
+    return Metric(
+        name="loss",
+        init=lambda: (0.0, 0),
+        update=update,
+        finish=lambda state: state[0] / state[1],
+        higher_is_better=False,
+    )
+
+
+def _floating(outputs: Outputs) -> dict[str, np.ndarray]:
+    return {name: value for name, value in outputs.items() if value.dtype.kind not in "iubOSUT"}

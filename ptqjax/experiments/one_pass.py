@@ -1,0 +1,248 @@
+"""What every group's rounding does to the outputs, from one pass forward and one back: an estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptqjax.errors import ModelError
+from ptqjax.experiments.effects import Effects, Labels, with_labels
+from ptqjax.experiments.groups import Group
+from ptqjax.experiments.injection import Injection, Place, injection_of
+from ptqjax.ir import Graph, Model
+from ptqjax.lowering import compiled, interpret
+from ptqjax.progress import Follow
+from ptqjax.quantize import Encodings
+from ptqjax.simulate import fake_quantization
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """How effects are estimated; static under `jit`."""
+
+    is_alone: bool
+    """Whether each group alone is rounded, and the rest is in float; or all is rounded, and each group alone is put
+    back into float."""
+    has_loss: bool = False
+    """Whether the task's loss is followed as well."""
+
+
+def estimate_effects(
+    model: Model,
+    batches: Iterable[Mapping[str, Any]],
+    encodings: Encodings,
+    groups: Sequence[Group],
+    *,
+    is_alone: bool,
+    labels: Labels = None,
+    seed: int = 0,
+    follow: Follow | None = None,
+) -> Effects:
+    """Returns about what each group does to the outputs; one pass forward and back, memory of one batch.
+
+    Let J be the derivative of a sample's outputs by a group's error n: the difference that rounding makes to what the
+    group's tensors hold, or to what operators make of its parameters.
+
+    Alone, with r a vector of random signs, c = r^T J n has the mean square |J n|^2: the noise in the outputs, to second
+    order. One pass back gives the c of all groups. The task's loss rises by g^T J n + (f^T J n)^2 / 2, with g the
+    loss's gradient by the outputs, and f that gradient for a label drawn from the model's own distribution: the second
+    order by Fisher's matrix.
+
+    Beside the others, with e the error of a sample's outputs where all is rounded, the noise |e|^2 loses 2 e^T J n
+    where the group is put back into float, and the loss g^T J n: to first order. Nothing is drawn.
+
+    Biases beside a rounded input and weight are rounded; their errors belong to no group.
+
+    Args:
+        model: The float model.
+        batches: Inputs by name; each new size is compiled anew.
+        encodings: The grids. Their values are arguments of one compiled program.
+        groups: What is followed. The others are in float, where `is_alone`, else rounded.
+        is_alone: Whether each group is rounded alone, or all are but the group.
+        labels: Which task's loss is followed.
+        seed: Of what is drawn.
+        follow: Shows how far the pass is.
+
+    Raises:
+        DataError: The batches do not fit the model, there are none, or not as many labels as samples.
+        ModelError: No output holds floating numbers.
+    """
+    static = _Static(
+        graph=model.graph,
+        injection=injection_of(model.graph, groups, from_float=is_alone),
+        estimate=Estimate(is_alone=is_alone, has_loss=labels is not None),
+    )
+    params, key = jax.device_put(dict(model.params)), jax.random.key(seed)
+    noise, loss, power, count = np.zeros(len(groups)), np.zeros(len(groups)), 0.0, 0
+    shown = follow(batches, "sensitivity") if follow else batches
+    for number, (batch, classes) in enumerate(with_labels(model.graph, shown, labels)):
+        given = _Batch(inputs=batch, classes=classes, key=jax.random.fold_in(key, number))
+        found = jax.device_get(_measure(static, params, encodings, given))
+        noise, loss = noise + found["noise"], loss + found["loss"]
+        power, count = power + float(found["power"]), count + len(classes)
+    return Effects(noise=noise / power, loss=None if labels is None else loss / count)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Static:
+    """What is static in the program."""
+
+    graph: Graph
+    """The model's graph."""
+    injection: Injection
+    """The graph with errors that can be scaled."""
+    estimate: Estimate
+    """What is asked."""
+
+
+class _Batch(NamedTuple):
+    """What is measured on."""
+
+    inputs: Mapping[str, Any]
+    """The samples."""
+    classes: Any
+    """The label of each sample; -1 for the class that the float model names."""
+    key: Any
+    """What is drawn with."""
+
+
+@compiled
+def _measure(static: _Static, params: Mapping[str, Any], encodings: Encodings, batch: _Batch) -> dict[str, jax.Array]:
+    """Returns by group the sums over a batch's samples of noise and loss, and the power of the outputs."""
+    num_samples, num_groups = batch.classes.shape[0], static.injection.num_groups
+    amplitudes = (jnp.zeros((num_groups, num_samples)), jnp.zeros(num_groups))
+    program = _Program(static, params, encodings, num_samples)
+    outputs, pull = jax.vjp(lambda given: _floating(program.run(batch.inputs, *given)), amplitudes)
+    if static.estimate.is_alone:
+        wanted, directions = outputs, [_signs(outputs, batch.key)]
+    else:
+        wanted = _floating(interpret(static.graph, params, batch.inputs)[0])
+        directions = [{name: 2 * (value - wanted[name]) for name, value in outputs.items()}]
+    directions += _of_the_loss(static.estimate, outputs, wanted, batch)
+    (found,) = jax.vmap(pull)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions))
+    power = jnp.stack([jnp.sum(value.astype(jnp.float32) ** 2) for value in wanted.values()]).sum()
+    noise, *loss = program.by_sample(*found)
+    return {"power": power} | _effects(static.estimate, noise, loss)
+
+
+def _effects(estimate: Estimate, noise: jax.Array, loss: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    """Returns the sums over samples; of each direction, what arrives at the amplitudes of groups and samples."""
+    if not estimate.is_alone:
+        return {"noise": -noise.sum(1), "loss": -loss[0].sum(1) if loss else jnp.zeros(len(noise))}
+    rise = loss[0].sum(1) + (loss[1] ** 2).sum(1) / 2 if loss else jnp.zeros(len(noise))
+    return {"noise": (noise**2).sum(1), "loss": rise}
+
+
+def _floating(outputs: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Returns the outputs that hold floating numbers.
+
+    Raises:
+        ModelError: None does.
+    """
+    found = {name: value for name, value in outputs.items() if jnp.issubdtype(value.dtype, jnp.floating)}
+    if not found:
+        raise ModelError(
+            "none of the outputs holds floating numbers, to which errors could be followed; expected one: take the "
+            "model's output before ArgMax or Cast"
+        )
+    return found
+
+
+def _signs(outputs: Mapping[str, jax.Array], key: Any) -> dict[str, jax.Array]:
+    keys = jax.random.split(key, len(outputs))
+    return {
+        name: jax.random.rademacher(each, value.shape, value.dtype)
+        for each, (name, value) in zip(keys, outputs.items(), strict=True)
+    }
+
+
+def _of_the_loss(
+    estimate: Estimate, outputs: Mapping[str, jax.Array], wanted: Mapping[str, jax.Array], batch: _Batch
+) -> list[dict[str, jax.Array]]:
+    """Returns the gradients of cross-entropy by the outputs: for the classes, and for ones that are drawn."""
+    if not estimate.has_loss:
+        return []
+    name = next(iter(outputs))
+    logits = outputs[name].reshape(len(batch.classes), -1)
+    predicted = jnp.argmax(wanted[name].reshape(logits.shape), axis=1)
+    classes = jnp.where(batch.classes < 0, predicted, batch.classes)
+    drawn = jax.random.categorical(jax.random.fold_in(batch.key, 1), logits, axis=1)
+
+    def gradient(classes: jax.Array) -> dict[str, jax.Array]:
+        by_logits = jax.nn.softmax(logits, axis=1) - jax.nn.one_hot(classes, logits.shape[1], dtype=logits.dtype)
+        zeros = {other: jnp.zeros_like(value) for other, value in outputs.items()}
+        return zeros | {name: by_logits.reshape(outputs[name].shape)}
+
+    return [gradient(classes), gradient(drawn)] if estimate.is_alone else [gradient(classes)]
+
+
+class _Program:
+    """The model, with the error of each group times an amplitude: one for each sample, or one for all of them."""
+
+    def __init__(self, static: _Static, params: Mapping[str, Any], encodings: Encodings, num_samples: int) -> None:
+        self._injection = static.injection
+        self._is_alone = static.estimate.is_alone
+        self._num_samples = num_samples
+        self._round = fake_quantization(Model(graph=static.graph, params=dict(params)), encodings)
+        self._params = self._with_other_sides(params)
+        self._places: dict[str, list[Place]] = {}
+        for place in static.injection.places:
+            self._places.setdefault(place.tensor, []).append(place)
+        self._of_all_samples: set[int] = set()
+
+    def _with_other_sides(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        rounded = {name: self._round(name, value, None)[0] for name, value in params.items()}
+        here, there = (params, rounded) if self._is_alone else (rounded, params)
+        return {**here, **{other: there[name] for name, other in self._injection.others}}
+
+    def run(self, inputs: Mapping[str, Any], by_sample: jax.Array, common: jax.Array) -> dict[str, Any]:
+        """Returns the outputs for amplitudes by group and sample, and by group."""
+        copies: dict[str, jax.Array] = {}
+        grids, others = dict(self._injection.rounded), self._injection.copies
+
+        def intercept(name: str, value: jax.Array, axis: int | None) -> tuple[jax.Array, None]:
+            if name in grids:
+                return self._round(grids[name], value, axis)[0], None
+            if name in others:
+                copies[name] = value
+                return value, None
+            if name in self._params:
+                return value, None
+            result = value if self._is_alone else self._round(name, value, axis)[0]
+            for place in self._places.get(name, ()):
+                error = jax.lax.stop_gradient(self._error(place, value, copies, axis))
+                result += (self._amplitude(place, value, by_sample, common) * error).astype(value.dtype)
+            return result, None
+
+        return interpret(self._injection.graph, self._params, inputs, intercept=intercept)[0]
+
+    def _error(self, place: Place, value: jax.Array, copies: Mapping[str, jax.Array], axis: int | None) -> jax.Array:
+        """Returns what the other side of a rounding adds to the tensor."""
+        if not place.other:
+            rounded = self._round(place.tensor, value, axis)[0]
+            return rounded - value if self._is_alone else value - rounded
+        if place.other not in copies:
+            return jnp.zeros_like(value)  # no floating number depends on it
+        other = copies[place.other]
+        return self._round(place.tensor, other, axis)[0] - other if place.is_rounded_again else other - value
+
+    def _amplitude(self, place: Place, value: jax.Array, by_sample: jax.Array, common: jax.Array) -> jax.Array:
+        if value.ndim and value.shape[0] == self._num_samples:
+            return by_sample[place.group].reshape(-1, *(1,) * (value.ndim - 1))
+        self._of_all_samples.add(place.group)
+        return common[place.group].reshape((1,) * value.ndim)
+
+    def by_sample(self, by_sample: jax.Array, common: jax.Array) -> list[jax.Array]:
+        """Returns what arrived at the amplitudes of groups and samples, for each of the directions that were sent.
+
+        A group with a place where samples lie together has the sum over all samples in the place of the first.
+        """
+        is_common = np.isin(np.arange(len(common[0])), sorted(self._of_all_samples))[:, None]
+        first = np.arange(self._num_samples) == 0
+        total = (by_sample.sum(2) + common)[:, :, None] * first[None, None, :]
+        return list(jnp.where(is_common[None], total, by_sample))
