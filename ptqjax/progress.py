@@ -16,6 +16,8 @@ Follow: TypeAlias = Callable[[Any, str], Any]
 Long functions take `follow: Follow | None = None`, and show nothing where it is None.
 """
 
+quiet_option = click.option("--quiet", is_flag=True, help="Show no progress.")
+"""The option of commands that show progress."""
 _SECONDS = 5.0  # between two plain lines
 
 

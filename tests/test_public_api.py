@@ -78,7 +78,7 @@ def test_all_homes_and_type_checker_agree():
     imports = source[source.index("if TYPE_CHECKING:") : source.index("__all__")]
     seen = {
         name.strip(): room
-        for room, names in re.findall(r"from ptqjax\.(\w+) import (\([^)]*\)|.+)", imports)
+        for room, names in re.findall(r"from ptqjax\.([\w.]+) import (\([^)]*\)|.+)", imports)
         for name in names.strip("()").split(",")
         if name.strip()
     }

@@ -21,10 +21,12 @@ METRICS = ("sqnr_db", "agreement", "top1")
 """What can be measured of the exported file."""
 DEVICES = ("auto", "cpu", "cuda")
 """Where a recipe may compute."""
+REPORTS = ("full", "table", "none")
+"""What the report holds: all that `explain` finds, the table of stages and what was done, or nothing (no report)."""
 TRANSFORMS = ("equalize", "absorb", "scaling", "bounds", "correct", "headroom")
 """Settings of `QuantizationConfig` that stand in [transforms]; all may stand in [config]."""
 
-_TOP = ("model", "seed", "metrics", "device", "data", "transforms", "config")
+_TOP = ("model", "seed", "metrics", "report", "device", "data", "transforms", "config")
 _DATA = ("calibration", "evaluation", "preprocessing", "batch")
 _HEAD = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(#.*)?$")
 
@@ -67,6 +69,8 @@ class Recipe:
     """The file's text."""
     source: str
     """What errors call it."""
+    base: Path
+    """The folder that paths in it are relative to."""
     model: Path
     """The float model."""
     calibration: Path | Pictures | None
@@ -77,6 +81,8 @@ class Recipe:
     """Samples at a time."""
     metrics: tuple[str, ...]
     """What is measured of the exported file, of `METRICS`; "top1" where there are labels."""
+    report: str
+    """What the report holds, one of `REPORTS`."""
     device: str
     """Where to compute, one of `DEVICES`."""
     config: QuantizationConfig
@@ -108,11 +114,13 @@ def recipe_of(text: str, *, source: str, base: Path) -> Recipe:
     return Recipe(
         text=text,
         source=source,
+        base=base,
         model=base / reader.value("", table, "model", str, None),
         calibration=calibration,
         evaluation=reader.data(data, "evaluation") if "evaluation" in data else None,
         batch=reader.at_least("data", data, "batch", 1, 32),
         metrics=reader.metrics(table),
+        report=reader.choice("", table, "report", REPORTS, "full"),
         device=reader.choice("", table, "device", DEVICES, "auto"),
         config=reader.config(table, has_data=calibration is not None),
     )

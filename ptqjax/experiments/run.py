@@ -159,6 +159,7 @@ def identity_of(task: Task) -> dict[str, Any]:
             "preprocessing": {name: recipe_data.settings_of(source) for name, source in sources.items()},
             "batch": recipe.batch,
             "metrics": list(recipe.metrics),
+            "report": recipe.report,
         },
         "versions": versions((*PACKAGES, *(["pillow"] if pictured else []))) | {"ptqjax source": source_digest()},
         "device": device_class(device_of(recipe.device)),
@@ -200,13 +201,15 @@ def _prepared(out: Path, task: Task, identity: Mapping[str, Any]) -> Path:
     remove_abandoned(folder)
     recipe = task.recipe
     files = {
+        "base": str(recipe.base),
         "model": str(recipe.model.resolve()),
         "calibration": _absolute(recipe.calibration),
         "evaluation": _absolute(recipe.evaluation),
         "target": _absolute(Path(recipe.config.target)) if recipe.config.target.endswith(".toml") else "",
     }
+    stored = {"address": digest_of(identity), "identity": identity, "files": files}
     write_file(folder / RECIPE, recipe.text)
-    write_file(folder / RUN, json.dumps({"identity": identity, "files": files}, indent=1) + "\n")
+    write_file(folder / RUN, json.dumps(stored, indent=1) + "\n")
     return folder
 
 

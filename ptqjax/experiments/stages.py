@@ -151,6 +151,8 @@ def _report(task: Task, root: Path, folder: Path) -> None:
     """Explains the run on its calibration samples; figures that say how long something took have no place in it."""
     from ptqjax.experiments.explain import explain  # noqa: PLC0415
 
+    if task.recipe.report == "none":
+        return
     names = {"model": task.recipe.model.name, "num_samples": task.calibration.num_samples if task.calibration else 0}
     facts = explain(
         task.model,
@@ -161,6 +163,7 @@ def _report(task: Task, root: Path, folder: Path) -> None:
         origin=names,
         device=task.device,
         file=root / "export" / "model.onnx",
+        full=task.recipe.report == "full",
         follow=task.follow,
     )
     facts |= {"settings": task.settings, "evaluation": _read_json(root / "evaluate" / _METRICS)}
