@@ -291,7 +291,7 @@ class _Plan:
 
 
 @compiled
-def _float_means(plan: _Plan, params: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Float[Array, " c"]]:
+def _float_means(plan: _Plan, params: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Float[Array, " _"]]:
     by_output = {layer.output: layer for layer in plan.layers}
 
     def measure(name: str, value: Array, channel_axis: int | None) -> tuple[Array, Array | None]:
@@ -305,9 +305,9 @@ def _batch_errors(
     plan: _Plan,
     params: Mapping[str, Any],
     encodings: Encodings,
-    float_means: Mapping[str, Float[Array, " c"]],
+    float_means: Mapping[str, Float[Array, " _"]],
     batch: Mapping[str, Any],
-) -> dict[str, Float[Array, " c"]]:
+) -> dict[str, Float[Array, " _"]]:
     by_output = {layer.output: layer for layer in plan.layers}
     quantize = fake_quantization(Model(graph=plan.graph, params=dict(params)), encodings)
 
