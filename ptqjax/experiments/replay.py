@@ -91,7 +91,7 @@ def replay(
     given = {"model": model, "calibration": calibration, "evaluation": evaluation}
     now = _moved(now, {name: Path(path) for name, path in given.items() if path is not None})
     with computing_on(now.device):
-        task = task_of(now, follow=follow or nothing, place=lambda batch: batch)
+        task = task_of(now, follow=follow or nothing, place=lambda batches: batches)
         identity = identity_of(task)
         _require_same_contents(stored["identity"], identity, task)
         with tempfile.TemporaryDirectory(prefix="ptqjax-replay-") as place:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,7 @@ def run_recipe(
     *,
     follow: Follow | None = None,
     told: Callable[[StageRun], object] | None = None,
-    place: Callable[[Any], Any] | None = None,
+    place: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> Run:
     """Returns what a recipe gives, stored under `out` in a folder named by a hash of all that decides it.
 
@@ -84,7 +84,8 @@ def run_recipe(
         out: Where the folder goes; made where it does not exist.
         follow: Shows how far each pass over samples is; None: nothing does.
         told: Is given each stage as it is done, or found.
-        place: Puts each batch of calibration samples where it is computed, such as over a mesh of devices.
+        place: Puts the calibration batches where ranges and mean errors are computed, such as
+            `lambda batches: shard_batches(batches, mesh)`. None: where JAX puts them.
 
     Raises:
         ConfigError: The recipe is wrong, or asks for a device that is not there.
@@ -93,23 +94,41 @@ def run_recipe(
     """
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     with computing_on(recipe.device):
-        task = task_of(recipe, follow=follow or nothing, place=place or _as_it_is)
+        task = task_of(recipe, follow=follow or nothing, place=place or _as_they_are)
         identity = identity_of(task)
-        folder = _prepared(Path(out), task, identity)
+        folder = prepared(Path(out), task, identity)
         stages = run_stages(task, folder, digest_of(identity), told or (lambda _: None))
     return Run(folder=folder, identity=identity, stages=stages, metrics=metrics_of(folder))
 
 
-def run_stages(task: Task, root: Path, address: str, told: Callable[[StageRun], object]) -> tuple[StageRun, ...]:
-    """Returns the stages in the folder `root`, those that are missing or damaged computed."""
+def run_stages(
+    task: Task,
+    root: Path,
+    address: str,
+    told: Callable[[StageRun], object],
+    *,
+    names: Sequence[str] = tuple(STAGES),
+    is_due: Callable[[str, bool], bool] = lambda _, is_missing: is_missing,
+) -> tuple[StageRun, ...]:
+    """Returns the stages in the folder `root`, those that are missing or damaged computed.
+
+    Args:
+        task: What is worked on.
+        root: The folder.
+        address: The hash of all that decides the results.
+        told: Is given each stage as it is done, or found.
+        names: The stages: all, or the first ones.
+        is_due: (stage, whether it is missing here) -> whether it is computed: what other processes lack may be, too.
+    """
     done: list[StageRun] = []
     key = address
-    for name, compute in STAGES.items():
+    for name in names:
+        compute = STAGES[name]
         key = digest_of([key, name, done[-1].files if done else {}])
         begin = time.monotonic()
         found = look(root / name, key)
         files = found.files
-        if files is None:
+        if is_due(name, files is None) or files is None:
             files = put(root, name, key, lambda half, compute=compute: compute(task, root, half))
         seconds = time.monotonic() - begin
         stage = StageRun(
@@ -125,7 +144,7 @@ def run_stages(task: Task, root: Path, address: str, told: Callable[[StageRun], 
     return tuple(done)
 
 
-def task_of(recipe: Recipe, *, follow: Follow, place: Callable[[Any], Any]) -> Task:
+def task_of(recipe: Recipe, *, follow: Follow, place: Callable[[Iterable[Any]], Iterable[Any]]) -> Task:
     """Returns what a recipe is to be done on: model and data, read and checked."""
     model = onnx_io.read(recipe.model)
     device = device_of(recipe.device)
@@ -187,11 +206,11 @@ def computing_on(name: str) -> AbstractContextManager[Any]:
     return jax.default_device(None if name == "auto" else device_of(name))
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _as_they_are(batches: Iterable[Any]) -> Iterable[Any]:
+    return batches
 
 
-def _prepared(out: Path, task: Task, identity: Mapping[str, Any]) -> Path:
+def prepared(out: Path, task: Task, identity: Mapping[str, Any]) -> Path:
     """Returns the run's folder, with what it takes to run it again."""
     folder = out / digest_of(identity)[:_ADDRESS]
     try:

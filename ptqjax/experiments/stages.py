@@ -57,31 +57,23 @@ class Task:
     """What computes, as reports call it."""
     follow: Follow
     """Shows how far passes over samples are."""
-    place: Callable[[Any], Any]
-    """Puts a batch of calibration samples where it is computed."""
+    place: Callable[[Iterable[Any]], Iterable[Any]]
+    """Puts calibration batches where ranges and mean errors are computed, such as over a mesh of devices."""
 
     def batches(self, label: str) -> Iterable[Any] | None:
         """Returns the calibration batches, passes over which are shown under `label`; None where there are none."""
-        if self.calibration is None:
-            return None
-        return _Placed(self.follow(self.calibration.batches, label), self.place)
+        return None if self.calibration is None else self.follow(self.calibration.batches, label)
+
+    def placed(self, label: str) -> Iterable[Any] | None:
+        """Returns the calibration batches in their place."""
+        batches = self.batches(label)
+        return None if batches is None else self.place(batches)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings as results state them: a target's file by its name alone, wherever it lies."""
         settings, target = asdict(self.recipe.config), self.recipe.config.target
         return settings | {"target": Path(target).name if target.endswith(".toml") else target}
-
-
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """Batches, each put in its place as it comes; can be gone through again and again."""
-
-    batches: Iterable[Any]
-    place: Callable[[Any], Any]
-
-    def __iter__(self) -> Any:
-        return map(self.place, self.batches)
 
 
 def _fold(task: Task, _: Path, folder: Path) -> None:
@@ -102,7 +94,7 @@ def _equalize(task: Task, root: Path, folder: Path) -> None:
 
 def _calibrate(task: Task, root: Path, folder: Path) -> None:
     config, model, choice = task.recipe.config, read_model(root / "equalize"), _read_json(root / "equalize" / _CHOICE)
-    calibrated, records = calibrate_and_report(model, task.batches("calibrate"), config)
+    calibrated, records = calibrate_and_report(model, task.placed("calibrate"), config)
     _write_encodings(folder, widened(model, calibrated, choice["headroom"], config))
     _write_records(folder, records)
 
@@ -111,7 +103,7 @@ def _correct(task: Task, root: Path, folder: Path) -> None:
     model, encodings = read_model(root / "equalize"), read_encodings(root / "calibrate")
     correct, records = _read_json(root / "equalize" / _CHOICE)["correct"], ()
     if correct != "none":
-        model, records = correct_biases(model, encodings, task.batches("correct"), method=correct)
+        model, records = correct_biases(model, encodings, task.placed("correct"), method=correct)
     # Corrected biases may have grown.
     encodings, guarded = guard_biases(model, encodings, fixed_point=sums_in_fixed_point(task.recipe.config))
     write_model(folder, model)
