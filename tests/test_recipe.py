@@ -18,7 +18,7 @@ WHOLE = """\
 model = "net.onnx"
 seed = 3
 metrics = ["top1", "sqnr_db"]
-report = "table"
+report = "short"
 device = "cpu"
 
 [data]
@@ -71,7 +71,7 @@ def test_a_recipe_says_what_its_tables_say():
     found = recipe(WHOLE)
     assert (found.model, found.calibration) == (BASE / "net.onnx", BASE / "c.npz")
     assert found.evaluation == Path("/absolute/e.npz")
-    assert (found.batch, found.metrics, found.report, found.device) == (8, ("sqnr_db", "top1"), "table", "cpu")
+    assert (found.batch, found.metrics, found.report, found.device) == (8, ("sqnr_db", "top1"), "short", "cpu")
     assert found.config == ptqjax.QuantizationConfig(
         seed=3,
         scaling="ranges",
@@ -118,7 +118,7 @@ def test_what_pictures_share_is_overridden_by_their_own():
         ('dtype = "int8"', 'dtipe = "int8"', ["line 23", "dtipe"]),
         ("1.2", "12.5", ["line 15", "headroom=12.5"]),
         ("report", "rapport", ["line 4", "near names: report"]),
-        ('"table"', '"tabel"', ["line 4", "report='tabel'", "near names: table"]),
+        ('"short"', '"shrot"', ["line 4", "report='shrot'", "near names: short"]),
         ("batch = 8", "batch = 0", ["line 10", "batch is 0", "1 or more"]),
         ("seed = 3", 'seed = "3"', ["line 2", "seed is '3'", "a whole number"]),
         ('"top1"', '"top5"', ["line 3", "'top5'", "near names: top1"]),

@@ -21,7 +21,7 @@ METRICS = ("sqnr_db", "agreement", "top1")
 """What can be measured of the exported file."""
 DEVICES = ("auto", "cpu", "cuda")
 """Where a recipe may compute."""
-REPORTS = ("full", "table", "none")
+REPORTS = ("full", "short", "none")
 """What the report holds: all that `explain` finds, the table of stages and what was done, or nothing (no report)."""
 TRANSFORMS = ("equalize", "absorb", "scaling", "bounds", "correct", "headroom")
 """Settings of `QuantizationConfig` that stand in [transforms]; all may stand in [config]."""
