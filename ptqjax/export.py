@@ -26,9 +26,11 @@ from ptqjax.quantize.quantizers import GRIDS, untold_grids
 from ptqjax.transforms.implied_clips import drop_implied_clips
 from ptqjax.transforms.integer_bounds import bound_integers
 from ptqjax.transforms.runtime_precision import keep_precision
+from ptqjax.versions import versions
 
 __all__ = ["encodings_json", "export", "insert_qdq", "quantized_model"]
 
+_STATED = ("jax", "jaxlib", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu")  # packages that a file names
 _INTEGER_SINCE = 10  # the opset of QLinearConv, into which ONNX Runtime fuses
 _PER_CHANNEL_SINCE = 13  # the opset of DequantizeLinear along an axis; biases in float need 11 for ONNX Runtime's Round
 
@@ -46,7 +48,7 @@ def export(
     """Writes NAME.onnx, the QDQ model, and NAME.encodings into `directory`, which is made if it is missing.
 
     Both files reach their names together, or what was there before stays. The ONNX file states in its metadata_props
-    where it comes from: the version of ptqjax, hashes of the model and of the encodings, and the settings.
+    where it comes from: versions of ptqjax, Python and packages, hashes of the model and of the encodings, the settings.
 
     Args:
         model: The float model.
@@ -117,6 +119,7 @@ def with_provenance(quantized: Model, model: Model, encodings: Encodings, settin
     """Returns `quantized` with metadata that says where it comes from; other metadata stays."""
     stated = {
         "ptqjax.version": version("ptqjax"),
+        "ptqjax.versions": json.dumps(versions(_STATED)),
         "ptqjax.model_sha256": fingerprint(model),
         "ptqjax.encodings_sha256": _digest(json.dumps(encodings_json(model, encodings)).encode()),
         "ptqjax.settings": json.dumps(dict(settings), sort_keys=True, default=str),

@@ -340,6 +340,7 @@ def test_the_file_states_where_it_comes_from(tmp_path):
     stated = dict(read(tmp_path / "small.onnx").graph.metadata)
     assert json.loads(stated["ptqjax.settings"]) == {"seed": 3}
     assert stated["ptqjax.model_sha256"] == fingerprint(model)
+    assert {"python", "jax", "jaxlib", "numpy", "onnx"} <= json.loads(stated["ptqjax.versions"]).keys()
     other = model.replace(params={name: value + 1 for name, value in model.params.items()})
     assert fingerprint(other) != fingerprint(model)
     again = onnx_io.read(onnx_io.to_proto(model))

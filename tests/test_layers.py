@@ -33,6 +33,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
             "onnx_io",
             "encoding_files",
             "publish",
+            "versions",
         },
     ),
     (("validate", "fit"), None),

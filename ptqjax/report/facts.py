@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,9 @@ import numpy as np
 from ptqjax.ir import Model, Node, Record, TensorSpec, all_nodes
 from ptqjax.quantize import Encoding
 from ptqjax.transforms.moments import channel_ranges
+from ptqjax.versions import versions
 
 _NUM_STD = 3.0  # around the mean: 99.7 % of a normal channel
-_PACKAGES = ("ptqjax", "jax", "jaxlib", "numpy", "onnx", "flax", "onnxruntime", "onnxruntime-gpu")
 _WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}  # operator -> axis of the weight's output channels
 
 
@@ -72,17 +70,6 @@ def facts(
 def to_json(report: Mapping[str, Any]) -> str:
     """Returns the facts as JSON text; figures that are no numbers (the SQNR of an exact copy) become strings."""
     return json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide what is computed, those that are installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def contents(model: Model) -> dict[str, Any]:
