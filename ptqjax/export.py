@@ -48,7 +48,7 @@ def export(
     """Writes NAME.onnx, the QDQ model, and NAME.encodings into `directory`, which is made if it is missing.
 
     Both files reach their names together, or what was there before stays. The ONNX file states in its metadata_props
-    where it comes from: versions of ptqjax, Python and packages, hashes of the model and of the encodings, the settings.
+    where it comes from: versions of ptqjax, Python and packages, hashes of model and encodings, and the settings.
 
     Args:
         model: The float model.
