@@ -29,6 +29,13 @@ if TYPE_CHECKING:
         UnsupportedOperatorError,
     )
     from ptqjax.evaluate import evaluate
+    from ptqjax.experiments.budgets import Budget, Drop
+    from ptqjax.experiments.explain import explain
+    from ptqjax.experiments.mixed_precision import mixed_precision
+    from ptqjax.experiments.replay import replay
+    from ptqjax.experiments.run import run_recipe
+    from ptqjax.experiments.sensitivity import sensitivity
+    from ptqjax.experiments.sweep import sweep
     from ptqjax.export import export
     from ptqjax.fit import correct_biases
     from ptqjax.ir import Model, Record
@@ -42,9 +49,11 @@ if TYPE_CHECKING:
     from ptqjax.validate import validate
 
 __all__ = [
+    "Budget",
     "ConfigError",
     "DataDependentError",
     "DataError",
+    "Drop",
     "Encoding",
     "Model",
     "ModelError",
@@ -61,17 +70,23 @@ __all__ = [
     "correct_biases",
     "equalize",
     "evaluate",
+    "explain",
     "export",
     "fold_batch_norms",
     "from_flax",
     "lowers",
+    "mixed_precision",
     "quantize",
     "read",
     "read_config",
     "read_encodings",
     "read_quantized",
     "read_state",
+    "replay",
+    "run_recipe",
+    "sensitivity",
     "simulate",
+    "sweep",
     "to_flax",
     "validate",
     "write",
@@ -81,9 +96,11 @@ __all__ = [
 ]
 
 _ROOM = {
+    "Budget": "experiments.budgets",
     "ConfigError": "errors",
     "DataDependentError": "errors",
     "DataError": "errors",
+    "Drop": "experiments.budgets",
     "Encoding": "quantize",
     "Model": "ir",
     "ModelError": "errors",
@@ -100,17 +117,23 @@ _ROOM = {
     "correct_biases": "fit",
     "equalize": "transforms",
     "evaluate": "evaluate",
+    "explain": "experiments.explain",
     "export": "export",
     "fold_batch_norms": "transforms",
     "from_flax": "bridges",
     "lowers": "ops",
+    "mixed_precision": "experiments.mixed_precision",
     "quantize": "pipeline",
     "read": "onnx_io",
     "read_config": "config",
     "read_encodings": "encoding_files",
     "read_quantized": "encoding_files",
     "read_state": "encoding_files",
+    "replay": "experiments.replay",
+    "run_recipe": "experiments.run",
+    "sensitivity": "experiments.sensitivity",
     "simulate": "simulate",
+    "sweep": "experiments.sweep",
     "to_flax": "bridges",
     "validate": "validate",
     "write": "onnx_io",
