@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ptqjax.errors import DataError
 from ptqjax.evaluate import energy, predicted
 from ptqjax.experiments.effects import Effects, Labels
 from ptqjax.experiments.engine import Variant, evaluate_variants, switched
@@ -93,6 +94,8 @@ def _loss() -> Metric:
         name = next(iter(_floating(seen.wanted)))
         logits = np.asarray(seen.found[name], np.float64).reshape(len(seen.found[name]), -1)
         classes = predicted(seen.wanted[name]) if seen.labels is None else seen.labels
+        if len(classes) < len(logits):
+            raise DataError("there are fewer labels than samples; expected one for each sample")
         losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(logits)), classes]
         return state[0] + float(losses.sum()), state[1] + len(logits)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptqjax.data import checked_labels
 from ptqjax.errors import ModelError
 from ptqjax.experiments.effects import Effects, Labels, with_labels
 from ptqjax.experiments.groups import Group
@@ -69,7 +70,8 @@ def estimate_effects(
         follow: Shows how far the pass is.
 
     Raises:
-        DataError: The batches do not fit the model, there are none, or not as many labels as samples.
+        DataError: The batches do not fit the model, there are none, or not as many labels as samples;
+            or a label is no class.
         ModelError: No output holds floating numbers.
     """
     static = _Static(
@@ -83,6 +85,8 @@ def estimate_effects(
     for number, (batch, classes) in enumerate(with_labels(model.graph, shown, labels)):
         given = _Batch(inputs=batch, classes=classes, key=jax.random.fold_in(key, number))
         found = jax.device_get(_measure(static, params, encodings, given))
+        if isinstance(labels, np.ndarray):
+            checked_labels(labels, num_classes=int(found["num_classes"]), place="labels")
         noise, loss = noise + found["noise"], loss + found["loss"]
         power, count = power + float(found["power"]), count + len(classes)
     return Effects(noise=noise / power, loss=None if labels is None else loss / count)
@@ -127,7 +131,8 @@ def _measure(static: _Static, params: Mapping[str, Any], encodings: Encodings, b
     (found,) = jax.vmap(pull)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions))
     power = jnp.stack([jnp.sum(value.astype(jnp.float32) ** 2) for value in wanted.values()]).sum()
     noise, *loss = program.by_sample(*found)
-    return {"power": power} | _effects(static.estimate, noise, loss)
+    num_classes = jnp.asarray(next(iter(outputs.values()))[0].size)
+    return {"power": power, "num_classes": num_classes} | _effects(static.estimate, noise, loss)
 
 
 def _effects(estimate: Estimate, noise: jax.Array, loss: Sequence[jax.Array]) -> dict[str, jax.Array]:
