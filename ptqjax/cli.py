@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,23 +10,22 @@ import click
 
 from ptqjax.errors import ConfigError
 from ptqjax.faults import reports_faults
-from ptqjax.progress import progress
+from ptqjax.progress import progress, quiet_option
 from ptqjax.publish import published, write_text
 from ptqjax.quantize_command import (
     NO_DATA,
     configured,
     frozen_encodings,
-    measured,
     named,
     provenance,
     require_consistent,
     without_equalization,
 )
+from ptqjax.recipe_command import replay, run
 
 if TYPE_CHECKING:
     from ptqjax.data import Batches, Samples
     from ptqjax.ir import Graph
-    from ptqjax.report import Row
 
 _BATCH = 32  # samples at a time
 _FILES = ("model.onnx", "model.encodings", "report.json", "report.html")
@@ -84,6 +82,9 @@ def commands() -> None:
     \b
     What is in a model, and what can be done to it:
         ptqjax inspect model.onnx
+    \b
+    An experiment as a file, and the proof that it repeats to the bit:
+        ptqjax run recipe.toml --out runs; ptqjax replay runs/HASH
 
     Exit codes: 0 done; 1 the data or the model is at fault; 2 usage.
     """
@@ -175,7 +176,16 @@ def commands() -> None:
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the samples that learning draws."
 )
+@click.option(
+    "--report",
+    "details",
+    default="full",
+    show_default=True,
+    type=click.Choice(["full", "short"]),
+    help="What the report holds: full, also where the noise comes from and what to do next; short, what was done.",
+)
 @_device
+@quiet_option
 @reports_faults
 def quantize(
     model: Path,
@@ -185,6 +195,8 @@ def quantize(
     *,
     config_file: Path | None,
     encodings_file: Path | None,
+    details: str,
+    quiet: bool,
     **settings: Any,
 ) -> None:
     """Quantize MODEL.onnx and write it to DIR, with its encodings and a report.
@@ -193,7 +205,7 @@ def quantize(
     DIR gets  model.onnx        the quantized model (QDQ), for ONNX Runtime
               model.encodings   its grids, as JSON
               report.json       what was done, what it gave, stage by stage
-              report.html       the same to look at
+              report.html       the same to look at, and what to do next
     \b
     Examples:
         ptqjax quantize net.onnx --calibration data.npz --out q
@@ -226,23 +238,22 @@ def quantize(
     source = ptqjax.read(model)
     frozen = None if encodings_file is None else frozen_encodings(encodings_file, source)
     samples, batches = (None, None) if path is None else _load(path, source.graph)
-    with published(out, _FILES, option="--out") as folder, progress() as follow:
+    with published(out, _FILES, option="--out") as folder, progress(is_quiet=quiet) as follow:
         data = None if batches is None else follow(batches, "quantizing")
         result = ptqjax.quantize(source, data, config, frozen=frozen)
         written = load_target(config.target).exported_weights
         ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config), weights=written)
-        rows: Sequence[Row] = ()
-        if samples is not None:
-            rows = measured(source, result, follow(batches, "measuring"), samples, config)
-        facts = report.facts(
-            source=provenance(model, path) | {"num_samples": 0 if samples is None else samples.num_samples},
-            settings=asdict(config),
+        facts = ptqjax.explain(
+            source,
+            result,
+            batches,
+            config,
+            labels=None if samples is None else samples.labels,
+            origin=provenance(model, path),
             device=device_name,
-            rows=rows,
-            records=[record for records in result.reports.values() for record in records],
-            encodings=result.encodings,
-            before=result.stages[0].model,
-            after=result.model,
+            file=folder / "model.onnx",
+            full=details == "full",
+            follow=follow,
         )
         write_text(folder / "report.json", report.to_json(facts))
         write_text(folder / "report.html", report.page(facts))
@@ -263,8 +274,9 @@ def quantize(
     help="The model that MODEL.onnx was made from: adds agreement and SQNR.",
 )
 @_device
+@quiet_option
 @reports_faults
-def evaluate(model: Path, data: Path, reference: Path | None, device: str) -> None:
+def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, quiet: bool) -> None:
     """Run MODEL.onnx in ONNX Runtime and tell how good it is.
 
     \b
@@ -283,7 +295,7 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str) -> No
 
     graph = ptqjax.read(model).graph  # ONNX Runtime alone computes: it says where it can
     samples, batches = _load(data, graph)
-    with progress() as follow:
+    with progress(is_quiet=quiet) as follow:
         found = ptqjax.evaluate(
             model,
             checked_batches(graph, follow(batches, "evaluating")),
@@ -303,8 +315,9 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str) -> No
 @click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
 @_data
 @_device
+@quiet_option
 @reports_faults
-def validate(model: Path, data: Path, device: str) -> None:
+def validate(model: Path, data: Path, device: str, *, quiet: bool) -> None:
     """Compare what is simulated with what ONNX Runtime computes from a quantized model.
 
     Each group of operators is recomputed from ONNX Runtime's own integers before it, in steps of its grid: on the CPU,
@@ -323,7 +336,7 @@ def validate(model: Path, data: Path, device: str) -> None:
     path = model / "model.onnx" if model.is_dir() else model
     quantized = ptqjax.read(path)
     _, batches = _load(data, quantized.graph)
-    with progress() as follow:
+    with progress(is_quiet=quiet) as follow:
         found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)
         tables.print_validation(path, found)
 
@@ -352,6 +365,10 @@ def inspect(model: Path, target: str, config_file: Path | None) -> None:
 
     config = configured(config_file, {name: value for name, value in named().items() if name == "target"})
     tables.print_inspection(model, report.inspect(ptqjax.read(model), config))
+
+
+commands.add_command(run)
+commands.add_command(replay)
 
 
 def _load(path: Path, graph: Graph) -> tuple[Samples, Batches]:

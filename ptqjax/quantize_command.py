@@ -1,10 +1,8 @@
-"""What `ptqjax quantize` does besides calling public functions: settings from options, its table, provenance."""
+"""What `ptqjax quantize` does besides calling public functions: settings from options, provenance."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +12,8 @@ from ptqjax.errors import ConfigError
 
 if TYPE_CHECKING:
     from ptqjax.config import QuantizationConfig
-    from ptqjax.data import Samples
     from ptqjax.ir import Model
-    from ptqjax.pipeline import Result
     from ptqjax.quantize import Encodings
-    from ptqjax.report import Row
 
 NO_DATA = "none"
 """What stands in place of DATA.npz where there is none."""
@@ -86,40 +81,6 @@ def require_consistent(calibration: str, config: QuantizationConfig, given: dict
             raise ConfigError(
                 f"--{name} {given[name]} with --no-equalize: {part} is a part of equalization; leave one of the two out"
             )
-
-
-def measured(
-    source: Model, result: Result, batches: Any, samples: Samples, config: QuantizationConfig
-) -> Sequence[Row]:
-    """Returns the table of the run; the model without equalization gets grids of its own, to show what that gained."""
-    import ptqjax
-    from ptqjax import report
-
-    folded = result.stages[0].model
-    own = {"fold": ptqjax.calibrate(folded, batches, _fitting(config, folded))} if config.equalize else {}
-    stages = [
-        report.MeasuredStage(
-            name=stage.name,
-            model=stage.model,
-            encodings=own.get(stage.name, result.encodings),
-            keeps_function=stage.name != "correct",
-        )
-        for stage in result.stages
-    ]
-    return report.measure(source, stages, batches, samples.labels)
-
-
-def _fitting(config: QuantizationConfig, model: Model) -> QuantizationConfig:
-    """Returns `config` without what is for tensors that `model` has not: they are for what equalization adds."""
-    from ptqjax.quantize.rules import matches_name
-
-    inputs = [spec.name for spec in model.graph.inputs]
-    names = [*model.graph.parameters, *inputs, *(name for node in model.graph.nodes for name in node.outputs)]
-    return replace(
-        config,
-        exclude=tuple(pattern for pattern in config.exclude if any(matches_name(pattern, name) for name in names)),
-        rules=tuple(replace(rule, optional=True) for rule in config.rules),
-    )
 
 
 def provenance(model: Path, data: Path | None) -> dict[str, Any]:

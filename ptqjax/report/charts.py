@@ -52,7 +52,7 @@ def depth_plot(names: Sequence[str], total: Sequence[float], own: Sequence[float
     What is infinite, or lies far above the line (tensors that lie on their grid already), has no mark.
     """
     high = _ceiling(total, own)
-    low = min(0.0, 5 * math.floor(min((y for y in total if math.isfinite(y)), default=0.0) / 5))
+    low = 5.0 * math.floor(min((y for y in total if math.isfinite(y)), default=0.0) / 5 - 1)
 
     def place(index: int, value: float) -> tuple[float, float]:
         x = _LEFT + (index + 0.5) / max(len(names), 1) * (_DEEP - _LEFT - _RIGHT)
@@ -130,7 +130,7 @@ def _ceiling(total: Sequence[float], own: Sequence[float]) -> float:
     """Returns the upper end of the axis, in whole fives: above the line, and above most of the marks."""
     top = max((y for y in total if math.isfinite(y)), default=10.0)
     near = [y for y in own if y <= top + 10]
-    return max(5 * math.ceil(max([top, *near]) / 5), 5.0)
+    return max(5.0 * math.ceil(max([top, *near]) / 5), 5.0)
 
 
 def _decibel_axis(low: float, high: float) -> str:

@@ -45,7 +45,7 @@ def weight_histogram(weight: np.ndarray, encoding: Encoding) -> dict[str, Any]:
         unit, values = "codes", values / scale + zero
         grid = {"low": float(encoding.qmin), "high": float(encoding.qmax), "step": step}
     low, high = _window(float(values.min(initial=0)), float(values.max(initial=0)), grid)
-    bars, _ = np.histogram(values, bins=_num_bars(values.size), range=(low, high))
+    bars, _ = np.histogram(values, bins=_MOST_BARS, range=(low, high))
     return _facts(unit, low, high, bars, grid)
 
 

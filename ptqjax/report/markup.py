@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+_LEAST = 1e-4  # a fraction that is told in percent
+
 
 def section(identity: str, title: str, text: str, content: str) -> str:
     """Returns a part of the page under its heading; `text` and `content` are HTML already."""
@@ -78,7 +80,7 @@ def decibels(value: float | None) -> str:
 
 
 def percent(fraction: float) -> str:
-    """Returns a fraction in percent; 100 stands for all, without exception."""
+    """Returns a fraction in percent; 0 and 100 stand for none and all, without exception."""
     if fraction in (0, 1):
         return f"{100 * fraction:.0f}"
-    return f"{min(max(100 * fraction, 0.01), 99.99):.2f}"
+    return f"{min(100 * fraction, 99.99):.2f}" if fraction >= _LEAST else f"under {100 * _LEAST:g}"

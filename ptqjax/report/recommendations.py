@@ -15,6 +15,7 @@ from ptqjax.report.plots import spread
 _GOOD_DB, _GOOD_AGREEMENT = 30.0, 0.99  # from which on nothing more is asked of the quantized model
 _MOST_NAMED = 5  # tensors in one recommendation
 _LEAST_GAIN_DB = 0.5  # that one tensor alone must promise
+_TIMES_ITS_PART = 2.0  # of the noise, if all groups caused as much: the least that one tensor is named for
 _LEAST_GAIN_OF_KIND_DB = 1.0
 _LEAST_SPREAD = 16.0  # of a weight's channels under one grid: four bits less for the narrowest
 _MUCH_CLIPPED = 0.5  # of what a tensor's rounding adds
@@ -160,8 +161,9 @@ def dominant_groups(report: Mapping[str, Any]) -> list[Recommendation]:
     if _is_good(report):
         return []
     groups = {group["name"]: group for group in (report.get("sensitivity") or {}).get("groups", [])}
+    least = min(_TIMES_ITS_PART / max(len(groups), 1), 0.5)
     found = []
-    for name, share in shares(report).items():
+    for name, share in [(name, share) for name, share in shares(report).items() if share >= least]:
         bits = _bits(report, groups[name]["tensors"])
         rest = 4.0 ** (bits - 8) if groups[name]["kind"] == "weight" and bits < 8 else 0.0  # noqa: PLR2004
         gain = -10 * math.log10(max(1 - share * (1 - rest), 1e-3))

@@ -1,0 +1,221 @@
+"""A quantization explained: what was done, where the noise comes from, what the runtime makes of it, what to do."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ptqjax import report
+from ptqjax.config import QuantizationConfig, load_target
+from ptqjax.errors import ConfigError, DataDependentError, DataError, ModelError, UnsupportedOperatorError
+from ptqjax.experiments.depth import Depth, Sums, measure_depth, pieces
+from ptqjax.experiments.sensitivity import sensitivity
+from ptqjax.export import export
+from ptqjax.ir import Graph, Model
+from ptqjax.pipeline import Result
+from ptqjax.progress import Follow
+from ptqjax.quantize import Encodings, calibrate
+from ptqjax.quantize.batches import num_samples
+from ptqjax.quantize.rules import matches_name
+from ptqjax.report.histograms import histogram_facts, weight_histogram
+from ptqjax.validate import Group, Validation, decibels, validate
+
+_RUNTIME_SAMPLES = 16  # that ONNX Runtime's integers are compared on; each of them is exact
+_WORST_GROUPS = 10  # of the runtime's that are told one by one
+_CANNOT = (ConfigError, DataDependentError, DataError, ModelError, UnsupportedOperatorError)
+
+
+def explain(
+    source: Model,
+    result: Result,
+    batches: Iterable[Mapping[str, Any]] | None,
+    config: QuantizationConfig | None = None,
+    *,
+    labels: np.ndarray | None = None,
+    samples: int = 32,
+    origin: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    file: str | Path | None = None,
+    full: bool = True,
+    follow: Follow | None = None,
+) -> dict[str, Any]:
+    """Returns all that is to be said of a quantization, as plain data: what `report.page` makes a page from.
+
+    Beside what `report.facts` has: the table of stages; "tensors", how far each tensor is from the float model's and
+    what its own rounding adds; "histograms", what meets each grid; "sensitivity", the share of each group of tensors in
+    the noise of the output; "runtime", how ONNX Runtime's integers compare with ours, or why they were not compared;
+    "recommendations". Without batches only the first and the last.
+
+    Args:
+        source: The float model as it was read.
+        result: What `quantize` made of it.
+        batches: The samples that it was calibrated on; gone through several times.
+        config: What `quantize` was told.
+        labels: The classes of the samples, in the order of the batches; None where unknown.
+        samples: How many samples, at most, the parts look at that come after the table of stages.
+        origin: Where model and data come from, as the page is to say it: "model", "num_samples" and the like.
+        device: What computed, as the page is to say it; None: JAX's first device.
+        file: The exported model; None: it is exported, to compare it with ONNX Runtime, and removed.
+        full: Whether to look for more than the table of stages; that takes a few compilations.
+        follow: What shows how far each pass over samples is; None: nothing does.
+
+    Raises:
+        DataError: The batches do not fit the model, or there are not as many as labels.
+    """
+    config, follow = config or QuantizationConfig(), follow or _unseen
+    batches = tuple(batches) if isinstance(batches, Iterator) else batches
+    rows = () if batches is None else measured(source, result, follow(batches, "measuring"), labels, config)
+    facts = report.facts(
+        source={"num_samples": 0 if batches is None else sum(map(num_samples, batches))} | dict(origin or {}),
+        settings=asdict(config),
+        device=device or str(jax.devices()[0]),
+        rows=rows,
+        records=[record for records in result.reports.values() for record in records],
+        encodings=result.encodings,
+        before=result.stages[0].model,
+        after=result.model,
+    )
+    if full and batches is not None:
+        first = tuple(pieces(result.model.graph, batches, samples))
+        facts |= _depth_facts(result, follow(first, "explaining"))
+        facts |= {"sensitivity": _sensitivity_facts(result, first, follow)}
+        facts |= {"runtime": _runtime_facts(result, config, file, first)}
+    return facts | {"recommendations": report.as_facts(report.recommendations(facts))}
+
+
+def _unseen(collection: Iterable[Any], _: str) -> Iterable[Any]:
+    return collection
+
+
+def measured(
+    source: Model,
+    result: Result,
+    batches: Iterable[Mapping[str, Any]],
+    labels: np.ndarray | None,
+    config: QuantizationConfig,
+) -> tuple[report.Row, ...]:
+    """Returns the table of the run; the model without equalization gets grids of its own, to show what that gained."""
+    folded = result.stages[0].model
+    own = {"fold": calibrate(folded, batches, _fitting(config, folded))} if config.equalize else {}
+    stages = [
+        report.MeasuredStage(
+            name=stage.name,
+            model=stage.model,
+            encodings=own.get(stage.name, result.encodings),
+            keeps_function=stage.name != "correct",
+        )
+        for stage in result.stages
+    ]
+    return report.measure(source, stages, batches, labels)
+
+
+def _fitting(config: QuantizationConfig, model: Model) -> QuantizationConfig:
+    """Returns `config` without what is for tensors that `model` has not: they are for what equalization adds."""
+    inputs = [spec.name for spec in model.graph.inputs]
+    names = [*model.graph.parameters, *inputs, *(name for node in model.graph.nodes for name in node.outputs)]
+    return replace(
+        config,
+        exclude=tuple(pattern for pattern in config.exclude if any(matches_name(pattern, name) for name in names)),
+        rules=tuple(replace(rule, optional=True) for rule in config.rules),
+    )
+
+
+def _depth_facts(result: Result, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what `measure_depth` finds: the corrected model against the last one that has the float function."""
+    reference = next(stage.model for stage in reversed(result.stages) if stage.name != "correct")
+    found = measure_depth(reference, result.model, result.encodings, batches)
+    return {
+        "measured_samples": found.num_samples,
+        "tensors": [_tensor(name, sums, result.model.graph) for name, sums in found.sums.items()],
+        "histograms": _histograms(found, result.model, result.encodings),
+    }
+
+
+def _tensor(name: str, sums: Sums, graph: Graph) -> dict[str, Any]:
+    producer = graph.producers.get(name)
+    is_weight = name in graph.parameters
+    reader = next((node for node in graph.nodes if name in node.inputs), None) if is_weight else producer
+    return {
+        "name": name,
+        "kind": "weight" if is_weight else "activation",
+        "operator": "graph input" if reader is None else reader.op_type,
+        "sqnr_db": decibels(float(sums.signal), float(sums.noise)),
+        "own_sqnr_db": decibels(float(sums.signal), float(sums.own_noise)),
+        "clipped": float(sums.num_clipped / sums.num_values),
+        "clip_share": float(sums.clip_noise / sums.own_noise) if sums.own_noise else 0.0,
+    }
+
+
+def _histograms(found: Depth, model: Model, encodings: Encodings) -> dict[str, Any]:
+    pictures = {}
+    for name in (name for name in found.sums if name in encodings and np.all(encodings[name].enabled)):
+        if name in found.histograms:
+            pictures[name] = histogram_facts(found.histograms[name], encodings[name])
+        elif name in model.params:
+            pictures[name] = weight_histogram(np.asarray(model.params[name]), encodings[name])
+    return pictures
+
+
+def _sensitivity_facts(result: Result, batches: Iterable[Mapping[str, Any]], follow: Follow) -> dict[str, Any]:
+    """Returns the share of each group in the noise of the output; or why it cannot be told."""
+    batches = tuple(batches)
+    try:
+        found = sensitivity(result.model, batches, result.encodings, follow=follow)
+    except _CANNOT as error:
+        return {"samples": 0, "groups": [], "reason": str(error)}
+    groups = [
+        {"name": each.name, "kind": each.kind, "tensors": list(each.tensors)}
+        | {"noise": float(each.noise), "sqnr_db": float(each.sqnr_db)}
+        for each in found
+    ]
+    return {"samples": sum(map(num_samples, batches)), "groups": groups}
+
+
+def _runtime_facts(
+    result: Result, config: QuantizationConfig, file: str | Path | None, batches: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Returns how the exported file in ONNX Runtime compares with what is simulated, or why that cannot be told."""
+    chosen, count = [], 0
+    for batch in batches:
+        if count < _RUNTIME_SAMPLES:
+            chosen.append(batch)
+            count += num_samples(batch)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if file is None:
+                written = load_target(config.target).exported_weights
+                export(result.model, result.encodings, folder, "model", weights=written)
+            return _compared(validate(file or Path(folder) / "model.onnx", chosen))
+        except _CANNOT as error:
+            return {"compared": False, "reason": str(error)}
+
+
+def _compared(found: Validation) -> dict[str, Any]:
+    worst = sorted(found.groups, key=lambda group: (group.end_to_end.equal, group.equal))
+    return {
+        "compared": True,
+        "num_samples": found.num_samples,
+        "num_groups": len(found.groups),
+        "lowest_equal": found.equal,
+        "largest": found.largest,
+        "integer": asdict(found.integer),
+        "float": asdict(found.float),
+        "groups": [_group(group) for group in worst[:_WORST_GROUPS]],
+        "unverified": list(found.unverified),
+        "warnings": list(found.warnings),
+    }
+
+
+def _group(group: Group) -> dict[str, Any]:
+    return {
+        "tensor": group.tensor,
+        "operator": group.operator,
+        "alone": asdict(group.alone),
+        "end_to_end": asdict(group.end_to_end),
+    }
