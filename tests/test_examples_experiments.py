@@ -53,3 +53,30 @@ def test_mixed_precision_spends_the_same_bits_better(tmp_path):
     assert size["drop"][1] < size["budget"][1]
     # at most 1 % on 128 calibration pictures; on 597 others the standard error of a share near 98 % is 0.6 points
     assert found["drop"] > 96
+
+
+def test_a_sweep_compiles_once_and_marks_its_front(tmp_path):
+    printed = run("sweep", tmp_path)
+    assert "24 configurations, 1 compiled program;" in printed
+    row = r"^(W\dA\d \w+) +([\d.]+) +([\d.]+) +([\d.]+) +(\d+) +[\d.]+( \*)?$"
+    rows = {name: values for name, *values in re.findall(row, printed, re.MULTILINE)}
+    assert len(rows) == 24
+    noise, same, right = ({name: float(values[i]) for name, values in rows.items()} for i in range(3))
+    size = {name: int(values[3]) for name, values in rows.items()}
+    assert noise["W8A8 channel"] > noise["W4A8 channel"] + 6 > noise["W3A4 channel"] + 6
+    assert same["W8A8 channel"] > 99
+    assert right["W8A8 channel"] > 97
+    best = {name for name in rows if not any(size[o] <= size[name] and noise[o] > noise[name] for o in rows)}
+    assert {name for name, values in rows.items() if values[4]} <= best  # dB are printed with one decimal: ties
+
+
+def test_a_recipe_is_resumed_replayed_and_compared(tmp_path):
+    printed = run("replay", tmp_path)
+    done, there = re.findall(
+        r"^run: +(\d+) stages in|^again: +(\d+ of \d+) stages there already", printed, re.MULTILINE
+    )
+    assert there[1] == f"{done[0]} of {done[0]}"
+    assert re.search(r"^replay: +all files of the same bytes$", printed, re.MULTILINE)
+    assert "settings.config.ranges: sqnr then, min-max now" in printed
+    assert re.search(r"first stage that differs: calibrate$", printed, re.MULTILINE)
+    assert re.search(r"top-1 9[78]\.\d%", printed)
