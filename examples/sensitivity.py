@@ -8,6 +8,7 @@ Per tensor and without equalization: so a few tensors bring nearly all of the no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,14 @@ import ptqjax
 from ptqjax.experiments.sensitivity import Sensitivity, ranking
 
 FOLDER = Path(__file__).parent
-SETTINGS = {"granularity": "tensor", "ranges": "min-max"}
+CONFIG = ptqjax.QuantizationConfig(granularity="tensor", ranges="min-max")
 NUM_WIDENED = 3
 WIDTH = 40
 """Of the longest bar, in letters."""
 
 
 def bars(found: Sequence[Sensitivity]) -> list[str]:
-    """Returns a line for each group: its SQNR alone, and a bar as long as its share of the loudest one in dB."""
+    """Returns a line for each group: its SQNR alone, and a bar longer the louder it is, in dB."""
     loudest, softest = found[0].sqnr_db, found[-1].sqnr_db
     lines = []
     for each in found:
@@ -37,8 +38,7 @@ def main() -> None:
     model, _ = ptqjax.fold_batch_norms(ptqjax.read(FOLDER / "digits.onnx"))
     samples = np.load(FOLDER / "digits_calibration.npz")["input"]
     batches = [{"input": samples[:64]}, {"input": samples[64:]}]
-    config = ptqjax.QuantizationConfig(**SETTINGS)
-    encodings = ptqjax.calibrate(model, batches, config)
+    encodings = ptqjax.calibrate(model, batches, CONFIG)
 
     found = ranking(ptqjax.sensitivity(model, batches, encodings))
     print("\n".join(bars(found)))
@@ -47,7 +47,7 @@ def main() -> None:
     rules = tuple(
         ptqjax.Rule(tensors=each.tensors, dtype="int16" if each.kind == "weight" else "uint16") for each in loud
     )
-    widened = ptqjax.calibrate(model, batches, ptqjax.QuantizationConfig(**SETTINGS, rules=rules))
+    widened = ptqjax.calibrate(model, batches, replace(CONFIG, rules=rules))
     for label, of in (("all at 8 bits", encodings), (f"{', '.join(each.name for each in loud)} at 16", widened)):
         print(f"{label}: {output_sqnr(model, of):.1f} dB on pictures that were not looked at")
 

@@ -1,6 +1,7 @@
 """Sensitivities: the estimate of one pass is what its formula says, and ranks as the exact numbers do."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def losses(found):
 
 
 def correlation(one, other):
-    return float(spearmanr(one, other).statistic)
+    found: Any = spearmanr(one, other)
+    return float(found.statistic)
 
 
 def total(found):
