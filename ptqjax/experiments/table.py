@@ -226,7 +226,7 @@ def _picture(rows: Sequence[SweepRow], front: Sequence[SweepRow], metric: str, c
     )
 
 
-def _scale(values: Sequence[float], start: float, end: float) -> Any:
+def _scale(values: Sequence[float], start: int, end: int) -> Any:
     """Returns the map of the values' range to start..end."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     spread = high - low if high > low else 1.0
