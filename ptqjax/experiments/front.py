@@ -155,8 +155,8 @@ def _picture(found: MixedPrecision, cost: str, metric: str) -> str:
     def y_of(point: Point) -> float:
         return point.metrics[metric]
 
-    x = _Axis.around([x_of(point) for point in found.points], _LEFT, _WIDTH - _RIGHT)
-    y = _Axis.around([y_of(point) for point in found.points], _HEIGHT - _BOTTOM, _TOP)
+    x = _Axis.around([x_of(point) for point in found.points], float(_LEFT), float(_WIDTH - _RIGHT))
+    y = _Axis.around([y_of(point) for point in found.points], float(_HEIGHT - _BOTTOM), float(_TOP))
     front = " ".join(f"{x.at(x_of(p)):.1f},{y.at(y_of(p)):.1f}" for p in pareto(found.points, x_of, y_of))
     marks = [_mark(point, x.at(x_of(point)), y.at(y_of(point)), point is found.chosen) for point in found.points]
     title = f"{_LABELS.get(metric, metric)} against {_LABELS.get(cost, cost)}"
