@@ -159,8 +159,21 @@ def test_the_tensors_that_cause_most_of_the_noise_are_widened_or_excluded(facts)
     assert tomllib.loads(widen.option) == {"rules": [{"tensors": ["w1"], "dtype": "int8"}]}
     assert exclude.option == "--exclude 'x1'"
     assert exclude.gain_db == pytest.approx(1.549, abs=1e-3)  # -10 log10(1 - 0.3)
-    assert "30 %" in exclude.why
+    assert "x1 30 %" in exclude.why
     assert dominant_groups(good(facts)) == []
+
+
+def test_tensors_that_are_widened_alike_are_one_recommendation_with_the_gain_of_all(facts):
+    facts["encodings"] |= {"w1": encoding(4), "w2": encoding(6)}
+    facts["sensitivity"]["groups"] = [
+        group("w2", "weight", 0.003),
+        group("w1", "weight", 0.006),
+        *(group(f"v{i}", "weight", 0.0001) for i in range(10)),
+    ]
+    (found,) = dominant_groups(facts)
+    assert found.what == "Widen w1 and 1 other to int8."
+    assert found.where == ("w1", "w2")
+    assert found.gain_db == pytest.approx(-10 * math.log10(1 - 0.6 * (1 - 4.0**-4) - 0.3 * (1 - 4.0**-2)))
 
 
 def test_shares_add_up_and_the_largest_comes_first(facts):

@@ -23,6 +23,7 @@ _NEAR_DB = 6.0  # of the accumulated noise: a tensor that adds less is none of t
 _FEW_SAMPLES = 32
 _SAME_FUNCTION_DB = 60.0  # float32 leaves a hundred
 _LOST_DB = 0.5
+_WIDE = 8  # bits, from which on a weight is not widened but left out
 _WIDER = {2: 4, 3: 4, 4: 8, 5: 8, 6: 8, 7: 8, 8: 16}  # bits -> the next width that files have
 
 
@@ -157,19 +158,17 @@ def one_grid_for_all_channels(report: Mapping[str, Any]) -> list[Recommendation]
 
 
 def dominant_groups(report: Mapping[str, Any]) -> list[Recommendation]:
-    """Recommends to widen or exclude the tensors that cause much of the noise each."""
+    """Recommends to widen weights of few bits, and to exclude other tensors, that cause much of the noise each."""
     if _is_good(report):
         return []
+    parts = shares(report)
+    least = min(_TIMES_ITS_PART / max(len(parts), 1), 0.5)
     groups = {group["name"]: group for group in (report.get("sensitivity") or {}).get("groups", [])}
-    least = min(_TIMES_ITS_PART / max(len(groups), 1), 0.5)
-    found = []
-    for name, share in [(name, share) for name, share in shares(report).items() if share >= least]:
-        bits = _bits(report, groups[name]["tensors"])
-        rest = 4.0 ** (bits - 8) if groups[name]["kind"] == "weight" and bits < 8 else 0.0  # noqa: PLR2004
-        gain = -10 * math.log10(max(1 - share * (1 - rest), 1e-3))
-        if gain >= _LEAST_GAIN_DB and len(found) < _MOST_NAMED:
-            found.append(_about_group(groups[name], share, gain, bits))
-    return found
+    found: dict[bool, list[Mapping[str, Any]]] = {True: [], False: []}
+    for name in [name for name, share in parts.items() if share >= least and _gain(share) >= _LEAST_GAIN_DB]:
+        widens = groups[name]["kind"] == "weight" and _bits(report, groups[name]["tensors"]) < _WIDE
+        found[widens].append(groups[name])
+    return [_about_groups(named[:_MOST_NAMED], report, widens=widens) for widens, named in found.items() if named]
 
 
 def noisy_kind(report: Mapping[str, Any]) -> list[Recommendation]:
@@ -184,9 +183,9 @@ def noisy_kind(report: Mapping[str, Any]) -> list[Recommendation]:
     wider = _wider(report["settings"][setting])
     if wider is None:
         return []
-    dtype, saved = wider
+    dtype, left = wider
     share = noise[kind] / total
-    gain = -10 * math.log10(max(1 - share * (1 - saved), 1e-3))
+    gain = _gain(share * (1 - left))
     if gain < _LEAST_GAIN_OF_KIND_DB:
         return []
     return [
@@ -280,18 +279,31 @@ def has_classes(contents: Mapping[str, Any]) -> bool:
     return shape is None or any(size != 1 for size in shape[1:])
 
 
-def _about_group(group: Mapping[str, Any], share: float, gain: float, bits: int) -> Recommendation:
-    widens = group["kind"] == "weight" and bits < 8  # noqa: PLR2004
-    tensors = tuple(group["tensors"])
+def _about_groups(groups: Sequence[Mapping[str, Any]], report: Mapping[str, Any], *, widens: bool) -> Recommendation:
+    parts, first = shares(report), groups[0]
+    saved = [1 - _left(report, group) if widens else 1.0 for group in groups]
+    tensors = tuple(name for group in groups for name in group["tensors"])
+    others = f" and {_count(len(groups) - 1, 'other', 'others')}" if len(groups) > 1 else ""
+    told = ", ".join(f"{group['name']} {100 * parts[group['name']]:.0f} %" for group in groups)
     return Recommendation(
         reason="dominant groups",
-        what=f"{'Widen' if widens else 'Exclude'} {tensors[0]}{' to int8' if widens else ''}.",
+        what=f"Widen {first['name']}{others} to int8." if widens else f"Exclude {first['name']}{others}.",
         where=tensors,
-        why=f"of the noise in the output it causes {100 * share:.0f} %, more than its part: in {bits} bits it alone "
-        f"leaves {_decibels(group['noise'])} dB.",
+        why=f"of {len(parts)} groups that make noise in the output, these make more than their part: {told}. Rounded "
+        f"alone, {first['name']} leaves {_decibels(first['noise'])} dB.",
         option=_rule(tensors, dtype="int8") if widens else " ".join(f"--exclude {_quoted(name)}" for name in tensors),
-        gain_db=gain,
+        gain_db=_gain(sum(parts[group["name"]] * part for group, part in zip(groups, saved, strict=True))),
     )
+
+
+def _gain(share: float) -> float:
+    """Returns what it gains in dB to be rid of a share of the noise; of all of it, 30."""
+    return -10 * math.log10(max(1 - share, 1e-3))
+
+
+def _left(report: Mapping[str, Any], group: Mapping[str, Any]) -> float:
+    """Returns the part of a group's noise that is left in 8 bits: a quarter for each bit more."""
+    return 4.0 ** (_bits(report, group["tensors"]) - _WIDE)
 
 
 def _exact_option(settings: Mapping[str, Any]) -> str:
@@ -302,7 +314,7 @@ def _exact_option(settings: Mapping[str, Any]) -> str:
 
 def _bits(report: Mapping[str, Any], tensors: Sequence[str]) -> int:
     known = [report["encodings"][name]["num_bits"] for name in tensors if name in report["encodings"]]
-    return min(known, default=8)
+    return min(known, default=_WIDE)
 
 
 def _wider(dtype: str) -> tuple[str, float] | None:
