@@ -23,6 +23,8 @@ _FORMAT = "ptqjax.format"
 _ENCODINGS, _STATE = "encodings 1", "state 1"
 _STATIC_KEY = "ptqjax.encodings"
 
+_LENGTH = 8  # bytes in front of the header, which say how long it is
+
 _WIDTHS = (8, 16, 32, 64)
 _TYPES = (
     "bool",
@@ -111,7 +113,17 @@ def read_state(path: str | os.PathLike[str], like: Tree) -> Tree:
 def _content(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
     # A file holds elements in C order; of scalars, `ascontiguousarray` makes vectors.
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
-    return safetensors.numpy.save(contiguous, metadata)
+    return _in_order(safetensors.numpy.save(contiguous, metadata))
+
+
+def _in_order(content: bytes) -> bytes:
+    """Returns the file with its metadata sorted: safetensors writes them in an order that changes from call to call."""
+    end = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
+    header = json.loads(content[_LENGTH:end])
+    metadata = dict(sorted(header.pop("__metadata__").items()))
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _LENGTH)  # tensors begin at a multiple of it
+    return len(text).to_bytes(_LENGTH, "little") + text + content[end:]
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
