@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.data import checked_labels
-from ptqjax.errors import ConfigError, DataError
+from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.ir import Graph
 from ptqjax.quantize.batches import checked_batches, num_samples
 
@@ -72,3 +73,18 @@ def check_count(labels: Labels, count: int) -> None:
     """
     if isinstance(labels, np.ndarray) and len(labels) != count:
         raise DataError(f"labels has {len(labels)} entries for {count} samples; expected one for each sample")
+
+
+def floating_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the outputs that hold floating numbers.
+
+    Raises:
+        ModelError: None does.
+    """
+    found = {name: value for name, value in outputs.items() if jnp.issubdtype(value.dtype, jnp.floating)}
+    if not found:
+        raise ModelError(
+            f"none of the outputs ({', '.join(outputs)}) holds floating numbers, to which errors could be followed; "
+            "expected one: take the model's output before ArgMax or Cast"
+        )
+    return found

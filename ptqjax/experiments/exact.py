@@ -9,10 +9,10 @@ import numpy as np
 
 from ptqjax.errors import DataError
 from ptqjax.evaluate import energy, predicted
-from ptqjax.experiments.effects import Effects, Labels
+from ptqjax.experiments.effects import Effects, Labels, floating_outputs
 from ptqjax.experiments.engine import Variant, evaluate_variants, switched
 from ptqjax.experiments.groups import Group
-from ptqjax.experiments.metrics import Metric, Outputs, Seen
+from ptqjax.experiments.metrics import Metric, Seen
 from ptqjax.ir import Model
 from ptqjax.progress import Follow
 from ptqjax.quantize import Encodings
@@ -44,7 +44,7 @@ def measure_effects(
 
     Raises:
         DataError: The batches do not fit the model, there are none, or not as many labels as samples.
-        ModelError: An output is not finite.
+        ModelError: An output is not finite, or none holds floating numbers.
     """
     named = [frozenset(group.tensors) for group in groups]
     variants = [
@@ -70,7 +70,7 @@ def _noise() -> Metric:
     """Returns the metric sum (y - y_q)^2 / sum y^2 over all floating outputs."""
 
     def update(state: tuple[float, float], seen: Seen) -> tuple[float, float]:
-        found, wanted = _floating(seen.found), _floating(seen.wanted)
+        found, wanted = floating_outputs(seen.found), floating_outputs(seen.wanted)
         return state[0] + energy(wanted, found), state[1] + energy(wanted)
 
     return Metric(
@@ -91,7 +91,7 @@ def _loss() -> Metric:
     """Returns the metric: mean cross-entropy of the first output with the labels, or with the reference's own class."""
 
     def update(state: tuple[float, int], seen: Seen) -> tuple[float, int]:
-        name = next(iter(_floating(seen.wanted)))
+        name = next(iter(floating_outputs(seen.wanted)))
         logits = np.asarray(seen.found[name], np.float64).reshape(len(seen.found[name]), -1)
         classes = predicted(seen.wanted[name]) if seen.labels is None else seen.labels
         if len(classes) < len(logits):
@@ -106,7 +106,3 @@ def _loss() -> Metric:
         finish=lambda state: state[0] / state[1],
         higher_is_better=False,
     )
-
-
-def _floating(outputs: Outputs) -> dict[str, np.ndarray]:
-    return {name: value for name, value in outputs.items() if value.dtype.kind not in "iubOSUT"}

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.data import checked_labels
-from ptqjax.errors import ModelError
-from ptqjax.experiments.effects import Effects, Labels, with_labels
+from ptqjax.experiments.effects import Effects, Labels, floating_outputs, with_labels
 from ptqjax.experiments.groups import Group
 from ptqjax.experiments.injection import Injection, Place, injection_of
 from ptqjax.ir import Graph, Model
@@ -121,11 +120,11 @@ def _measure(static: _Static, params: Mapping[str, Any], encodings: Encodings, b
     num_samples, num_groups = batch.classes.shape[0], static.injection.num_groups
     amplitudes = (jnp.zeros((num_groups, num_samples)), jnp.zeros(num_groups))
     program = _Program(static, params, encodings, num_samples)
-    outputs, pull = jax.vjp(lambda given: _floating(program.run(batch.inputs, *given)), amplitudes)
+    outputs, pull = jax.vjp(lambda given: floating_outputs(program.run(batch.inputs, *given)), amplitudes)
     if static.estimate.is_alone:
         wanted, directions = outputs, [_signs(outputs, batch.key)]
     else:
-        wanted = _floating(interpret(static.graph, params, batch.inputs)[0])
+        wanted = floating_outputs(interpret(static.graph, params, batch.inputs)[0])
         directions = [{name: 2 * (value - wanted[name]) for name, value in outputs.items()}]
     directions += _of_the_loss(static.estimate, outputs, wanted, batch)
     (found,) = jax.vmap(pull)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions))
@@ -141,21 +140,6 @@ def _effects(estimate: Estimate, noise: jax.Array, loss: Sequence[jax.Array]) ->
         return {"noise": -noise.sum(1), "loss": -loss[0].sum(1) if loss else jnp.zeros(len(noise))}
     rise = loss[0].sum(1) + (loss[1] ** 2).sum(1) / 2 if loss else jnp.zeros(len(noise))
     return {"noise": (noise**2).sum(1), "loss": rise}
-
-
-def _floating(outputs: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Returns the outputs that hold floating numbers.
-
-    Raises:
-        ModelError: None does.
-    """
-    found = {name: value for name, value in outputs.items() if jnp.issubdtype(value.dtype, jnp.floating)}
-    if not found:
-        raise ModelError(
-            "none of the outputs holds floating numbers, to which errors could be followed; expected one: take the "
-            "model's output before ArgMax or Cast"
-        )
-    return found
 
 
 def _signs(outputs: Mapping[str, jax.Array], key: Any) -> dict[str, jax.Array]:
