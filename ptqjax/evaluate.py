@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from ptqjax.data import checked_labels
 from ptqjax.errors import DataError, ModelError
+from ptqjax.quantize.parts import Part, Parts, parts_of, together
 from ptqjax.validate import decibels, run, session
 
 Runnable = str | os.PathLike[str] | bytes | Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -48,7 +50,8 @@ def evaluate(
 
     Args:
         model: A file (run in ONNX Runtime) or a function, such as `lambda x: simulate(params, encodings, x)`.
-        batches: Inputs by name, samples along the first axis.
+        batches: Inputs by name, samples along the first axis. Of a batch that lies on several devices, each part goes
+            through the function on its device; what the function reads besides is to lie on the host, or nowhere fixed.
         labels: The index of the class of each sample, in the order of the batches. The classes are the elements of the
             first output, over all its axes but that of the samples.
         reference: The float model, to compare with: of the same inputs and outputs.
@@ -62,22 +65,15 @@ def evaluate(
     """
     subject = _runner(model, "the model", device)
     other = None if reference is None else _runner(reference, "the reference", device)
-    num_samples = num_right = num_same = 0
-    signal = noise = 0.0
+    total = _Counts()
     for index, batch in enumerate(batches):
         require_samples(batch, index)
-        outputs = subject.outputs(batch, index)
-        first = next(iter(outputs))
-        classes = predicted(outputs[first])
-        if labels is not None:
-            labels = checked_labels(labels, num_classes=outputs[first][0].size, place="labels")
-            num_right += _num_right(classes, labels[num_samples : num_samples + len(classes)])
-        if other is not None:
-            wanted = other.outputs(batch, index)
-            require_alike(outputs, wanted, f"{other.label} and {subject.label}")
-            num_same += int(np.count_nonzero(classes == predicted(wanted[first])))
-            signal, noise = signal + energy(wanted), noise + energy(wanted, outputs)
-        num_samples += len(classes)
+        parts = parts_of(batch, f"batch {index}")
+        measured = partial(_measured, subject, other, parts, labels, total.num_samples)
+        found = [each for some in together(measured, is_shared=parts.is_shared) for each in some]
+        for _, counts in sorted(found, key=lambda each: int(each[0])):
+            total = total.plus(counts)
+    num_samples = total.num_samples
     num_labels = num_samples if labels is None else len(labels)
     if not num_samples or num_labels != num_samples:
         raise DataError(
@@ -86,10 +82,56 @@ def evaluate(
         )
     return Evaluation(
         num_samples=num_samples,
-        top1=None if labels is None else num_right / num_samples,
-        agreement=None if other is None else num_same / num_samples,
-        sqnr=None if other is None else decibels(signal, noise),
+        top1=None if labels is None else total.num_right / num_samples,
+        agreement=None if other is None else total.num_same / num_samples,
+        sqnr=None if other is None else decibels(total.signal, total.noise),
     )
+
+
+class _Counts(NamedTuple):
+    """What is counted of some samples."""
+
+    num_samples: int = 0
+    num_right: int = 0
+    num_same: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def plus(self, other: _Counts) -> _Counts:
+        """Returns the counts of both."""
+        return _Counts(
+            num_samples=self.num_samples + int(other.num_samples),
+            num_right=self.num_right + int(other.num_right),
+            num_same=self.num_same + int(other.num_same),
+            signal=self.signal + float(other.signal),
+            noise=self.noise + float(other.noise),
+        )
+
+
+def _measured(
+    subject: _Runner, other: _Runner | None, parts: Parts, labels: np.ndarray | None, before: int
+) -> list[tuple[int, _Counts]]:
+    """Returns the first sample and the counts of each part of a batch that this process has; `before`: samples so far.
+
+    All devices work before the first is waited for.
+    """
+    running = [(part, subject.started(part), other and other.started(part)) for part in parts.here]
+    counted = []
+    for part, outputs, wanted in running:
+        found = subject.finished(outputs, part)
+        first = next(iter(found))
+        classes = predicted(found[first])
+        num_right, num_same, signal, noise = 0, 0, 0.0, 0.0
+        if labels is not None:
+            labels = checked_labels(labels, num_classes=found[first][0].size, place="labels")
+            num_right = _num_right(classes, labels[before + part.start : before + part.start + len(classes)])
+        if other is not None and wanted is not None:
+            reached = other.finished(wanted, part)
+            require_alike(found, reached, f"{other.label} and {subject.label}")
+            num_same = int(np.count_nonzero(classes == predicted(reached[first])))
+            signal, noise = energy(reached), energy(reached, found)
+        counted.append((part.start, _Counts(len(classes), num_right, num_same, signal, noise)))
+    return counted
 
 
 def predicted(logits: Float[np.ndarray, "n ..."]) -> Int[np.ndarray, " n"]:
@@ -121,14 +163,18 @@ class _Runner:
     function: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     """Inputs by name to outputs by name."""
 
-    def outputs(self, batch: Mapping[str, Any], index: int) -> dict[str, np.ndarray]:
-        """Returns the outputs on batch number `index`, all of them finite."""
+    def started(self, part: Part) -> Mapping[str, Any]:
+        """Returns the outputs on part of a batch, which may still be computed."""
         try:
-            found = {name: np.asarray(value) for name, value in self.function(batch).items()}
+            return self.function(part.inputs)
         except DataError as error:
-            raise DataError(f"{self.label}, batch {index}: {error}") from error
+            raise DataError(f"{self.label}, {part.place}: {error}") from error
+
+    def finished(self, outputs: Mapping[str, Any], part: Part) -> dict[str, np.ndarray]:
+        """Returns outputs that were started, all of them finite."""
+        found = {name: np.asarray(value) for name, value in outputs.items()}
         for name, value in found.items():
-            require_finite(value, f"{self.label}: output '{name}' of batch {index}")
+            require_finite(value, f"{self.label}: output '{name}' of {part.place}")
         return found
 
 

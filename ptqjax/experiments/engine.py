@@ -21,6 +21,7 @@ from ptqjax.lowering import apply
 from ptqjax.progress import Follow
 from ptqjax.quantize.alignment import aligned
 from ptqjax.quantize.encodings import Encodings
+from ptqjax.quantize.parts import unspread
 from ptqjax.quantize.qdq import check_tensors
 
 BATCHINGS = ("auto", *WAYS)
@@ -110,7 +111,8 @@ def evaluate_variants(
     Args:
         model: The float model whose graph and parameters variants have where they have none of their own.
         variants: What is compared.
-        batches: Inputs by name, samples along the first axis. Gone through once.
+        batches: Inputs by name, samples along the first axis. Gone through once. The parts of one that lies on several
+            devices are taken one after the other, by every process: there, variants are what devices share.
         metrics: Names ("sqnr_db", "agreement", "top1"), or records of one's own.
         labels: The index of the class of each sample, in the order of the batches.
         reference: The float model that variants are compared with; None for `model`.
@@ -135,7 +137,7 @@ def evaluate_variants(
     reference = reference.replace(params={name: put(value) for name, value in reference.params.items()})
     num_batches = len(batches) if isinstance(batches, Sized) else 1
     num_samples, start = 0, time.perf_counter()
-    for number, batch in enumerate(follow(batches, "evaluate") if follow else batches):
+    for number, batch in enumerate(unspread(follow(batches, "evaluate") if follow else batches)):
         require_samples(batch, number)
         inputs = {name: put(value) for name, value in batch.items()}
         wanted = session.started("reference", inputs, lambda x, at=number: _wanted(reference, x, at))

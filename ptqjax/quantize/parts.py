@@ -6,7 +6,7 @@ So what is found is what one device finds from the parts one after the other, to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, TypeVar
@@ -90,6 +90,12 @@ def parts_on_host(batch: Mapping[str, Any], place: str) -> list[Mapping[str, Any
     divided = [name for name in batch if len(_starts(batch[name])) > 1]
     pieces = {name: np.split(whole[name], parts.num_parts) for name in divided}
     return [whole | {name: pieces[name][i] for name in divided} for i in range(parts.num_parts)]
+
+
+def unspread(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yields the batches, those that lie on several devices as their parts, one after the other, on the host."""
+    for index, batch in enumerate(batches):
+        yield from parts_on_host(batch, f"batch {index}")
 
 
 def together(work: Callable[[], _T], *, is_shared: bool) -> list[_T]:
