@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _GRACE = 5.0  # seconds in which the first process says itself what is wrong, where all find the same
 
@@ -138,7 +138,7 @@ def _work(options: argparse.Namespace) -> int:
     return 0
 
 
-def _end(message: str) -> None:
+def _end(message: str) -> NoReturn:
     """Ends the process at once: a shutdown in order would wait for the other processes."""
     print(message, file=sys.stderr, flush=True)
     os._exit(1)
