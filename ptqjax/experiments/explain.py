@@ -126,10 +126,14 @@ def _fitting(config: QuantizationConfig, model: Model) -> QuantizationConfig:
     )
 
 
+def _in_float(result: Result) -> Model:
+    """Returns the last model that has the float function; corrected biases anticipate the rounding."""
+    return next(stage.model for stage in reversed(result.stages) if stage.name != "correct")
+
+
 def _depth_facts(result: Result, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns what `measure_depth` finds: the corrected model against the last one that has the float function."""
-    reference = next(stage.model for stage in reversed(result.stages) if stage.name != "correct")
-    found = measure_depth(reference, result.model, result.encodings, batches)
+    """Returns what `measure_depth` finds: the corrected model against the one that has the float function."""
+    found = measure_depth(_in_float(result), result.model, result.encodings, batches)
     return {
         "measured_samples": found.num_samples,
         "tensors": [_tensor(name, sums, result.model.graph) for name, sums in found.sums.items()],
@@ -166,7 +170,7 @@ def _sensitivity_facts(result: Result, batches: Iterable[Mapping[str, Any]], fol
     """Returns the share of each group in the noise of the output; or why it cannot be told."""
     batches = tuple(batches)
     try:
-        found = sensitivity(result.model, batches, result.encodings, follow=follow)
+        found = sensitivity(_in_float(result), batches, result.encodings, follow=follow)
     except _CANNOT as error:
         return {"samples": 0, "groups": [], "reason": str(error)}
     groups = [
