@@ -27,7 +27,7 @@ PTQJAX = [sys.executable, "-c", "from ptqjax.cli import main; main()"]
 RECIPE = """\
 model = "net.onnx"
 seed = 0
-report = "none"
+report = "short"
 device = "cpu"
 [data]
 calibration = "data.npz"

@@ -22,9 +22,10 @@ from ptqjax.config import load_target
 from ptqjax.encoding_files import write_whole
 from ptqjax.encoding_files.tensors import encodings_of_tensors, tensors_of_encodings
 from ptqjax.evaluate import Evaluation, evaluate
+from ptqjax.experiments.explain import explain
 from ptqjax.experiments.recipe import Recipe
 from ptqjax.experiments.recipe_data import Data
-from ptqjax.export import export
+from ptqjax.export import export, fingerprint
 from ptqjax.fit import correct_biases, scale_as_configured
 from ptqjax.ir import Model, Record, Report
 from ptqjax.ir.graph import Statistics
@@ -141,18 +142,18 @@ def _asked(result: Evaluation, metrics: Iterable[str]) -> dict[str, float | str]
 
 def _report(task: Task, root: Path, folder: Path) -> None:
     """Explains the run on its calibration samples; figures that say how long something took have no place in it."""
-    from ptqjax.experiments.explain import explain  # noqa: PLC0415
-
     if task.recipe.report == "none":
         return
-    names = {"model": task.recipe.model.name, "num_samples": task.calibration.num_samples if task.calibration else 0}
+    origin = {"model": task.model.graph.name, "model_sha256": fingerprint(task.model)}  # no names of files: they move
+    if task.calibration is not None:
+        origin |= {"data_sha256": task.calibration.digest}
     facts = explain(
         task.model,
         result_of(root, task),
-        task.batches("report"),
+        task.calibration and task.calibration.batches,
         task.recipe.config,
         labels=task.calibration.labels if task.calibration else None,
-        origin=names,
+        origin=origin,
         device=task.device,
         file=root / "export" / "model.onnx",
         full=task.recipe.report == "full",
