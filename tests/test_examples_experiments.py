@@ -80,3 +80,12 @@ def test_a_recipe_is_resumed_replayed_and_compared(tmp_path):
     assert "settings.config.ranges: sqnr then, min-max now" in printed
     assert re.search(r"first stage that differs: calibrate$", printed, re.MULTILINE)
     assert re.search(r"top-1 9[78]\.\d%", printed)
+
+
+def test_widening_what_one_pass_finds_loudest_takes_most_noise_away(tmp_path):
+    printed = run("sensitivity", tmp_path)
+    alone = [float(value) for value in re.findall(r"(?:weight|activation) +([\d.]+) dB  #*$", printed, re.MULTILINE)]
+    assert len(alone) == 18  # 8 weights, 10 activations
+    assert alone == sorted(alone)
+    before, after = (float(value) for value in re.findall(r": (-?[\d.]+) dB on pictures", printed))
+    assert after > before + 4
