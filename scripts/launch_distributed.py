@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+_INTERRUPTED = "error: interrupted; the same command goes on where it was"
 _GRACE = 5.0  # seconds in which the first process says itself what is wrong, where all find the same
 
 
@@ -29,12 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.process_id is not None:
         return _work(options)
-    signal.signal(signal.SIGTERM, _interrupted)
-    try:
-        return _launch(options)
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on where it was", file=sys.stderr)
-        return 1
+    return _launch(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,10 +51,13 @@ def _parser() -> argparse.ArgumentParser:
 def _launch(options: argparse.Namespace) -> int:
     coordinator = options.coordinator or f"127.0.0.1:{_free_port()}"
     running: list[subprocess.Popen[str]] = []
+    signals: list[int] = []  # noted, not raised: so none comes between a process and its place in the list
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: signals.append(received))
     with tempfile.TemporaryFile("w+") as said:
         try:
             running.extend(_started(options, coordinator, index, said) for index in range(options.processes))
-            return _watch(running, said)
+            return _watch(running, said, signals)
         finally:
             for process in running:
                 process.kill()
@@ -82,19 +81,21 @@ def _started(options: argparse.Namespace, coordinator: str, index: int, said: An
     return subprocess.Popen(command, start_new_session=True, text=True, **streams)
 
 
-def _watch(running: list[subprocess.Popen[str]], said: Any) -> int:
+def _watch(running: list[subprocess.Popen[str]], said: Any, signals: list[int]) -> int:
     """Returns the exit code, once all have ended well or one has not."""
-    while True:
+    while not signals:
         codes = [process.poll() for process in running]
         if any(codes):  # the code of one that ended by a signal is negative
             return _failed(running, said)
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.1)
+    print(_INTERRUPTED, file=sys.stderr)
+    return 1
 
 
 def _failed(running: list[subprocess.Popen[str]], said: Any) -> int:
-    deadline = time.monotonic() + _GRACE
+    deadline = time.monotonic() + _GRACE * (1 in [process.poll() for process in running])
     while running[0].poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     if running[0].poll() != 1:
@@ -104,10 +105,6 @@ def _failed(running: list[subprocess.Popen[str]], said: Any) -> int:
         code = running[at].returncode
         print(errors[0] if errors else f"error: process {at} ended with exit code {code}", file=sys.stderr)
     return 1
-
-
-def _interrupted(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 # A process
@@ -131,7 +128,7 @@ def _work(options: argparse.Namespace) -> int:
     except (PtqjaxError, RuntimeError) as error:
         _end(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        _end("error: interrupted; the same command goes on where it was")
+        _end(_INTERRUPTED)
     if run is not None:
         print(run.folder)
     jax.distributed.shutdown()

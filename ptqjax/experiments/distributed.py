@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ptqjax.errors import ConfigError
@@ -21,6 +20,7 @@ from ptqjax.experiments.run import Run, StageRun, computing_on, identity_of, pre
 from ptqjax.experiments.stages import STAGES, metrics_of
 from ptqjax.experiments.store import digest_of
 from ptqjax.progress import Follow, nothing
+from ptqjax.quantize.parts import together
 
 _TOGETHER = ("calibrate", "correct")  # the stages that go through calibration data on all devices
 
@@ -147,16 +147,12 @@ def run_recipe_together(
 
 def _is_due(name: str, is_missing: bool) -> bool:  # noqa: FBT001 - as `run_stages` calls it
     """Tells whether a stage is computed here: one in which all work together, if any lacks it."""
-    if name not in _TOGETHER or jax.process_count() == 1:
-        return is_missing
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(is_missing))))
+    return any(together(lambda: is_missing, is_shared=name in _TOGETHER and jax.process_count() > 1))
 
 
 def _check_same(address: str) -> None:
-    if jax.process_count() == 1:
-        return
-    addresses = np.asarray(multihost_utils.process_allgather(np.frombuffer(address.encode(), np.uint8)))
-    other = next((i for i, found in enumerate(addresses) if not np.array_equal(found, addresses[0])), None)
+    addresses = together(lambda: address, is_shared=jax.process_count() > 1)
+    other = next((i for i, found in enumerate(addresses) if found != addresses[0]), None)
     if other is not None:
         raise ConfigError(
             f"process {other} has another recipe, model, data, package or class of machine than process 0; give all of "

@@ -6,6 +6,7 @@ So what is found is what one device finds from the parts one after the other, to
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -13,11 +14,11 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ptqjax.errors import DataError, PtqjaxError
 
-_MOST_BYTES = 4096  # of a message that processes exchange
+_BYTES_OF_A_SIZE = 8
 _T = TypeVar("_T")
 
 
@@ -70,13 +71,6 @@ def parts_of(batch: Mapping[str, Any], place: str) -> Parts:
     return Parts(num_samples=_num_samples(batch), num_parts=num_parts, here=here, is_shared=is_shared)
 
 
-def on_host(value: Any) -> np.ndarray:
-    """Returns an array of any devices, those of other processes included, as NumPy's; all processes must ask for it."""
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
-    return np.asarray(value)
-
-
 def parts_on_host(batch: Mapping[str, Any], place: str) -> list[Mapping[str, Any]]:
     """Returns the parts of a batch, those of other processes included, on the host; one that is not spread, as it is.
 
@@ -86,10 +80,12 @@ def parts_on_host(batch: Mapping[str, Any], place: str) -> list[Mapping[str, Any
     parts = parts_of(batch, place)
     if parts.num_parts == 1 and not parts.is_shared:
         return [batch]
-    whole = {name: on_host(value) for name, value in batch.items()}
-    divided = [name for name in batch if len(_starts(batch[name])) > 1]
-    pieces = {name: np.split(whole[name], parts.num_parts) for name in divided}
-    return [whole | {name: pieces[name][i] for name in divided} for i in range(parts.num_parts)]
+
+    def held() -> list[tuple[int, Mapping[str, np.ndarray]]]:
+        return [(each.start, {name: np.asarray(value) for name, value in each.inputs.items()}) for each in parts.here]
+
+    found = [each for some in together(held, is_shared=parts.is_shared) for each in some]
+    return [inputs for _, inputs in sorted(found, key=lambda each: each[0])]
 
 
 def unspread(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -99,24 +95,21 @@ def unspread(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]
 
 
 def together(work: Callable[[], _T], *, is_shared: bool) -> list[_T]:
-    """Returns what `work`, arrays in a tree, is on each process, in their order; alone: that of this one.
+    """Returns what `work` gives on each process, in their order, on the host; alone: on this one, as it is.
 
     Where it fails on one process, all raise its error: so none waits for what does not come.
     """
     if not is_shared:
         return [work()]
-    found, failure = None, ""
     try:
-        found = work()
+        told = ("", jax.device_get(work()))
     except PtqjaxError as error:
-        failure = str(error)
-    told = multihost_utils.process_allgather(_encoded(failure))
-    messages = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(told)]
-    message = next(filter(None, messages), "")
-    if message:
-        raise DataError(message)
-    gathered = multihost_utils.process_allgather(jax.tree.map(np.asarray, found))
-    return [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), gathered) for i in range(jax.process_count())]
+        told = (str(error), None)
+    everyone = [pickle.loads(each) for each in _exchanged(pickle.dumps(told))]  # noqa: S301 - of processes like this
+    failure = next((message for message, _ in everyone if message), "")
+    if failure:
+        raise DataError(failure)
+    return [found for _, found in everyone]
 
 
 def merged(merge: Callable[[_T, _T], _T], states: Sequence[_T], *, is_shared: bool) -> _T:
@@ -173,6 +166,25 @@ def _part(batch: Mapping[str, Any], shard: Any, place: str) -> Part:
     return Part(start=start, place=samples, device=shard.device, inputs=local)
 
 
-def _encoded(message: str) -> np.ndarray:
-    data = message.encode()[:_MOST_BYTES]
-    return np.frombuffer(data.ljust(_MOST_BYTES, b"\0"), np.uint8)
+def _exchanged(message: bytes) -> list[bytes]:
+    """Returns the messages of all processes, which may differ in length."""
+    size = np.frombuffer(len(message).to_bytes(_BYTES_OF_A_SIZE, "little"), np.uint8)
+    sizes = [int.from_bytes(row.tobytes(), "little") for row in _gathered(size)]
+    longest = 1 << (max(sizes) - 1).bit_length()  # few lengths are compiled
+    rows = _gathered(np.frombuffer(message.ljust(longest, b"\0"), np.uint8))
+    return [row.tobytes()[:size] for row, size in zip(rows, sizes, strict=True)]
+
+
+def _gathered(row: np.ndarray) -> np.ndarray:
+    """Returns the rows of all processes, in their order, exchanged between one device of each."""
+    firsts: dict[int, Any] = {}
+    for device in jax.devices():
+        firsts.setdefault(device.process_index, device)
+    mesh = Mesh(np.asarray([firsts[index] for index in sorted(firsts)]), ("process",))
+    apart, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("process",), ()))
+    rows = jax.make_array_from_process_local_data(apart, row[None], (len(firsts), *row.shape))
+    return np.asarray(jax.jit(_as_it_is, out_shardings=everywhere)(rows).addressable_data(0))
+
+
+def _as_it_is(rows: jax.Array) -> jax.Array:
+    return rows
