@@ -36,6 +36,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 import ptqjax
+from ptqjax.images import to_unit
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -46,7 +47,6 @@ from imagenet_folder import (  # noqa: E402
     decode,
     labels,
     to_input,
-    to_unit,
 )
 
 SHARED = Path(os.environ.get("PTQJAX_SHARED", ROOT.parent / "shared"))
