@@ -94,6 +94,12 @@ def test_without_data_biases_are_corrected_as_batch_norms_tell():
     assert recipe('model = "net.onnx"\n[data]\ncalibration = "none"\n').config.correct == "analytic"
 
 
+@pytest.mark.parametrize("table", ["transforms", "config"])
+def test_a_correction_by_samples_where_there_are_none_is_refused(table):
+    text = f'model = "net.onnx"\n[data]\ncalibration = "none"\n[{table}]\ncorrect = "empirical"\n'
+    assert_fault(text, f"line 5, [{table}]: correct='empirical' with calibration='none'", "take 'analytic'")
+
+
 def test_what_is_left_out_has_the_defaults_of_the_target():
     text = 'model = "net.onnx"\n[data]\ncalibration = "c.npz"\n[config]\ntarget = "tensorrt"\n'
     assert recipe(text).config == ptqjax.QuantizationConfig.for_target("tensorrt")
@@ -122,9 +128,19 @@ def test_what_pictures_share_is_overridden_by_their_own():
         ("batch = 8", "batch = 0", ["line 10", "batch is 0", "1 or more"]),
         ("seed = 3", 'seed = "3"', ["line 2", "seed is '3'", "a whole number"]),
         ('"top1"', '"top5"', ["line 3", "'top5'", "near names: top1"]),
-        ('exclude = ["head*"]', 'scaling = "off"', ["line 19", "scaling stands in [transforms] and of [config]"]),
-        ('exclude = ["head*"]', "seed = 1", ["line 19", "seed stands on top"]),
+        (
+            'exclude = ["head*"]',
+            'scaling = "off"',
+            ["line 19, [config]: scaling stands in [transforms] too", "take it out"],
+        ),
+        ('exclude = ["head*"]', "seed = 1", ["line 19, [config]: seed stands on top too", "take it out"]),
         ('calibration = "c.npz"', "", ["calibration is missing", "'none'"]),
+        (
+            "batch = 8",
+            "preprocessing = {crop = 4}",
+            ["line 10, [data]: preprocessing is for pictures", "take it out"],
+        ),
+        ("batch = 8", "preprocessing = {corp = 4}", ["unknown key 'corp'", "near names: crop"]),
         ('model = "net.onnx"', "", ["model is missing"]),
         ('model = "net.onnx"', "model = ", ["is not TOML", "line 1"]),
     ],
@@ -140,7 +156,9 @@ def test_a_fault_names_its_line(old, new, words):
         ("short_side", "shortside", ["line 4", "'shortside'", "short_side"]),
         ("crop = 4", "crop = 7", ["crop=7 is larger than short_side=6"]),
         ("0.3]", "]", ["line 5", "mean is", "three numbers"]),
-        ("0.6", "0", ["line 6", "std is"]),
+        ("0.6", "0", ["line 6", "std is", "above 0"]),
+        ("0.6", "-0.6", ["line 6", "std is", "above 0"]),
+        ("0.3]", "nan]", ["line 5", "mean is", "three numbers"]),
         ("seed = 5", 'normalization = "tf"', ["line 10", "normalization beside mean and std"]),
         ('"bgr"', '"grb"', ["line 14", "channels='grb'"]),
         ('folder = "pictures"', "", ["folder is missing"]),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,15 @@ def recipe_of(text: str, *, source: str, base: Path) -> Recipe:
     data = reader.table(table, "data")
     reader.check_keys("data", data, _DATA)
     calibration = reader.data(data, "calibration")
+    evaluation = reader.data(data, "evaluation") if "evaluation" in data else None
+    reader.check_preprocessing(data, (calibration, evaluation))
     return Recipe(
         text=text,
         source=source,
         base=base,
         model=base / reader.value("", table, "model", str, None),
         calibration=calibration,
-        evaluation=reader.data(data, "evaluation") if "evaluation" in data else None,
+        evaluation=evaluation,
         batch=reader.at_least("data", data, "batch", 1, 32),
         metrics=reader.metrics(table),
         report=reader.choice("", table, "report", REPORTS, "full"),
@@ -140,9 +143,9 @@ class _Reader:
                 raise self.error(head, key, f"unknown key {key!r}{near_names(key, known)}; known: {', '.join(known)}")
 
     def error(self, head: str, key: str, message: str) -> ConfigError:
-        place = f" of [{head}]" if head else ""
+        place = f", [{head}]" if head else ""
         line = line_of(self.part((head,)).splitlines(), key) or line_of(self.text.splitlines(), key)
-        return ConfigError(f"{self.source}{f', line {line}' if line else ''}: {message}{place}")
+        return ConfigError(f"{self.source}{f', line {line}' if line else ''}{place}: {message}")
 
     def part(self, heads: tuple[str, ...]) -> str:
         """Returns the text with all lines but those of these tables blank; their headings lose the table's name."""
@@ -214,6 +217,15 @@ class _Reader:
         self.check_keys("data.preprocessing", found, _PREPROCESSING)
         return found
 
+    def check_preprocessing(self, table: Mapping[str, Any], sources: Iterable[Path | Pictures | None]) -> None:
+        """Refuses what would have no effect: preprocessing where no data are pictures."""
+        if self.shared(table) and not any(isinstance(source, Pictures) for source in sources):
+            raise self.error(
+                "data",
+                "preprocessing",
+                "preprocessing is for pictures, and all data are arrays, which are taken as they are; take it out",
+            )
+
     def pictures(self, head: str, own: Mapping[str, Any], shared: Mapping[str, Any]) -> Pictures:
         self.check_keys(head, own, tuple(field.name for field in fields(Pictures)))
         table = {**shared, **own}
@@ -244,24 +256,32 @@ class _Reader:
 
     def three(self, head: str, table: Mapping[str, Any], key: str) -> tuple[float, ...]:
         found = self.value(head, table, key, list, None)
-        if len(found) != 3 or any(type(each) not in (int, float) for each in found) or (key == "std" and 0 in found):  # noqa: PLR2004
-            raise self.error(head, key, f"{key} is {found!r}; expected three numbers, of red, green and blue in 0..1")
+        least = 0.0 if key == "std" else -math.inf
+        if len(found) != 3 or not all(type(each) in (int, float) and least < each < math.inf for each in found):  # noqa: PLR2004
+            what = "three numbers above 0" if key == "std" else "three numbers"
+            raise self.error(head, key, f"{key} is {found!r}; expected {what}, of red, green and blue in 0..1")
         return tuple(map(float, found))
 
     def config(self, table: Mapping[str, Any], *, has_data: bool) -> QuantizationConfig:
         transforms, config = self.table(table, "transforms"), self.table(table, "config")
         self.check_keys("transforms", transforms, TRANSFORMS)
         for key in [key for key in transforms if key in config]:
-            raise self.error("config", key, f"{key} stands in [transforms] and")
+            raise self.error("config", key, f"{key} stands in [transforms] too, expected in one place; take it out")
         seed = self.at_least("", table, "seed", 0, 0)
         if "seed" in config and "seed" in table:
-            raise self.error("config", "seed", "seed stands on top and")
+            raise self.error("config", "seed", "seed stands on top too, expected in one place; take it out")
         settings = {"seed": seed, **config, **transforms}
         target = settings.get("target")
         if isinstance(target, str) and target.endswith(".toml"):
             settings["target"] = str(self.base / target)
-        if not has_data and settings.get("correct", "empirical") == "empirical":
-            settings["correct"] = "analytic"
+        if not has_data and settings.setdefault("correct", "analytic") == "empirical":
+            head = "transforms" if "correct" in transforms else "config"
+            raise self.error(
+                head,
+                "correct",
+                f"correct='empirical' with calibration={NO_DATA!r}: the mean error is measured on samples; give some, "
+                "or take 'analytic' as correct",
+            )
         return config_from_table(settings, text=self.part(("config", "transforms")), source=self.source)
 
 
