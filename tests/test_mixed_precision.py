@@ -65,13 +65,23 @@ def test_the_allocation_is_the_best_of_all_where_costs_add_up(seed):
     found, _ = problem(seed)
     low, high = found.cost(found.narrowest()), found.cost(found.widest())
     for share in (0.0, 0.2, 0.5, 0.9, 1.0):
-        limit = low + share * (high - low)
+        # Costs are integers: rounded down to units, the next one would seem to fit.
+        limit = np.floor(low + share * (high - low)) + 0.99
         chosen = least_noise(found, limit)
         assert found.cost(chosen) <= limit
         # Rounding costs upwards loses less than a unit of 2^-15 of the room for each group.
         lost = len(found.widths) * (high - low) / 2**15
         best = by_trying_all(found, max(limit - lost, low))
         assert by_trying_all(found, limit) <= found.predicted(chosen) * (1 + 1e-12) <= best * (1 + 1e-9)
+
+
+def test_the_limit_is_kept_where_costs_are_hardly_larger_than_a_unit():
+    """A hundred small groups beside one that makes a unit 0.6: each costs 1.7 units, which round to 2."""
+    sizes = np.array([1.0] * 100 + [0.6 * 2**15 - 100])
+    widths, noise = np.array([2, 3]), np.array([1.0, 0.5])
+    found = Allocation(widths=(widths,) * 101, noise=(noise,) * 101, cost=lambda chosen: float(sizes @ (chosen - 2)))
+    chosen = least_noise(found, 50.0)
+    assert 40 <= found.cost(chosen) <= 50
 
 
 def test_a_larger_limit_is_never_predicted_worse():
