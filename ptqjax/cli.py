@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ptqjax.errors import ConfigError
+from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
 from ptqjax.progress import progress, quiet_option
 from ptqjax.publish import published, write_text
@@ -36,13 +36,6 @@ def main() -> None:
     commands()
 
 
-_device = click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute; auto takes an NVIDIA GPU where there is one.",
-)
 _model = click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path))
 _data = click.option(
     "--data",
@@ -184,7 +177,7 @@ def commands() -> None:
     type=click.Choice(["full", "short"]),
     help="What the report holds: full, also where the noise comes from and what to do next; short, what was done.",
 )
-@_device
+@device_option
 @quiet_option
 @reports_faults
 def quantize(
@@ -234,7 +227,7 @@ def quantize(
     require_consistent(calibration, config, given)
     if not has_data and config.correct == "empirical":
         config = replace(config, correct="analytic")
-    device_name, path = _use_device(device), Path(calibration) if has_data else None
+    device_name, path = use_device(device), Path(calibration) if has_data else None
     source = ptqjax.read(model)
     frozen = None if encodings_file is None else frozen_encodings(encodings_file, source)
     samples, batches = (None, None) if path is None else _load(path, source.graph)
@@ -273,7 +266,7 @@ def quantize(
     type=click.Path(path_type=Path),
     help="The model that MODEL.onnx was made from: adds agreement and SQNR.",
 )
-@_device
+@device_option
 @quiet_option
 @reports_faults
 def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, quiet: bool) -> None:
@@ -314,7 +307,7 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, qu
 @commands.command()
 @click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
 @_data
-@_device
+@device_option
 @quiet_option
 @reports_faults
 def validate(model: Path, data: Path, device: str, *, quiet: bool) -> None:
@@ -332,7 +325,7 @@ def validate(model: Path, data: Path, device: str, *, quiet: bool) -> None:
     import ptqjax
     from ptqjax.report import tables
 
-    _use_device(device)
+    use_device(device)
     path = model / "model.onnx" if model.is_dir() else model
     quantized = ptqjax.read(path)
     _, batches = _load(data, quantized.graph)
@@ -376,25 +369,3 @@ def _load(path: Path, graph: Graph) -> tuple[Samples, Batches]:
 
     samples = load_samples(path, graph)
     return samples, Batches(samples, graph, size=_BATCH)
-
-
-def _use_device(device: str) -> str:
-    """Makes JAX compute on `device`; returns the name of what it computes on.
-
-    Raises:
-        ConfigError: A GPU is asked for, and JAX sees none.
-    """
-    import jax
-
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    if device == "cuda":
-        try:
-            jax.config.update("jax_default_device", jax.devices("cuda")[0])
-        except RuntimeError as error:
-            raise ConfigError(
-                "--device cuda: JAX sees no NVIDIA GPU; install ptqjax[cuda12] on a machine that has one, or leave "
-                "--device at auto"
-            ) from error
-    chosen = jax.devices()[0]
-    return f"{chosen.platform}: {chosen.device_kind}"

@@ -491,7 +491,7 @@ def no_gpu(platform=None):
 
 
 def test_validation_on_a_gpu_asks_the_runtime_too(place, quantized, monkeypatch):
-    monkeypatch.setattr(cli, "_use_device", lambda device: device)  # JAX has one
+    monkeypatch.setattr(cli, "use_device", lambda device: device)  # JAX has one
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     result = run("validate", place / "q" / "model.onnx", "--data", place / "data.npz", "--device", "cuda")
     assert result.exit_code == 2

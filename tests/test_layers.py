@@ -41,7 +41,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("report",), None),
     (("pipeline",), None),
     (("experiments",), None),
-    (("quantize_command", "recipe_command"), None),
+    (("quantize_command", "recipe_command", "device_option"), None),
     (("cli", "__main__"), None),
 ]
 ALONE = {"onnx": "onnx_io", "onnx_ir": "onnx_io", "onnxruntime": "validate", "torch": None}
