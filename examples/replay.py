@@ -30,7 +30,8 @@ def main(out: Path) -> None:
 
     text = (HERE / "digits.toml").read_text(encoding="utf-8")
     changed = out / "changed.toml"
-    changed.write_text(text.replace('ranges = "sqnr"', 'ranges = "min-max"').replace('"digits', f'"{HERE}/digits'))
+    text = text.replace('ranges = "sqnr"', 'ranges = "min-max"').replace('"digits', f'"{HERE.as_posix()}/digits')
+    changed.write_text(text, encoding="utf-8")
     other = ptqjax.replay(first.folder, recipe=changed)
     print(f"changed:   {'; '.join(other.reasons)}")
     print(f"           first stage that differs: {other.first.name if other.first else 'none'}")
