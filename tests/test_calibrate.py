@@ -17,7 +17,7 @@ from ptqjax.lowering import apply, interpret
 from ptqjax.onnx_io import read
 from ptqjax.quantize import calibrate, calibrate_and_report, choose_encoding, place
 from ptqjax.quantize.low_power import compose, decompose
-from ptqjax.quantize.observers import DISTRIBUTION, MEAN_EXTREMES, SAMPLES
+from ptqjax.quantize.observers import DISTRIBUTION, EXTREMES, MEAN_EXTREMES, SAMPLES, Observer
 from ptqjax.quantize.qdq import insert_qdq
 from ptqjax.quantize.schemes import find_scheme
 from ptqjax.simulate import simulate
@@ -252,6 +252,16 @@ def test_a_tensor_that_overflows_is_named_with_the_first_bad_batch(model: Model,
     huge = {"x": np.full((4, 3, 12, 12), 3e38, np.float32)}
     with pytest.raises(DataError, match="tensor 'r1' is NaN or infinite in batch 1"):
         calibrate(model, [DATA[0], huge, DATA[1]], QuantizationConfig(ranges=ranges))
+
+
+@pytest.mark.parametrize("observer", [EXTREMES, MEAN_EXTREMES, DISTRIBUTION], ids=lambda each: each.name)
+def test_one_nan_among_many_numbers_is_seen(observer: Observer) -> None:
+    value = floats(4, 3, 12, 12)
+    value[2, 1, 5, 7] = np.nan
+    state = jax.jit(observer.update, static_argnums=2)(observer.init(1), [value], 4)
+    ends = observer.extremes(state)
+    assert not np.isfinite(ends.lowest)
+    assert not np.isfinite(ends.highest)
 
 
 @pytest.mark.parametrize("ranges", ["min-max", "moving-average", "sqnr"])

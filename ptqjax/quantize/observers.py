@@ -32,7 +32,7 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Extremes(flax.struct.PyTreeNode):
-    """Smallest and largest value of t tensors; inf and -inf before any is seen, NaN after a NaN."""
+    """Smallest and largest value of t tensors; inf and -inf before any is seen, -inf and inf after a NaN."""
 
     lowest: Any
     """Shape [t]."""
@@ -126,9 +126,14 @@ def _init_extremes(num_tensors: int) -> Extremes:
 
 def _batch_extremes(values: Sequence[Any]) -> Extremes:
     return Extremes(
-        lowest=jnp.stack([value.min().astype(jnp.float32) for value in values]),
-        highest=jnp.stack([value.max().astype(jnp.float32) for value in values]),
+        lowest=jnp.stack([_without_nan(value, -jnp.inf).min().astype(jnp.float32) for value in values]),
+        highest=jnp.stack([_without_nan(value, jnp.inf).max().astype(jnp.float32) for value in values]),
     )
+
+
+def _without_nan(value: Float[Array, "*shape"], end: float) -> Float[Array, "*shape"]:
+    """Returns `value` with `end` in place of NaN, which XLA's smallest and largest element pass over on some CPUs."""
+    return jnp.where(jnp.isnan(value), jnp.asarray(end, value.dtype), value)
 
 
 def _merge_extremes(first: Extremes, second: Extremes) -> Extremes:
@@ -150,7 +155,10 @@ def _init_mean_extremes(num_tensors: int) -> MeanExtremes:
 
 def _update_mean_extremes(state: MeanExtremes, values: Sequence[Any], num_samples: int) -> MeanExtremes:
     rows = [_by_samples(value, num_samples) for value in values]
-    each = [jnp.stack([row.min(axis=1), row.max(axis=1)]).astype(jnp.float32) for row in rows]
+    each = [
+        jnp.stack([_without_nan(row, -jnp.inf).min(axis=1), _without_nan(row, jnp.inf).max(axis=1)]).astype(jnp.float32)
+        for row in rows
+    ]
     longest = max(row.shape[0] for row in rows)
     terms = jnp.stack([jnp.pad(ends, ((0, 0), (0, longest - ends.shape[1]))) for ends in each])  # zeros add nothing
     sums = add_terms(state.sums.reshape(-1, *state.sums.shape[2:]), terms.reshape(-1, longest))
