@@ -89,7 +89,8 @@ def _with_checks(graph: Graph, program: Simulation) -> Simulation:
     def run(params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
         inputs = checked_inputs(graph, inputs)
         with precision(graph, params, inputs):
-            return program(params, encodings, inputs)
+            outputs = program(params, encodings, inputs)
+        return {spec.name: outputs[spec.name] for spec in graph.outputs}  # compiled, they come sorted by name
 
     return run
 

@@ -19,7 +19,7 @@ from ptqjax.quantize.alignment import aligned
 from ptqjax.quantize.bias import bias_encoding, bias_sites
 from ptqjax.quantize.calibrate import calibrate_each
 
-from .models import Chain
+from .models import Chain, build, node
 
 RNG = np.random.default_rng(0)
 BATCHES = [{"x": RNG.normal(size=(n, 3, 6, 6)).astype(np.float32)} for n in (4, 4, 3)]
@@ -175,6 +175,27 @@ def test_a_variant_has_its_own_parameters_and_graph(model, variants):
         evaluate_variants(model, [Variant(name="o", encodings={}, params=other.params, graph=other.graph)], BATCHES)
 
 
+def test_the_first_output_is_the_graph_s_wherever_its_name_sorts():
+    """Of the outputs "late" and "early", "late" is the first, which classes are read from."""
+    rng = np.random.default_rng(3)
+    weights = {name: rng.normal(size=(4, 4)).astype(np.float32) for name in ("v", "w")}
+    nodes = [node("MatMul", ("x", "w"), "late"), node("MatMul", ("late", "v"), "early")]
+    model = build(nodes, weights, input_shape=("N", 4), outputs=("late", "early"))
+    batches = [{"x": rng.normal(size=(64, 4)).astype(np.float32)}]
+    labels = np.argmax(batches[0]["x"] @ weights["w"], 1)
+    variant = Variant(name="v", encodings=ptqjax.calibrate(model, batches, Config(weights="int4", activations="uint4")))
+    run = ptqjax.simulate(model, variant.encodings)
+    outputs = run(model.params, variant.encodings, batches[0])
+    assert list(outputs) == ["late", "early"]
+    right = {name: float(np.mean(np.argmax(value, 1) == labels)) for name, value in outputs.items()}
+    assert right["late"] != right["early"]
+    found = evaluate_variants(
+        model, [variant], batches, metrics=("sqnr_db", "agreement", "top1"), labels=labels
+    ).values[0]
+    assert found == one_by_one(model, variant, batches, labels)
+    assert found["top1"] == right["late"]
+
+
 def test_metrics_of_ones_own_are_fed_batch_by_batch(model, variants):
     def update(state, seen):
         (found,), (wanted,) = seen.found.values(), seen.wanted.values()
@@ -202,6 +223,8 @@ def test_errors_name_the_variant_and_the_remedy(model, variants):
         evaluate_variants(model, variants, BATCHES, batching="map")
     with pytest.raises(DataError, match="8 samples and 11 labels"):
         evaluate_variants(model, variants[:1], BATCHES[:2], metrics=("top1",), labels=LABELS)
+    with pytest.raises(DataError, match="6 labels, and at least 8 samples"):
+        evaluate_variants(model, variants[:1], BATCHES, metrics=("top1",), labels=LABELS[:6])
     with pytest.raises(DataError, match="0 samples"):
         evaluate_variants(model, variants[:1], [])
 

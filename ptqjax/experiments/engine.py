@@ -152,7 +152,7 @@ def evaluate_variants(
         num_samples += size
     _check_count(num_samples, labels)
     seconds = {"compile": session.compiling, "evaluate": time.perf_counter() - start - session.compiling}
-    values = ({m.name: m.finish(s) for m, s in zip(measures, each, strict=True)} for each in states)
+    values = ({m.name: float(m.finish(s)) for m, s in zip(measures, each, strict=True)} for each in states)
     return Evaluated(
         values=tuple(values),
         seconds=seconds,
@@ -179,7 +179,10 @@ def _labels_of(labels: np.ndarray | None, wanted: Outputs, start: int, size: int
     if labels is None:
         return None
     num_classes = next(iter(wanted.values()))[0].size
-    return checked_labels(labels, num_classes=num_classes, place="labels")[start : start + size]
+    known = checked_labels(labels, num_classes=num_classes, place="labels")
+    if start + size > len(known):
+        raise DataError(f"there are {len(known)} labels, and at least {start + size} samples; give each its label")
+    return known[start : start + size]
 
 
 def _check_count(num_samples: int, labels: np.ndarray | None) -> None:
