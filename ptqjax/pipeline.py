@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from ptqjax.config import QuantizationConfig
@@ -77,7 +78,7 @@ def quantize(
         ModelError: The model is quantized already, is not in float32, or its parameters are not finite.
     """
     config = config or QuantizationConfig()
-    return _quantized(model, batches, [_Task(config, "", config)], frozen=frozen)[0]
+    return next(_quantized(model, batches, [_Task(config, "", config)], frozen=frozen))[0]
 
 
 def quantize_each(
@@ -114,10 +115,32 @@ def quantize_each(
     Raises:
         PtqjaxError: As `quantize` does; a ConfigError names the configuration that it is about.
     """
+    parts = quantize_in_parts(
+        model, batches, configs, size=len(configs), choose=choose, names=names, frozen=frozen, stage=stage
+    )
+    return tuple(result for part in parts for result in part)
+
+
+def quantize_in_parts(
+    model: Model,
+    batches: Iterable[Mapping[str, Any]] | None,
+    configs: Sequence[QuantizationConfig],
+    *,
+    size: int,
+    choose: str | Sequence[QuantizationConfig] = "each",
+    names: Sequence[str] | None = None,
+    frozen: Mapping[str, Encoding] | None = None,
+    stage: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[tuple[Result, ...]]:
+    """Yields what `quantize_each` returns, `size` results at a time, which are made when they are asked for.
+
+    Results are the same whatever the size. Scaled models serve all parts; each part has its own passes over the data,
+    to calibrate and to correct. The other arguments and the errors are those of `quantize_each`.
+    """
     sources = _sources(configs, choose)
     called = [f"configuration {i}" for i in range(len(configs))] if names is None else [f"'{name}'" for name in names]
     tasks = [_Task(config, f"{who}: ", source) for config, who, source in zip(configs, called, sources, strict=True)]
-    return _quantized(model, batches, tasks, frozen=frozen, stage=stage)
+    yield from _quantized(model, batches, tasks, size=size, frozen=frozen, stage=stage)
 
 
 def _sources(
@@ -145,9 +168,10 @@ def _quantized(
     batches: Iterable[Mapping[str, Any]] | None,
     tasks: Sequence[_Task],
     *,
+    size: int = 1,
     frozen: Mapping[str, Encoding] | None,
     stage: Callable[[str], AbstractContextManager[Any]] = nullcontext,
-) -> tuple[Result, ...]:
+) -> Iterator[tuple[Result, ...]]:
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
     check_not_quantized(model)
     for task in tasks:
@@ -157,12 +181,16 @@ def _quantized(
             )
     with stage("transform"):
         folded = fold_batch_norms(model)
-        drafts = _scaled(folded, batches, tasks)
-    with stage("calibrate"):
-        drafts = _calibrated(drafts, batches, frozen or {})
-    with stage("correct"):
-        drafts = _corrected(drafts, batches)
-        return tuple(_finished(folded, draft) for draft in drafts)
+    scaled = _scaled(folded, batches, tasks)
+    for _ in range(0, len(tasks), max(size, 1)):
+        with stage("transform"):
+            drafts = list(islice(scaled, size))
+        with stage("calibrate"):
+            drafts = _calibrated(drafts, batches, frozen or {})
+        with stage("correct"):
+            drafts = _corrected(drafts, batches)
+            results = tuple(_finished(folded, draft) for draft in drafts)
+        yield results
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,19 +213,24 @@ def _scaled(
     folded: tuple[Model, Report],
     batches: Iterable[Mapping[str, Any]] | None,
     tasks: Sequence[_Task],
-) -> list[_Draft]:
-    drafts: dict[int, _Draft] = {}
-    for absorb, positions in _alike(tasks, lambda task: task.config.absorb if task.config.equalize else None).items():
-        prepared, report = folded[0], ()
-        if absorb is not None:
-            prepared, report = prepare(folded[0], absorb)
+) -> Iterator[_Draft]:
+    """Yields a draft for each task, in order, each scaled when it is asked for; what they share is kept in between."""
+    prepared: dict[str | None, tuple[Model, Report]] = {}
+    choices: dict[str | None, Iterator[Choice]] = {}
+    for absorb, positions in _alike(tasks, _absorbs).items():
+        prepared[absorb] = (folded[0], ()) if absorb is None else prepare(folded[0], absorb)
         some = [tasks[position] for position in positions]
         sources, labels = [task.source for task in some], [task.label for task in some]
-        choices = scale_each(prepared, batches, sources, labels=labels)
-        for position, choice in zip(positions, choices, strict=True):
-            config, label, _ = tasks[position]
-            drafts[position] = _Draft(config=config, label=label, prepare_report=report, choice=choice)
-    return [drafts[position] for position in range(len(tasks))]
+        choices[absorb] = scale_each(prepared[absorb][0], batches, sources, labels=labels)
+    for task in tasks:
+        absorb = _absorbs(task)
+        report, choice = prepared[absorb][1], next(choices[absorb])
+        yield _Draft(config=task.config, label=task.label, prepare_report=report, choice=choice)
+
+
+def _absorbs(task: _Task) -> str | None:
+    """Returns how biases are absorbed; None where the model is not prepared at all."""
+    return task.config.absorb if task.config.equalize else None
 
 
 def _calibrated(

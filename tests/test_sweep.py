@@ -6,16 +6,19 @@ import itertools
 import json
 import xml.etree.ElementTree as ET
 from dataclasses import fields
+from importlib import resources
 
 import jax
 import numpy as np
 import pytest
 
 import ptqjax
+from ptqjax import pipeline
 from ptqjax.errors import ConfigError, DataError, OutputError
 from ptqjax.experiments import sweep as module
 from ptqjax.experiments.metrics import Metric
 from ptqjax.experiments.table import SweepRow, SweepTable
+from ptqjax.fit import selection
 from ptqjax.pipeline import middle_ones, quantize_each
 
 from .models import Chain
@@ -145,6 +148,12 @@ def test_a_table_is_a_sequence_whose_columns_have_names(table):
         table.pareto(cost="bits")
 
 
+def test_what_is_not_a_number_is_not_on_the_front():
+    rows = (row("nan", np.nan, 1.0), row("a", 3.0, 2.0), row("b", 5.0, 4.0))
+    table = SweepTable(rows=rows, higher_is_better={"sqnr_db": True}, seconds={}, batching=())
+    assert [each.name for each in table.pareto()] == ["a", "b"]
+
+
 def test_csv_and_json_hold_every_figure_and_setting(table, tmp_path):
     text = table.to_csv(tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text() == text
@@ -201,6 +210,64 @@ def test_an_interrupted_sweep_goes_on_behind_the_rows_that_are_there(model, tabl
     assert len(made) == len(CONFIGS) + 1
 
 
+def test_rows_are_written_before_the_next_ones_are_made_and_searches_serve_all(model, tmp_path, monkeypatch):
+    """Per channel "auto" takes a search, which the three share; parts of one row have the rows of a single part."""
+    configs = {str(bits): Config(weights=f"int{bits}") for bits in (4, 5, 6)}
+    expected = ptqjax.sweep(model, CALIBRATION, configs, evaluation=EVALUATION)
+    path, lines, searched = tmp_path / "rows.jsonl", [], []
+    calibrate_each, with_data = pipeline.calibrate_each, selection._with_data
+
+    def calibrated(*arguments, **settings):
+        lines.append(len(path.read_text().splitlines()))
+        return calibrate_each(*arguments, **settings)
+
+    monkeypatch.setattr(module, "_TOGETHER", 1)
+    monkeypatch.setattr(pipeline, "calibrate_each", calibrated)
+    monkeypatch.setattr(selection, "_with_data", lambda *a: (searched.append(1), with_data(*a))[1])
+    found = ptqjax.sweep(model, CALIBRATION, configs, evaluation=EVALUATION, journal=path)
+    assert lines == [0, 1, 2]
+    assert len(searched) == 1
+    assert [each.as_dict() for each in found] == [each.as_dict() for each in expected]
+
+
+@pytest.mark.parametrize("text", ["my notes", '{"my": "data"}', '{"key" : 1'])
+def test_a_single_line_that_is_no_row_is_left_alone(model, tmp_path, text):
+    """It has no end, as a row that was not written to its end has none."""
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    with pytest.raises(OutputError, match="line 1 is no row of a sweep"):
+        ptqjax.sweep(model, CALIBRATION, {"a": Config(equalize=False, correct="none")}, journal=path)
+    assert path.read_text() == text
+
+
+def test_what_is_wrong_is_found_before_anything_is_made(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "quantize_in_parts", None)
+    good = [Config(equalize=False)]
+    with pytest.raises(OutputError, match="name a file in a folder that can be"):
+        ptqjax.sweep(model, CALIBRATION, good, journal=tmp_path / "nowhere" / "rows.jsonl")
+    with pytest.raises(DataError, match="evaluation: batches is empty"):
+        ptqjax.sweep(model, CALIBRATION, good, evaluation=iter([]))
+    with pytest.raises(DataError, match="evaluation: batch 0 has the input 'y'"):
+        ptqjax.sweep(model, CALIBRATION, good, evaluation=[{"y": EVALUATION[0]["x"]}])
+    with pytest.raises(DataError, match="batches: batches is empty"):
+        ptqjax.sweep(model, [], good)
+    for name in ("bit_operations", "name", "weights", "config"):
+        metric = Metric(name=name, init=float, update=lambda state, _: state, finish=float)
+        with pytest.raises(ConfigError, match=f"'{name}' is another column"):
+            ptqjax.sweep(model, CALIBRATION, good, metrics=(metric,))
+
+
+def test_a_target_that_is_changed_in_its_file_is_another(tmp_path):
+    path = tmp_path / "own.toml"
+    text = (resources.files("ptqjax.targets") / "ort-cpu.toml").read_text()
+    path.write_text(text)
+    chosen = module._chosen([Config(target=str(path))], "each")["target=" + str(path)]
+    before = module._text(chosen)
+    path.write_text(text.replace("bounds_per_channel = true", "bounds_per_channel = false"))
+    assert path.read_text() != text
+    assert module._text(chosen) != before
+
+
 def test_rows_of_other_data_settings_or_metrics_are_not_taken(model, tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     one = {"a": Config(equalize=False, correct="none")}
@@ -246,16 +313,17 @@ def test_errors_name_the_configuration(model):
 def test_configurations_without_names_are_called_by_what_differs():
     found = module._named([Config(), Config(weights="int4", exclude=("a", "b")), Config(), Config(weights="int4")])
     assert list(found) == ["defaults", "weights=int4 exclude=a,b", "defaults #2", "weights=int4"]
+    assert len(module._named([Config(exclude=("a #2",)), Config(exclude=("a",)), Config(exclude=("a",))])) == 3
 
 
-def test_metrics_of_ones_own_have_their_column_and_direction(model):
+def test_metrics_of_ones_own_have_their_column_and_direction(model, tmp_path):
     def update(state, seen):
         (found,), (wanted,) = seen.found.values(), seen.wanted.values()
         return max(state, float(np.abs(found - wanted).max()))
 
-    worst = Metric(name="worst", init=lambda: 0.0, update=update, finish=lambda state: state, higher_is_better=False)
+    worst = Metric(name="worst", init=lambda: 0.0, update=update, finish=np.float32, higher_is_better=False)
     configs = {bits: Config(weights=f"int{bits}", equalize=False, correct="none") for bits in (2, 8)}
     named = {str(bits): config for bits, config in configs.items()}
-    found = ptqjax.sweep(model, CALIBRATION, named, metrics=(worst,))
+    found = ptqjax.sweep(model, CALIBRATION, named, metrics=(worst,), journal=tmp_path / "rows.jsonl")
     assert found.row("8")["worst"] < found.row("2")["worst"]
     assert [each.name for each in found.pareto("worst")] == ["2", "8"]

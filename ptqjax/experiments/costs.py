@@ -105,7 +105,9 @@ def cost_model(model: Model, inputs: Mapping[str, Any]) -> CostModel:
         UnsupportedOperatorError: A node has no lowering.
     """
     shapes = _shapes(model, inputs)
-    samples = num_samples({name: np.asarray(value) for name, value in inputs.items()})
+    samples = num_samples(
+        {name: value if hasattr(value, "shape") else np.asarray(value) for name, value in inputs.items()}
+    )
     flowing = {name: math.prod(shape) / samples for name, shape in shapes.items() if name not in model.params}
     return CostModel(
         model=model,

@@ -14,6 +14,8 @@ import numpy as np
 from ptqjax.errors import OutputError
 from ptqjax.versions import source_digest
 
+_START = b'{"key": "'  # what every line begins with
+
 
 def digest_of(*parts: Any) -> str:
     """Returns a hash of the parts: texts, arrays, mappings, sequences of these."""
@@ -30,10 +32,10 @@ def _feed(digest: Any, part: Any) -> None:
     elif isinstance(part, str | bytes | int | float | None):
         digest.update(f"{type(part).__name__} {part!r};".encode())
     elif isinstance(part, Iterable) and not hasattr(part, "dtype"):
-        elements = list(part)
-        digest.update(f"[{len(elements)}".encode())
-        for element in elements:
+        digest.update(b"[")
+        for element in part:  # one at a time: batches may be more than memory holds
             _feed(digest, element)
+        digest.update(b"]")
     else:
         array = np.ascontiguousarray(part)
         digest.update(f"{array.dtype.name}{array.shape}".encode())
@@ -44,7 +46,7 @@ def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """Returns the rows of a journal by key; none where there is no file yet. A half-written last line is left out.
 
     Raises:
-        OutputError: A line before the last is none of a journal: the file is something else.
+        OutputError: A line is none of a journal, nor the last one the beginning of one: the file is something else.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -58,10 +60,14 @@ def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
             entry = json.loads(line)
             rows[entry["key"]] = entry["row"]
         except (ValueError, KeyError, TypeError) as error:
-            raise OutputError(
-                f"journal '{os.fspath(path)}', line {number + 1} is no row of a sweep; name another file, or remove it"
-            ) from error
+            raise OutputError(_no_row(path, number)) from error
+    if lines[-1][: len(_START)] != _START[: len(lines[-1])]:
+        raise OutputError(_no_row(path, len(lines) - 1))
     return rows
+
+
+def _no_row(path: str | os.PathLike[str], number: int) -> str:
+    return f"journal '{os.fspath(path)}', line {number + 1} is no row of a sweep; name another file, or remove it"
 
 
 def append_rows(path: str | os.PathLike[str], rows: Mapping[str, Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,24 +10,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
+import jax
 import numpy as np
 
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import QuantizationConfig, load_target
 from ptqjax.config.checks import check_choice
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.experiments.costs import CostModel, cost_model
 from ptqjax.experiments.engine import BATCHINGS, Variant, evaluate_variants
 from ptqjax.experiments.journal import append_rows, keys, read_rows
 from ptqjax.experiments.metrics import Metric, find_metrics
-from ptqjax.experiments.table import SweepRow, SweepTable
+from ptqjax.experiments.table import SweepRow, SweepTable, check_columns
 from ptqjax.export import fingerprint
-from ptqjax.ir import Model
-from ptqjax.pipeline import CHOICES, Result, middle_ones, quantize_each
+from ptqjax.ir import Graph, Model
+from ptqjax.pipeline import CHOICES, Result, middle_ones, quantize_in_parts
 from ptqjax.progress import Follow
 from ptqjax.quantize.alignment import aligned
+from ptqjax.quantize.batches import checked_part, checked_parts
 from ptqjax.quantize.encodings import Encodings
 
-_TOGETHER = 16  # rows that are measured, then written to a journal: the float model runs again for each such group
+_TOGETHER = 16  # rows that are made, measured and written to a journal before the next ones: each group has its passes
 
 Configurations = Sequence[QuantizationConfig] | Mapping[str, QuantizationConfig]
 """Configurations, by name if they are to be called so."""
@@ -67,33 +70,35 @@ def sweep(
         batching: How variants are run, see `evaluate_variants`.
         follow: Shows how far evaluation is.
         journal: A file to which finished rows are appended; with the same model, data, configurations and metrics, a
-            call that follows an interrupted one takes the rows that are there and makes the others. Metrics of one's
-            own count by their names alone.
+            call that follows an interrupted one takes the rows that are there and makes the others. Rows are then made
+            and measured sixteen at a time: an interrupt loses those under way, and the scales that were found. Metrics
+            of one's own count by their names alone.
 
     Raises:
         DataError: The batches do not fit the model, or there are none; or labels are wrong.
-        ConfigError: A configuration does not fit the model or the data (the message has its name), there is none, two
-            are called alike, or a metric is unknown.
+        ConfigError: A configuration does not fit the model or the data (the message has its name), there is none, or
+            a metric is unknown, or called as another column is.
         ModelError: The model is quantized already, or an output is not finite.
         OutputError: The journal cannot be read or written.
     """
     check_choice("choose", choose, CHOICES)
     check_choice("batching", batching, BATCHINGS)
     measures = find_metrics(metrics, has_labels=labels is not None)
+    check_columns([metric.name for metric in measures])
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
     evaluation = tuple(evaluation) if isinstance(evaluation, Iterator) else evaluation
     data = batches if evaluation is None else evaluation
-    first = next(iter(data or ()), None)
-    if data is None or first is None:
-        raise DataError("there are no samples to evaluate on; give evaluation=, batches of {input name: array}")
+    first = _first(model, data, "batches" if evaluation is None else "evaluation")
     chosen = _chosen(configurations, choose)
     shared = (fingerprint(model), batches, data, labels, [metric.name for metric in measures])
     ids = {} if journal is None else dict(zip(chosen, keys(shared, map(_text, chosen.values())), strict=True))
     kept = {} if journal is None else read_rows(journal)
     figures = {name: kept[key] for name, key in ids.items() if key in kept}
+    missing = {name: each for name, each in chosen.items() if name not in figures}
+    if journal is not None and missing:
+        append_rows(journal, {})  # one that cannot be written is found now
     clock, ran = _Clock(), []
-    made = _made(model, batches, {n: c for n, c in chosen.items() if n not in figures}, first, clock)
-    for some in _chunks(made, len(made) if journal is None else _TOGETHER):
+    for some in _made(model, batches, missing, first, clock, size=len(missing) if journal is None else _TOGETHER):
         found = evaluate_variants(
             model,
             [each.variant for each in some],
@@ -120,6 +125,22 @@ def sweep(
     )
 
 
+def _first(model: Model, data: Iterable[Mapping[str, Any]] | None, called: str) -> Mapping[str, Any]:
+    """Returns the first batch of what is measured on; it fits the model.
+
+    Raises:
+        DataError: It does not, or there is none.
+    """
+    if data is None:
+        raise DataError("there are no samples to evaluate on; give evaluation=, batches of {input name: array}")
+    try:
+        for part in next(checked_parts(model.graph, data)).here:
+            checked_part(model.graph, part)
+    except DataError as error:
+        raise DataError(f"{called}: {error}") from error
+    return next(iter(data))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Chosen:
     """A configuration to be made."""
@@ -134,6 +155,8 @@ class _Chosen:
 
 def _chosen(configurations: Configurations, choose: str) -> dict[str, _Chosen]:
     """Returns the configurations by name, each with the one whose choice it takes."""
+    if isinstance(configurations, QuantizationConfig):
+        raise ConfigError("configurations is a single QuantizationConfig; expected a sequence of them, as in [config]")
     named = dict(configurations) if isinstance(configurations, Mapping) else _named(configurations)
     if not named:
         raise ConfigError("configurations is empty; expected at least one QuantizationConfig")
@@ -153,8 +176,8 @@ def _named(configs: Sequence[QuantizationConfig]) -> dict[str, QuantizationConfi
     named: dict[str, QuantizationConfig] = {}
     for config in configs:
         name = _difference(config)
-        number = sum(other == name or other.startswith(f"{name} #") for other in named)
-        named[f"{name} #{number + 1}" if number else name] = config
+        numbered = (f"{name} #{number}" for number in itertools.count(2))
+        named[next(each for each in itertools.chain([name], numbered) if each not in named)] = config
     return named
 
 
@@ -172,8 +195,9 @@ def _brief(value: Any) -> str:
     return ",".join(value) if all(isinstance(each, str) for each in value) else f"{len(value)} of them"
 
 
-def _text(chosen: _Chosen) -> tuple[str, str, str]:
-    return repr(chosen.config), repr(chosen.source), chosen.chosen_by
+def _text(chosen: _Chosen) -> tuple[str, ...]:
+    """Returns what a row depends on of its own; a target may be a file, whose content counts."""
+    return repr(chosen.config), repr(chosen.source), repr(load_target(chosen.config.target)), chosen.chosen_by
 
 
 class _Clock:
@@ -210,52 +234,81 @@ def _made(
     chosen: Mapping[str, _Chosen],
     first: Mapping[str, Any],
     clock: _Clock,
-) -> list[_Made]:
-    """Returns the quantized models; `first` is a batch, whose shapes tell what they cost."""
-    results = quantize_each(
+    *,
+    size: int,
+) -> Iterator[list[_Made]]:
+    """Yields the quantized models, `size` at a time; `first` is a batch, whose shapes tell what they cost."""
+    parts = quantize_in_parts(
         model,
         batches,
         [each.config for each in chosen.values()],
+        size=size,
         choose=[each.source for each in chosen.values()],
         names=list(chosen),
         stage=clock.stage,
     )
-    with clock.stage("costs"):
-        costs: dict[Any, CostModel] = {}
-        for graph, result in {result.model.graph: result for result in results}.items():
-            costs[graph] = cost_model(result.model, first)
-        structured = _structured(results)
+    structures, costs, asked = _Structures(), _CostModels(first), iter(chosen.items())
+    for results in parts:
+        with clock.stage("costs"):
+            structured = structures.of(results)
+            some = [
+                _Made(
+                    variant=Variant(
+                        name=name, encodings=encodings, params=result.model.params, graph=result.model.graph
+                    ),
+                    figures={
+                        **costs.of(result.model).costs(result.encodings).as_dict(),
+                        "num_quantized": sum(bool(encoding.enabled) for encoding in result.encodings.values()),
+                        "chosen_by": each.chosen_by,
+                        "program": program,
+                    },
+                )
+                for result, (encodings, program), (name, each) in zip(results, structured, asked, strict=False)
+            ]
+        yield some
+
+
+class _CostModels:
+    """What costs depend on, made once for models of the same operators and shapes."""
+
+    def __init__(self, first: Mapping[str, Any]) -> None:
+        self._first = first
+        self._met: dict[Any, CostModel] = {}
+
+    def of(self, model: Model) -> CostModel:
+        """Returns what the costs of a model depend on."""
+        key = model.graph, _shapes(model)
+        if key not in self._met:
+            self._met[key] = cost_model(model, self._first)
+        return self._met[key]
+
+
+class _Structures:
+    """The structures of encodings that were met, so that parts made one after another have the same programs."""
+
+    def __init__(self) -> None:
+        self._met: dict[Graph, list[Encodings]] = {}  # one of each structure
+        self._numbers: dict[Any, int] = {}
+
+    def of(self, results: Sequence[Result]) -> list[tuple[Encodings, int]]:
+        """Returns each result's encodings in a structure that it shares with as many as can be, and its program."""
+        found: dict[int, Encodings] = {}
+        for graph in dict.fromkeys(result.model.graph for result in results):
+            positions = [position for position, result in enumerate(results) if result.model.graph == graph]
+            met = self._met.get(graph, [])
+            own = [results[position].encodings for position in positions]
+            alike = aligned(results[positions[0]].model, [*met, *own])
+            self._met[graph] = list(dict(zip(alike.structures, alike.encodings, strict=True)).values())
+            found |= dict(zip(positions, alike.encodings[len(met) :], strict=True))
         return [
-            _Made(
-                variant=Variant(name=name, encodings=encodings, params=result.model.params, graph=result.model.graph),
-                figures={
-                    **costs[result.model.graph].costs(result.encodings).as_dict(),
-                    "num_quantized": sum(bool(encoding.enabled) for encoding in result.encodings.values()),
-                    "chosen_by": each.chosen_by,
-                    "program": program,
-                },
-            )
-            for (name, each), result, (encodings, program) in zip(chosen.items(), results, structured, strict=True)
+            (found[position], self._program(result.model, found[position])) for position, result in enumerate(results)
         ]
 
-
-def _structured(results: Sequence[Result]) -> list[tuple[Encodings, int]]:
-    """Returns each result's encodings in a structure that it shares with as many as can be, and that one's number.
-
-    Made for all at once, so that all groups that are measured one after another have the same programs.
-    """
-    found: dict[int, tuple[Encodings, Any]] = {}
-    for graph in dict.fromkeys(result.model.graph for result in results):
-        positions = [position for position, result in enumerate(results) if result.model.graph == graph]
-        alike = aligned(results[positions[0]].model, [results[position].encodings for position in positions])
-        for position, encodings, structure in zip(positions, alike.encodings, alike.structures, strict=True):
-            shapes = tuple(np.shape(results[position].model.params[name]) for name in graph.parameters)
-            found[position] = encodings, (graph, structure, shapes)
-    ordered = [found[position] for position in range(len(results))]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(key for _, key in ordered))}
-    return [(encodings, numbers[key]) for encodings, key in ordered]
+    def _program(self, model: Model, encodings: Encodings) -> int:
+        scales = tuple(np.shape(encoding.scale) for encoding in encodings.values())
+        key = model.graph, _shapes(model), jax.tree.structure(encodings), scales
+        return self._numbers.setdefault(key, len(self._numbers))
 
 
-def _chunks(made: Sequence[_Made], size: int) -> Iterator[Sequence[_Made]]:
-    for start in range(0, len(made), max(size, 1)):
-        yield made[start : start + size]
+def _shapes(model: Model) -> tuple[tuple[int, ...], ...]:
+    return tuple(np.shape(model.params[name]) for name in model.graph.parameters)

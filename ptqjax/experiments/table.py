@@ -107,7 +107,8 @@ class SweepTable:
     def pareto(self, metric: str = "sqnr_db", cost: str = "bit_operations") -> tuple[SweepRow, ...]:
         """Returns the rows that no other beats, by rising cost.
 
-        One row beats another that is no better and costs no less, unless the two are equal in both.
+        One row beats another that is no better and costs no less, unless the two are equal in both. Where the metric is
+        NaN, the row is left out.
 
         Raises:
             ConfigError: The metric or the cost is unknown.
@@ -118,7 +119,8 @@ class SweepTable:
                 f"cost of {', '.join(COSTS)}"
             )
         sign = 1 if self.higher_is_better[metric] else -1
-        ranked = sorted(self.rows, key=lambda row: (row[cost], -sign * row[metric]))
+        told = [row for row in self.rows if not math.isnan(row[metric])]
+        ranked = sorted(told, key=lambda row: (row[cost], -sign * row[metric]))
         front: list[SweepRow] = []
         for row in ranked:
             last = front[-1] if front else None
@@ -167,6 +169,18 @@ class SweepTable:
             OutputError: The file cannot be written.
         """
         return _written(_picture(self.rows, self.pareto(metric, cost), metric, cost), path)
+
+
+def check_columns(metrics: Sequence[str]) -> None:
+    """Checks that metrics are not called as other columns are.
+
+    Raises:
+        ConfigError: One is.
+    """
+    taken = {"name", "config", *COSTS, *_TOLD, *(field.name for field in fields(QuantizationConfig))}
+    clash = next((name for name in metrics if name in taken), None)
+    if clash is not None:
+        raise ConfigError(f"metrics: {clash!r} is another column of the table; call the metric differently")
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ data alone, and judged on samples that neither ranges nor corrections have seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +105,7 @@ def scale_as_configured(
         ConfigError: The scaling needs data, and there are none.
         DataError: The batches do not fit the model.
     """
-    return scale_each(model, batches, [config])[0]
+    return next(scale_each(model, batches, [config]))
 
 
 def scale_each(
@@ -114,10 +114,10 @@ def scale_each(
     configs: Sequence[QuantizationConfig],
     *,
     labels: Sequence[str] | None = None,
-) -> tuple[Choice, ...]:
-    """Returns what `scale_as_configured` returns for each configuration; what several ask for is made once.
+) -> Iterator[Choice]:
+    """Yields what `scale_as_configured` returns for each configuration, in order, each made when it is asked for.
 
-    Configurations that ask for the same scaling share one model, the same object.
+    What several ask for is made once: configurations that ask for the same scaling share one model, the same object.
 
     Args:
         model: The model, prepared.
@@ -130,7 +130,6 @@ def scale_each(
     """
     ways = None if batches is None else _Ways(model, batches)
     made: dict[Any, Choice] = {}
-    choices = []
     for given, label in zip(configs, labels or [""] * len(configs), strict=True):
         config = given if given.equalize else replace(given, scaling="off")
         key = _dependence(config)
@@ -142,8 +141,7 @@ def scale_each(
                     raise
                 raise ConfigError(f"{label}{error}") from error
         own = {} if _is_chosen(config) else _as_asked(config, has_data=batches is not None)
-        choices.append(replace(made[key], **own))
-    return tuple(choices)
+        yield replace(made[key], **own)
 
 
 def _is_chosen(config: QuantizationConfig) -> bool:
