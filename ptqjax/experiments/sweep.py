@@ -88,6 +88,8 @@ def sweep(
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
     evaluation = tuple(evaluation) if isinstance(evaluation, Iterator) else evaluation
     data = batches if evaluation is None else evaluation
+    if data is None:
+        raise DataError("there are no samples to evaluate on; give evaluation=, batches of {input name: array}")
     first = _first(model, data, "batches" if evaluation is None else "evaluation")
     chosen = _chosen(configurations, choose)
     shared = (fingerprint(model), batches, data, labels, [metric.name for metric in measures])
@@ -125,14 +127,12 @@ def sweep(
     )
 
 
-def _first(model: Model, data: Iterable[Mapping[str, Any]] | None, called: str) -> Mapping[str, Any]:
+def _first(model: Model, data: Iterable[Mapping[str, Any]], called: str) -> Mapping[str, Any]:
     """Returns the first batch of what is measured on; it fits the model.
 
     Raises:
         DataError: It does not, or there is none.
     """
-    if data is None:
-        raise DataError("there are no samples to evaluate on; give evaluation=, batches of {input name: array}")
     try:
         for part in next(checked_parts(model.graph, data)).here:
             checked_part(model.graph, part)
