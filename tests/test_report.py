@@ -15,8 +15,8 @@ from ptqjax.ir import Graph, Model, Node, Record, TensorSpec
 from ptqjax.quantize import make_encoding
 from ptqjax.report import MeasuredStage, Row, facts, inspect, measure, page, tables, to_json
 from ptqjax.report.facts import activation_ranges, weight_ranges
-from ptqjax.report.texts import figure_texts
 from ptqjax.report.plots import channel_plot, range_bar, spread
+from ptqjax.report.texts import figure_texts
 from ptqjax.transforms import equalize, fold_batch_norms
 from tests.models import mobile_block
 
