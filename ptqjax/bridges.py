@@ -140,11 +140,12 @@ def _only_input(model: Model) -> str:
 
 def _in_own_type(name: str, value: Any, own: Any) -> np.ndarray:
     """Returns a variable in the type of the model's parameter; 64 bits may have been narrowed by JAX."""
+    value = np.asarray(value)
     if value.dtype not in (own.dtype, jax.dtypes.canonicalize_dtype(own.dtype)):
         raise DataError(
             f"variable '{name}' is of type {value.dtype}; expected {own.dtype}, the model's: convert it with astype"
         )
-    return np.asarray(value).astype(own.dtype)
+    return value.astype(own.dtype)
 
 
 # Variables: what there are, and what they stand for

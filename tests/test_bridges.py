@@ -374,6 +374,12 @@ def test_parameters_of_another_type_are_named():
         ptqjax.from_flax(module, {"params": params})
 
 
+def test_a_parameter_may_come_back_as_a_list():
+    module = ptqjax.to_flax(MODEL)
+    found, _ = ptqjax.from_flax(module, {"params": {**MODEL.params, B1: [np.float32(1)] * 4}})
+    np.testing.assert_array_equal(found.params[B1], np.ones(4, np.float32), strict=True)
+
+
 def test_encodings_of_unknown_tensors_are_refused():
     with pytest.raises(ptqjax.ConfigError, match="nowhere"):
         ptqjax.to_flax(MODEL, {"nowhere": encodings()["x"]})

@@ -10,6 +10,7 @@ from ptqjax import QuantizationConfig, Rule, calibrate, export, fold_batch_norms
 from ptqjax.experiments.costs import cost_model
 from ptqjax.experiments.groups import groups_of
 from ptqjax.lowering import apply
+from ptqjax.quantize import make_encoding
 from ptqjax.quantize.placement import place
 from tests.models import Chain, build, node, random_input
 
@@ -160,6 +161,14 @@ def test_groups_hold_each_rounded_tensor_once_and_what_is_tied_together():
     assert pool in by_name[relu].tensors
     assert {group.kind for group in groups if group.name.startswith("w")} == {"weight"}
     assert by_name["x"].kind == "activation"
+
+
+def test_equal_grids_on_both_sides_of_a_layer_are_not_one_group():
+    nodes = [node("MatMul", ["x", "w"], "h"), node("Relu", ["h"], "y")]
+    model = build(nodes, {"w": np.ones((2, 2), np.float32)}, input_shape=("N", 2), outputs=["y"])
+    grid = make_encoding(np.float32(0.125), np.float32(0), dtype="int8")
+    tensors = [group.tensors for group in groups_of(model, dict.fromkeys(("x", "w", "h", "y"), grid))]
+    assert tensors == [("w",), ("x",), ("h", "y")]
 
 
 def test_groups_of_encodings_leave_out_what_is_not_enabled():

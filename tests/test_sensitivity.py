@@ -13,8 +13,9 @@ from ptqjax.experiments import one_pass
 from ptqjax.experiments.engine import switched
 from ptqjax.experiments.groups import Group, groups_of
 from ptqjax.experiments.sensitivity import METHODS, ranking
+from ptqjax.ir import Graph, TensorSpec
 from ptqjax.quantize import make_encoding
-from tests.models import Chain, build, node
+from tests.models import build, node
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -57,7 +58,7 @@ def linear():
     params = {"v": normal(6, 8, seed=1), "w": normal(1, 8, seed=2)}
     encodings = {"x": coarse(0.5), "v": coarse(0.2), "w": coarse(0.3), "h": coarse(0.9), "moved": coarse(0.9)}
     model = build(nodes, params, input_shape=("N", 6), outputs=["y"])
-    return model, encodings | {"y": coarse(1.1)}, [{"x": normal(4, 6, seed=3)}, {"x": normal(3, 6, seed=4)}]
+    return model, encodings | {"y": coarse(1.1)}, [{"x": normal(4, 6, seed=3)}]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,7 @@ def classes():
 
 def test_of_a_linear_network_with_one_output_one_pass_is_exact(linear):
     model, encodings, batches = linear
+    batches = [*batches, {"x": normal(3, 6, seed=4)}]  # of another size
     found, exact = (sensitivity(model, batches, encodings, method=method) for method in ("one-pass", "on-only"))
     assert [each.tensors for each in found] == [("v",), ("w",), ("x",), ("h", "moved"), ("y",)]
     np.testing.assert_allclose(noises(found), noises(exact), rtol=1e-3)  # float32, of differences
@@ -79,6 +81,7 @@ def test_of_a_linear_network_with_one_output_one_pass_is_exact(linear):
 
 def test_noise_is_that_of_the_outputs_over_their_power(linear):
     model, encodings, batches = linear
+    batches = [*batches, {"x": normal(3, 6, seed=4)}]
     found = total(sensitivity(model, batches, encodings, method="on-only"))
     y, rounded = [], []
     alone = switched(encodings, lambda name: name == "v")
@@ -92,13 +95,16 @@ def test_noise_is_that_of_the_outputs_over_their_power(linear):
 def test_signs_give_the_noise_in_the_mean(classes):
     model, encodings = classes
     batches = [{"x": np.repeat(normal(1, 6, seed=5), 4000, axis=0)}]  # as many draws
-    found, exact = (sensitivity(model, batches, encodings, method=method) for method in ("one-pass", "on-only"))
+    found, exact = (  # labels: the program that the loss needs as well
+        sensitivity(model, batches, encodings, method=method, labels="predicted") for method in ("one-pass", "on-only")
+    )
     # A square of three signs varies by at most sqrt(4 / 3) of its mean: 4000 draws by 1.8 %.
     np.testing.assert_allclose(noises(found), noises(exact), rtol=0.08)
 
 
-def test_where_samples_lie_along_another_axis_the_mean_is_the_same(linear):
-    model, encodings, batches = linear
+@pytest.mark.parametrize("num_samples", [4, 8])  # 8: as many as there are rows
+def test_where_samples_lie_along_another_axis_the_mean_is_the_same(linear, num_samples):
+    model, encodings, _ = linear
     turned = build(
         [
             node("Transpose", ["x"], "columns", perm=(1, 0)),
@@ -111,17 +117,20 @@ def test_where_samples_lie_along_another_axis_the_mean_is_the_same(linear):
         outputs=["y"],
     )
     own = {"v": encodings["v"], "h": encodings["h"], "w": encodings["w"]}
-    exact = noises(sensitivity(turned, batches, own, method="on-only"))
-    draws = [noises(sensitivity(turned, batches, own, seed=seed)) for seed in range(400)]
+    same = [{"x": normal(num_samples, 6, seed=3)}]
+    exact = noises(sensitivity(turned, same, own, method="on-only"))
+    mean = noises(sensitivity(turned, 400 * same, own))
     # The square of a sum of signs varies by at most sqrt(2) of its mean: 400 draws by 7 %; that of `w` not at all.
-    np.testing.assert_allclose(np.mean(draws, axis=0), exact, rtol=0.25)
-    np.testing.assert_allclose(draws[0][1], exact[1], rtol=1e-3)
+    np.testing.assert_allclose(mean, exact, rtol=0.25)
+    np.testing.assert_allclose(mean[1], exact[1], rtol=1e-3)
 
 
 def test_to_first_order_what_goes_is_more_by_the_noise_of_the_group_alone(classes):
     model, encodings = classes
     batches = [{"x": normal(5, 6, seed=6)}]
-    found = {method: noises(sensitivity(model, batches, encodings, method=method)) for method in METHODS}
+    found = {
+        method: noises(sensitivity(model, batches, encodings, method=method, labels="predicted")) for method in METHODS
+    }
     # |e|^2 - |e - v|^2 = 2 e v - |v|^2
     np.testing.assert_allclose(found["off-only"], found["one-pass-off"] - found["on-only"], rtol=1e-4)
     assert not np.allclose(found["off-only"], found["on-only"], rtol=0.1)
@@ -148,6 +157,43 @@ def test_predicted_labels_are_those_of_the_float_model(classes):
         np.testing.assert_allclose(losses(found[0]), losses(found[1]), rtol=1e-6)
         other = sensitivity(model, batches, encodings, method=method, labels=(labels + 1) % 3)
         assert not np.allclose(losses(found[0]), losses(other), rtol=0.1)
+
+
+@pytest.mark.parametrize("method", ["one-pass", "on-only"])
+def test_the_loss_is_that_of_the_graphs_first_output_whatever_its_name(classes, method):
+    model, encodings = classes
+    batches = [{"x": normal(5, 6, seed=6)}]
+    square = node("Mul", ["y", "y"], "Squares")
+    with_square = build([*model.graph.nodes, square], model.params, input_shape=("N", 6), outputs=["y", "Squares"])
+    found, alone = (
+        losses(sensitivity(each, batches, encodings, method=method, labels=np.full(5, 1)))
+        for each in (with_square, model)
+    )
+    np.testing.assert_allclose(found, alone, rtol=1e-4)
+
+
+def test_a_weight_that_a_branch_reads_is_followed_into_it():
+    def branch(name):
+        return Graph(
+            name=name,
+            inputs=(),
+            outputs=(TensorSpec(name=name, dtype=np.dtype(np.float32), shape=None),),
+            nodes=(node("MatMul", ["x", "w"], name),),
+        )
+
+    nodes = [
+        node("ReduceSum", ["x"], "sum", keepdims=0),
+        node("Greater", ["sum", "zero"], "is_positive"),
+        node("If", ["is_positive"], "y", then_branch=branch("then"), else_branch=branch("else")),
+    ]
+    params = {"w": normal(6, 1, seed=2), "zero": np.float32(0)}
+    model = build(nodes, params, input_shape=("N", 6), outputs=["y"])
+    found, exact = (
+        noises(sensitivity(model, [{"x": normal(4, 6, seed=3)}], {"w": coarse(0.3)}, method=method))
+        for method in ("one-pass", "on-only")
+    )
+    np.testing.assert_allclose(found, exact, rtol=1e-3)
+    assert np.all(exact > 1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -217,7 +263,7 @@ def test_one_pass_ranks_the_digits_network_as_exact_numbers_do(digits):
 def test_one_pass_ranks_resnet20_as_exact_numbers_do(shared):
     model, _ = fold_batch_norms(read(shared / "models" / "resnet20_cifar10.onnx"))
     samples = np.load(shared / "data" / "cifar10" / "calibration.npz")["input"]
-    batches = [{"input": samples[start : start + 16]} for start in (0, 16)]
+    batches = [{"input": samples[:16]}]
     encodings = calibrate(model, batches, QuantizationConfig(weights="int4"))
     found, exact = (sensitivity(model, batches, encodings, method=method) for method in ("one-pass", "on-only"))
     assert correlation(noises(found), noises(exact)) >= 0.8
@@ -259,19 +305,23 @@ def test_what_does_not_fit_is_an_error(linear):
         sensitivity(model, batches, encodings | {"other": coarse(1)})
     with pytest.raises(ConfigError, match="group 'z': its tensor 'z' has no encoding"):
         sensitivity(model, batches, encodings, groups=[Group(name="z", kind="weight", tensors=("z",))])
+    both = [Group(name="v", kind="weight", tensors=("v",)), Group(name="w", kind="weight", tensors=("w", "v"))]
+    with pytest.raises(ConfigError, match=r"groups 0 and 1 \('v', 'w'\) both have the tensor 'v'"):
+        sensitivity(model, batches, encodings, groups=both)
     with pytest.raises(ConfigError, match="labels='own'"):
         sensitivity(model, batches, encodings, labels="own")
     with pytest.raises(DataError, match="batches is empty"):
         sensitivity(model, [], encodings)
+    with pytest.raises(ModelError, match="not 0 everywhere"):
+        sensitivity(model, [{"x": np.zeros((4, 6), np.float32)}], encodings)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_needs_a_floating_output(method):
-    chain = Chain(6, rank=0, dtype=np.float32).gemm(3)
-    model = chain.add("ArgMax", axis=1).build()
-    batches = [{"x": normal(2, 6)}]
+    nodes = [node("MatMul", ["x", "w"], "h"), node("ArgMax", ["h"], "y", axis=1)]
+    model = build(nodes, {"w": normal(6, 3)}, input_shape=("N", 6), outputs=["y"])
     with pytest.raises(ModelError, match="floating"):
-        sensitivity(model, batches, calibrate(model, batches), method=method)
+        sensitivity(model, [{"x": normal(2, 6)}], {"w": coarse(0.3)}, method=method)
 
 
 def test_without_groups_there_is_nothing_to_tell(linear):

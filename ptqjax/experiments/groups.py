@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -36,8 +37,8 @@ def groups_of(model: Model, plan: QuantizationConfig | Encodings) -> tuple[Group
 
     Args:
         model: The model that is quantized: after its transforms.
-        plan: A configuration: what `place` ties together under it. Or concrete encodings: what an operator reads and
-            returns on equal grids; encodings that are not enabled are left out.
+        plan: A configuration: what `place` ties together under it. Or concrete encodings: what an operator without
+            weights reads and returns on equal grids; encodings that are not enabled are left out.
 
     Raises:
         ConfigError: The configuration does not fit the model, see `place`.
@@ -48,8 +49,8 @@ def groups_of(model: Model, plan: QuantizationConfig | Encodings) -> tuple[Group
         roots = {site.tensor: site.root for site in sites}
         weights = {site.tensor for site in sites if site.kind == WEIGHT}
     else:
-        roots = _roots(model, plan)
         weights = set(weight_uses(model))
+        roots = _roots(model, plan, weights)
     members: dict[str, list[str]] = {}
     for tensor, root in roots.items():
         members.setdefault(root, []).append(tensor)
@@ -59,7 +60,7 @@ def groups_of(model: Model, plan: QuantizationConfig | Encodings) -> tuple[Group
     )
 
 
-def _roots(model: Model, encodings: Mapping[str, Encoding]) -> dict[str, str]:
+def _roots(model: Model, encodings: Mapping[str, Encoding], weights: AbstractSet[str]) -> dict[str, str]:
     """Returns one tensor of its group for each enabled encoding, in the order of the graph."""
     graph = model.graph
     inputs = [spec.name for spec in graph.inputs]
@@ -73,6 +74,8 @@ def _roots(model: Model, encodings: Mapping[str, Encoding]) -> dict[str, str]:
         return name
 
     for node in graph.nodes:
+        if not weights.isdisjoint(node.inputs):  # equal by chance, as powers of two are
+            continue
         for read in node.inputs:
             for written in node.outputs:
                 if {read, written} <= set(roots) - set(graph.parameters) and _is_equal(held[read], held[written]):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ptqjax.experiments.groups import Group
-from ptqjax.ir import Graph, Node
+from ptqjax.ir import Graph, Node, captured
 
 _OTHER = "::other"
 """Behind a parameter's name: what it is on the other side of its rounding."""
@@ -113,7 +114,7 @@ class _Writer:
     def _other_operands(self, node: Node) -> dict[str, dict[str, str]]:
         """Returns by parameter the operands that depend on it, each with its name on the other side."""
         found: dict[str, dict[str, str]] = {}
-        for operand in node.inputs:
+        for operand in (*node.inputs, *captured(node)):
             for parameter, other in self._versions.get(operand, {}).items():
                 found.setdefault(parameter, {})[operand] = other
         return found
@@ -138,14 +139,32 @@ class _Writer:
         return name + _ROUNDED
 
     def _copied(self, node: Node, renamed: Mapping[str, str], suffix: str) -> Node:
-        copy = replace(
-            node,
-            name="",
-            inputs=tuple(renamed.get(name, name) for name in node.inputs),
-            outputs=tuple(_with_suffix(node.outputs, suffix)),
-        )
+        copy = replace(_reading(node, renamed), name="", outputs=tuple(_with_suffix(node.outputs, suffix)))
         self.nodes.append(copy)
         return copy
+
+
+def _reading(node: Node, renamed: Mapping[str, str]) -> Node:
+    """Returns the node with other operands, in its subgraphs as well."""
+    return replace(
+        node,
+        inputs=tuple(renamed.get(name, name) for name in node.inputs),
+        attributes=tuple((key, _attribute_reading(value, renamed)) for key, value in node.attributes),
+    )
+
+
+def _attribute_reading(value: Any, renamed: Mapping[str, str]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_attribute_reading(each, renamed) for each in value)
+    if not isinstance(value, Graph):
+        return value
+    own = {spec.name for spec in value.inputs} | set(value.producers) | set(value.constant_values)
+    outer = {name: other for name, other in renamed.items() if name not in own}
+    return replace(
+        value,
+        nodes=tuple(_reading(node, outer) for node in value.nodes),
+        outputs=tuple(replace(spec, name=outer.get(spec.name, spec.name)) for spec in value.outputs),
+    )
 
 
 def _with_suffix(names: Iterable[str], suffix: str) -> Iterable[str]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.data import checked_labels
+from ptqjax.errors import PtqjaxError
 from ptqjax.experiments.effects import Effects, Labels, floating_outputs, with_labels
 from ptqjax.experiments.groups import Group
 from ptqjax.experiments.injection import Injection, Place, injection_of
@@ -88,7 +89,8 @@ def estimate_effects(
             checked_labels(labels, num_classes=int(found["num_classes"]), place="labels")
         noise, loss = noise + found["noise"], loss + found["loss"]
         power, count = power + float(found["power"]), count + len(classes)
-    return Effects(noise=noise / power, loss=None if labels is None else loss / count)
+    with np.errstate(divide="ignore", invalid="ignore"):  # outputs of 0 everywhere: the caller tells
+        return Effects(noise=noise / np.float64(power), loss=None if labels is None else loss / count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +121,10 @@ def _measure(static: _Static, params: Mapping[str, Any], encodings: Encodings, b
     """Returns by group the sums over a batch's samples of noise and loss, and the power of the outputs."""
     num_samples, num_groups = batch.classes.shape[0], static.injection.num_groups
     amplitudes = (jnp.zeros((num_groups, num_samples)), jnp.zeros(num_groups))
-    program = _Program(static, params, encodings, num_samples)
+    fixed = _of_fixed_length(static.graph, params, batch.inputs, num_samples)
+    program = _Program(static, params, encodings, num_samples, fixed)
     outputs, pull = jax.vjp(lambda given: floating_outputs(program.run(batch.inputs, *given)), amplitudes)
+    outputs = {spec.name: outputs[spec.name] for spec in static.graph.outputs if spec.name in outputs}  # not sorted
     if static.estimate.is_alone:
         wanted, directions = outputs, [_signs(outputs, batch.key)]
     else:
@@ -132,6 +136,29 @@ def _measure(static: _Static, params: Mapping[str, Any], encodings: Encodings, b
     noise, *loss = program.by_sample(*found)
     num_classes = jnp.asarray(next(iter(outputs.values()))[0].size)
     return {"power": power, "num_classes": num_classes} | _effects(static.estimate, noise, loss)
+
+
+def _of_fixed_length(
+    graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any], num_samples: int
+) -> frozenset[str]:
+    """Returns the tensors whose first axis is as long with one sample more; none, where the graph does not take that.
+
+    So an axis that is only by chance as long as the batch is not taken for that of the samples.
+    """
+    more = {
+        name: jax.ShapeDtypeStruct((num_samples + 1, *value.shape[1:]), value.dtype)
+        for name, value in inputs.items()
+        if value.ndim and value.shape[0] == num_samples
+    }
+
+    def seen(params: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return interpret(graph, params, inputs, intercept=lambda _, value, __: (value, value), platform="cpu")[1]
+
+    try:
+        found = jax.eval_shape(seen, dict(params), {**inputs, **more})
+    except (PtqjaxError, TypeError, ValueError):
+        return frozenset()
+    return frozenset(name for name, value in found.items() if value.ndim and value.shape[0] == num_samples)
 
 
 def _effects(estimate: Estimate, noise: jax.Array, loss: Sequence[jax.Array]) -> dict[str, jax.Array]:
@@ -173,10 +200,18 @@ def _of_the_loss(
 class _Program:
     """The model, with the error of each group times an amplitude: one for each sample, or one for all of them."""
 
-    def __init__(self, static: _Static, params: Mapping[str, Any], encodings: Encodings, num_samples: int) -> None:
+    def __init__(
+        self,
+        static: _Static,
+        params: Mapping[str, Any],
+        encodings: Encodings,
+        num_samples: int,
+        fixed: frozenset[str],
+    ) -> None:
         self._injection = static.injection
         self._is_alone = static.estimate.is_alone
         self._num_samples = num_samples
+        self._fixed = fixed
         self._round = fake_quantization(Model(graph=static.graph, params=dict(params)), encodings)
         self._params = self._with_other_sides(params)
         self._places: dict[str, list[Place]] = {}
@@ -221,7 +256,7 @@ class _Program:
         return self._round(place.tensor, other, axis)[0] - other if place.is_rounded_again else other - value
 
     def _amplitude(self, place: Place, value: jax.Array, by_sample: jax.Array, common: jax.Array) -> jax.Array:
-        if value.ndim and value.shape[0] == self._num_samples:
+        if value.ndim and value.shape[0] == self._num_samples and place.tensor not in self._fixed:
             return by_sample[place.group].reshape(-1, *(1,) * (value.ndim - 1))
         self._of_all_samples.add(place.group)
         return common[place.group].reshape((1,) * value.ndim)

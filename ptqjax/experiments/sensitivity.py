@@ -74,17 +74,19 @@ def sensitivity(
     Args:
         model: The float model, after its transforms.
         batches: Inputs by name, samples along the first axis of inputs and of most tensors: the estimate takes these
-            apart, and those of other tensors together, by batch, which is noisier.
+            apart, and those of other tensors together, by batch, which is noisier. Where a model takes no other
+            number of samples, a first axis as long as the batch is taken for that of the samples.
         encodings: The grids, concrete. What is not enabled brings nothing.
         method: One of `METHODS`.
         groups: What is asked for; None: all, as `groups_of` finds them.
         labels: For the loss: the index of the class of each sample, in the order of the batches, or "predicted": the
-            class that the float model names. The first output is taken as logits.
+            class that the float model names. The first floating output is taken as logits.
         seed: Of the random signs of "one-pass".
         follow: Shows how far the pass over the batches is.
 
     Raises:
-        ConfigError: The method or labels are unknown, or there is an encoding or group for what the model has not.
+        ConfigError: The method or labels are unknown, there is an encoding or group for what the model has not, or
+            two groups have a tensor in common.
         DataError: The batches do not fit the model, there are none, or not as many labels as samples.
         ModelError: No output holds floating numbers, or one is not finite.
     """
@@ -132,9 +134,16 @@ def _as_records(groups: Sequence[Group], effects: Effects, method: str) -> tuple
 
 
 def _check_groups(groups: Sequence[Group], encodings: Encodings) -> None:
-    for group in groups:
-        for name in [name for name in group.tensors if name not in encodings]:
-            raise ConfigError(
-                f"group '{group.name}': its tensor '{name}' has no encoding; expected groups of these encodings, as "
-                f"groups_of finds them{near_names(name, encodings)}"
-            )
+    held: dict[str, int] = {}
+    for number, group in enumerate(groups):
+        for name in group.tensors:
+            if name not in encodings:
+                raise ConfigError(
+                    f"group '{group.name}': its tensor '{name}' has no encoding; expected groups of these encodings, "
+                    f"as groups_of finds them{near_names(name, encodings)}"
+                )
+            if held.setdefault(name, number) != number:
+                raise ConfigError(
+                    f"groups {held[name]} and {number} ('{groups[held[name]].name}', '{group.name}') both have the "
+                    f"tensor '{name}'; expected each tensor in one group: call sensitivity for each of them"
+                )
