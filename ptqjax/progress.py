@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any, TypeAlias
 
 import click
@@ -44,11 +45,11 @@ def progress(*, is_quiet: bool = False) -> Iterator[Follow]:
     console = Console(stderr=True)
     if console.is_terminal:
         with _bars(console) as bars:
-            yield lambda collection, label: _Followed(collection, lambda of: _Bar(bars, label, of))
+            yield lambda collection, label: _followed(collection, lambda of: _Bar(bars, label, of))
         return
     lines = Lines()
     try:
-        yield lambda collection, label: _Followed(collection, lambda of: lines.begin(label, of))
+        yield lambda collection, label: _followed(collection, lambda of: lines.begin(label, of))
     finally:
         lines.close()
 
@@ -59,6 +60,12 @@ def _bars(console: Any) -> Any:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     return Progress(*columns, TimeElapsedColumn(), Remaining(), console=console, transient=True)
+
+
+def _followed(collection: Any, begin: Callable[[int | None], Any]) -> Any:
+    """Returns the collection with passes that are shown; an iterator stays one: who needs it twice has to see that."""
+    followed = _Followed(collection, begin)
+    return iter(followed) if isinstance(collection, Iterator) else followed
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,7 @@ class _Followed:
         return len(self.collection)
 
     def __iter__(self) -> Iterator[Any]:
-        shown = self.begin(len(self.collection) if hasattr(self.collection, "__len__") else None)
+        shown = self.begin(length_hint(self.collection) or None)
         try:
             for element in self.collection:
                 yield element

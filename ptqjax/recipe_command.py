@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import shlex
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqjax.faults import reports_faults
-from ptqjax.progress import progress, quiet_option
+from ptqjax.progress import Follow, progress, quiet_option
 
 if TYPE_CHECKING:
     from ptqjax.experiments.replay import Compared, Replay
@@ -51,14 +53,14 @@ def run(recipe: Path, out: Path, *, quiet: bool) -> None:
         ptqjax run recipe.toml --out results
         ptqjax replay results/HASH
     """
-    with _resumable(f"ptqjax run {recipe} --out {out}"):
+    with _resumable(shlex.join(["ptqjax", "run", str(recipe), "--out", str(out)])) as check:
         from ptqjax.experiments.recipe import read_recipe
         from ptqjax.experiments.run import run_recipe
 
         read = read_recipe(recipe)
         _use(read.device)
         with progress(is_quiet=quiet) as follow:
-            done = run_recipe(read, out, follow=follow, told=_say_stage)
+            done = run_recipe(read, out, follow=_checked(follow, check), told=lambda stage: check(_say_stage(stage)))
         _say_run(done)
 
 
@@ -85,27 +87,68 @@ def replay(context: click.Context, folder: Path, *, quiet: bool, **places: Any) 
         ptqjax replay runs/HASH --model moved/model.onnx
         ptqjax replay runs/HASH --recipe changed.toml
     """
-    with _resumable(None):
+    with _resumable(None) as check:
         import ptqjax
         from ptqjax.experiments.replay import stored_recipe
 
         _use(stored_recipe(folder, places["recipe"]).device)
         with progress(is_quiet=quiet) as follow:
-            found = ptqjax.replay(folder, **places, follow=follow)
+            found = ptqjax.replay(folder, **places, follow=_checked(follow, check), told=check)
         _say_replay(found)
     if not found.is_same:
         context.exit(_DIFFERS)
 
 
 @contextmanager
-def _resumable(command: str | None) -> Iterator[None]:
-    """Ends an interrupted command with one line, which says how to go on, and the exit code of an interrupt."""
+def _resumable(command: str | None) -> Iterator[Callable[[Any], None]]:
+    """Ends an interrupted command with one line, which says how to go on, and the exit code of an interrupt.
+
+    Yields what is to be called now and then, as in `_noted`.
+    """
     try:
-        yield
+        with _noted() as check:
+            yield check
     except KeyboardInterrupt:
         on = "nothing was changed" if command is None else f"finished stages are kept, and `{command}` goes on"
         click.echo(f"Interrupted: {on}", err=True)
         raise click.exceptions.Exit(_INTERRUPTED) from None
+
+
+@contextmanager
+def _noted() -> Iterator[Callable[[Any], None]]:
+    """Yields a function of anything that interrupts again where an interrupt came and had no effect.
+
+    Python drops what is raised in a callback of its garbage collector, of which JAX has one, and a bare `except:` takes
+    interrupts for errors, of which JAX has several.
+    """
+    came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    def check(_: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as under nohup, or another's
+        yield check
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _checked(follow: Follow, check: Callable[[Any], None]) -> Follow:
+    """Returns a `Follow` that ends interrupted work before the next passes."""
+
+    def following(collection: Any, label: str) -> Any:
+        check(label)
+        return follow(collection, label)
+
+    return following
 
 
 def _use(device: str) -> None:
@@ -144,6 +187,8 @@ def _say_replay(found: Replay) -> None:
         click.echo(f"first stage that differs: {found.first.name}")
     else:
         click.echo(f"{len(found.stages)} stages, all files of the same bytes")
+    if found.unfinished:
+        click.echo(f"not compared, as the run did not come to them: {', '.join(found.unfinished)}")
 
 
 def _outcome(stage: Compared) -> str:

@@ -4,7 +4,7 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -48,6 +48,14 @@ def test_a_followed_collection_gives_its_elements_again_and_again(is_quiet):
         followed = follow([1, 2, 3], "counting")
         assert [list(followed), list(followed), len(followed)] == [[1, 2, 3], [1, 2, 3], 3]
         assert list(follow(iter("ab"), "of unknown length")) == ["a", "b"]
+        assert list(follow(follow((i for i in "ab"), "within"), "around")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("is_quiet", [True, False])
+def test_what_can_be_gone_through_once_does_not_seem_to_be_a_collection(is_quiet):
+    with progress(is_quiet=is_quiet) as follow:
+        assert isinstance(follow(iter([1]), "once"), Iterator)
+        assert not isinstance(follow([1], "often"), Iterator)
 
 
 def test_nothing_is_written_unless_asked(capfd):

@@ -8,20 +8,27 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import click.testing
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 
 import ptqjax
+from ptqjax import onnx_io, report
 from ptqjax.cli import commands
 from ptqjax.errors import ConfigError, DataError
+from ptqjax.experiments import run as runs
+from ptqjax.experiments.recipe import read_recipe
 from ptqjax.experiments.run import Run
 from ptqjax.experiments.stages import STAGES
-from tests.test_cli import network
+from ptqjax.experiments.store import digest_of
+from ptqjax.ir import Model
+from ptqjax.progress import nothing
+from tests.models import build, node
 
 PTQJAX = [sys.executable, "-c", "from ptqjax.cli import main; main()"]
 RECIPE = """\
@@ -39,18 +46,30 @@ correct = "empirical"
 [config]
 ranges = "min-max"
 """
-FLAGS = [
-    "--ranges",
-    "min-max",
-    "--scaling",
-    "weights",
-    "--correct",
-    "empirical",
-    "--device",
-    "cpu",
-    "--report",
-    "short",
-]
+FLAGS = ["--ranges=min-max", "--scaling=weights", "--correct=empirical", "--device=cpu", "--report=short"]
+
+
+def network(*, last: str = "Relu") -> Model:
+    """Two dense layers, a batch norm between: few programs to compile; channels so uneven that scaling has work."""
+    random = np.random.default_rng(0)
+    size = 10.0 ** np.linspace(-2, 1, 8)
+    params = {
+        "w1": random.normal(size=(6, 8)),
+        "gamma": size,
+        "beta": size * random.normal(size=8),
+        "mean": random.normal(size=8),
+        "var": random.uniform(1, 3, size=8),
+        "w2": random.normal(size=(8, 5)) / size[:, None],
+        "b2": random.normal(size=5),
+    }
+    nodes = [
+        node("Gemm", ("x", "w1"), "dense1"),
+        node("BatchNormalization", ("dense1", "gamma", "beta", "mean", "var"), "norm1"),
+        node(last, ("norm1",), "active"),
+        node("Gemm", ("active", "w2", "b2"), "y"),
+    ]
+    arrays = {name: value.astype(np.float32) for name, value in params.items()}
+    return build(nodes, arrays, input_shape=("N", 6), outputs=["y"])
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -66,10 +85,10 @@ def digests(folder: Path) -> dict[str, str]:
 def place(tmp_path_factory) -> Path:
     """A folder with a model, samples that it labels itself, and a recipe."""
     folder = tmp_path_factory.mktemp("recipe")
-    onnx.save(network(), folder / "net.onnx")
-    samples = np.random.default_rng(1).normal(size=(64, 3, 6, 6)).astype(np.float32)
-    logits = onnxruntime.InferenceSession(folder / "net.onnx").run(None, {"input": samples})[0]
-    np.savez(folder / "data.npz", input=samples, labels=logits.argmax(1))
+    onnx_io.write(network(), folder / "net.onnx")
+    samples = np.random.default_rng(1).normal(size=(64, 6)).astype(np.float32)
+    logits = onnxruntime.InferenceSession(folder / "net.onnx").run(None, {"x": samples})[0]
+    np.savez(folder / "data.npz", x=samples, labels=logits.argmax(1))
     (folder / "recipe.toml").write_text(RECIPE)
     return folder
 
@@ -77,7 +96,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def done(place) -> Run:
     """One undisturbed run."""
-    return ptqjax.run_recipe(place / "recipe.toml", place / "runs")
+    return again(place, place / "runs")
 
 
 @pytest.fixture
@@ -86,8 +105,26 @@ def copied(done, tmp_path) -> Path:
     return Path(shutil.copytree(done.folder, tmp_path / "runs" / done.folder.name))
 
 
+@pytest.fixture
+def begun(copied) -> Path:
+    """A copy of what a run has that was stopped after its first stage."""
+    for name in list(STAGES)[1:]:
+        shutil.rmtree(copied / name)
+    return copied
+
+
 def again(place: Path, out: Path) -> Run:
     return ptqjax.run_recipe(place / "recipe.toml", out)
+
+
+def address(recipe: Path) -> str:
+    """The name of a run's folder, without the run."""
+    task = runs.task_of(read_recipe(recipe), follow=nothing, place=lambda batches: batches)
+    return digest_of(runs.identity_of(task))[:16]
+
+
+def command(*arguments: object) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(commands, [str(argument) for argument in arguments])
 
 
 def new(run: Run) -> list[str]:
@@ -113,11 +150,11 @@ def test_a_run_has_every_stage_and_measures(done):
     assert done.metrics == json.loads((done.folder / "evaluate" / "metrics.json").read_text())
 
 
-def test_the_exported_files_are_those_of_quantize_byte_for_byte(place, done, tmp_path):
-    result = click.testing.CliRunner().invoke(
-        commands,
-        ["quantize", str(place / "net.onnx"), "--calibration", str(place / "data.npz"), "--out", str(tmp_path), *FLAGS],
-    )
+def test_the_exported_files_are_those_of_quantize_byte_for_byte(place, done, tmp_path, monkeypatch):
+    nothing_found = {"stages": ()}
+    monkeypatch.setattr(ptqjax, "explain", lambda *_, **__: nothing_found)  # most of the time, and no part in the files
+    monkeypatch.setattr(report, "page", lambda _: "")
+    result = command("quantize", place / "net.onnx", "--calibration", place / "data.npz", "--out", tmp_path, *FLAGS)
     assert result.exit_code == 0, result.output
     for name in ("model.onnx", "model.encodings"):
         assert (tmp_path / name).read_bytes() == (done.folder / "export" / name).read_bytes()
@@ -130,8 +167,8 @@ def test_what_is_there_is_not_computed_again(place, done, copied):
     assert run.metrics == done.metrics
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_goes_on_from_any_stage_to_the_same_bytes(place, done, copied, stage):
+@pytest.mark.parametrize("stage", ["equalize", "correct", "report"])
+def test_a_run_goes_on_from_a_stage_to_the_same_bytes(place, done, copied, stage):
     later = list(STAGES)[list(STAGES).index(stage) :]
     for name in later:
         shutil.rmtree(copied / name)
@@ -154,34 +191,56 @@ def test_a_damaged_file_is_found_said_and_computed_again(place, done, copied, na
 def test_the_address_is_of_contents_and_not_of_places(place, done, tmp_path):
     shutil.copy(place / "net.onnx", tmp_path / "other-name.onnx")
     np.savez_compressed(tmp_path / "data.npz", **np.load(place / "data.npz"))
-    text = RECIPE.replace("net.onnx", "other-name.onnx") + "# another comment\n"
-    (tmp_path / "recipe.toml").write_text(text)
-    run = again(tmp_path, tmp_path / "runs")
-    assert run.folder.name == done.folder.name
-    assert digests(run.folder) == digests(done.folder)
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("net.onnx", "other-name.onnx") + "# another comment\n")
+    assert address(tmp_path / "recipe.toml") == done.folder.name
 
 
 @pytest.mark.parametrize(
     ("old", "new"), [("seed = 0", "seed = 1"), ("batch = 32", "batch = 16"), ('"weights"', '"off"')]
 )
 def test_another_setting_is_another_address(place, done, tmp_path, old, new):
-    assert ptqjax.run_recipe(changed(place, tmp_path, old, new), tmp_path).folder.name != done.folder.name
+    assert address(changed(place, tmp_path, "", "")) == done.folder.name
+    assert address(changed(place, tmp_path, old, new)) != done.folder.name
 
 
 def test_other_data_are_another_address(place, done, tmp_path):
     arrays = dict(np.load(place / "data.npz"))
-    arrays["input"][0, 0, 0, 0] += 1
+    arrays["x"][0, 0] += 1
     np.savez(tmp_path / "data.npz", **arrays)
-    shutil.copy(place / "net.onnx", tmp_path)
-    shutil.copy(place / "recipe.toml", tmp_path)
-    assert again(tmp_path, tmp_path).folder.name != done.folder.name
+    for name in ("net.onnx", "recipe.toml"):
+        shutil.copy(place / name, tmp_path)
+    assert address(tmp_path / "recipe.toml") != done.folder.name
 
 
-def test_a_replay_of_an_undisturbed_run_is_the_same(done):
-    found = ptqjax.replay(done.folder)
+def test_two_runs_in_one_folder_at_once_give_the_same_bytes(place, done, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: again(place, tmp_path), range(2))
+    assert first.folder == second.folder
+    assert digests(first.folder) == digests(done.folder)
+    assert list(first.folder.glob(".half-*")) == []
+
+
+def test_a_run_without_data_measures_nothing_and_replays(place, tmp_path):
+    recipe = changed(place, tmp_path, '"empirical"', '"analytic"').read_text()
+    text = recipe.replace(f'calibration = "{place / "data.npz"}"', 'calibration = "none"')
+    text = text.replace(f'evaluation = "{place / "data.npz"}"\n', "").replace('"short"', '"none"')
+    (tmp_path / "none.toml").write_text(text)
+    found = command("run", tmp_path / "none.toml", "--out", tmp_path / "runs")
+    assert found.exit_code == 0, found.output
+    assert "nothing was measured: the recipe has no evaluation data" in found.stdout
+    assert (found.stderr, list((tmp_path / "runs").glob("*/report/*.html"))) == ("", [])
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert ptqjax.replay(folder).is_same
+
+
+def test_a_replay_of_an_undisturbed_run_is_the_same_wherever_its_files_are_now(place, done, tmp_path):
+    places = {"model": "moved.onnx", "calibration": "c.npz", "evaluation": "e.npz"}
+    for name, moved in places.items():
+        shutil.copy(place / ("net.onnx" if name == "model" else "data.npz"), tmp_path / moved)
+    found = ptqjax.replay(done.folder, **{name: tmp_path / moved for name, moved in places.items()})
     assert found.is_same
     assert [stage.name for stage in found.stages] == list(STAGES)
-    assert found.reasons == ()
+    assert (found.reasons, found.unfinished) == ((), ())
 
 
 def test_a_replay_names_the_first_stage_that_differs_and_why(place, done, tmp_path):
@@ -189,43 +248,58 @@ def test_a_replay_names_the_first_stage_that_differs_and_why(place, done, tmp_pa
     assert found.first is not None
     assert (found.first.name, found.first.differing) == ("evaluate", ("metrics.json",))
     assert [reason for reason in found.reasons if reason.startswith("settings.metrics: ")] == list(found.reasons)
-    found = ptqjax.replay(done.folder, recipe=changed(place, tmp_path, '"weights"', '"off"'))
-    assert found.first is not None
-    assert found.first.name == "equalize"
-    assert found.reasons == ("settings.config.scaling: weights then, off now",)
 
 
-def test_a_replay_under_other_versions_says_which(done, copied):
-    path = copied / "run.json"
+def test_a_replay_under_other_versions_says_which(begun):
+    path = begun / "run.json"
     stored = json.loads(path.read_text())
     stored["identity"]["versions"]["jaxlib"] = "0.0.1"
-    from ptqjax.experiments.store import digest_of  # noqa: PLC0415
-
     path.write_text(json.dumps(stored | {"address": digest_of(stored["identity"])}))
-    (reason,) = ptqjax.replay(copied).reasons
+    (reason,) = ptqjax.replay(begun).reasons
     assert reason.startswith("versions.jaxlib: 0.0.1 then, ")
 
 
-def test_a_replay_says_what_was_damaged(copied):
-    (copied / "export" / "model.encodings").write_text("{}")
+def test_a_replay_compares_what_an_unfinished_run_has(begun):
+    found = ptqjax.replay(begun)
+    assert found.is_same
+    assert ([stage.name for stage in found.stages], found.unfinished) == (["fold"], tuple(STAGES)[1:])
+    said = command("replay", begun, "--quiet").stdout
+    assert (
+        "not compared, as the run did not come to them: equalize, calibrate, correct, export, evaluate, report" in said
+    )
+
+
+def test_a_replay_says_what_was_damaged(begun):
+    (begun / "fold" / "records.json").write_text("{}")
+    found = ptqjax.replay(begun)
+    assert found.first is not None
+    assert (found.first.name, found.first.note) == ("fold", "'records.json' is damaged")
+
+
+def test_a_replay_says_which_stage_is_missing_before_others(copied):
+    for name in ("fold", "calibrate", "correct", "export", "evaluate", "report"):
+        shutil.rmtree(copied / name)
     found = ptqjax.replay(copied)
     assert found.first is not None
-    assert (found.first.name, found.first.note) == ("export", "'model.encodings' is damaged")
+    assert (found.first.name, found.first.note) == ("fold", "they are missing")
+    assert [stage.is_same for stage in found.stages] == [False, True]
 
 
-def test_a_replay_looks_where_the_model_and_the_data_are_now(place, done, tmp_path):
-    moved = tmp_path / "moved.onnx"
-    shutil.copy(place / "net.onnx", moved)
-    shutil.copy(place / "data.npz", tmp_path / "moved.npz")
-    data = tmp_path / "moved.npz"
-    assert ptqjax.replay(done.folder, model=moved, calibration=data, evaluation=data).is_same
-    onnx.save(network(last="Sigmoid"), moved)
-    with pytest.raises(DataError, match=r"model '.*moved\.onnx' is not what the run read.*--model"):
-        ptqjax.replay(done.folder, model=moved)
+def test_a_replay_on_another_model_is_refused(done, tmp_path):
+    onnx_io.write(network(last="Sigmoid"), tmp_path / "other.onnx")
+    with pytest.raises(DataError, match=r"model '.*other\.onnx' is not what the run read.*--model"):
+        ptqjax.replay(done.folder, model=tmp_path / "other.onnx")
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "cannot be read"), ("{", "is damaged"), ('{"address": "0"}', "is damaged")]
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        ("{", "is damaged"),
+        ('{"address": "0"}', "is damaged"),
+        (json.dumps({"address": digest_of({}), "identity": {}, "files": []}), "is damaged"),
+        (json.dumps({"address": digest_of({}), "identity": {}, "files": {"model": "", "base": ""}}), "is damaged"),
+    ],
 )
 def test_a_replay_of_what_is_no_run_is_an_error(tmp_path, content, words):
     if content is not None:
@@ -264,9 +338,9 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def test_a_run_that_is_killed_interrupted_and_taken_up_by_two_gives_the_same_bytes(place, done, tmp_path):
+def test_a_run_that_is_killed_and_interrupted_goes_on_to_the_same_bytes(place, done, tmp_path):
     """Each in a process of its own, with another order of hashes, in another folder than the run that it equals."""
-    folder = tmp_path / "runs" / done.folder.name
+    folder = tmp_path / "two words" / done.folder.name
     killed = started(place, folder.parent, PYTHONHASHSEED="1")
     wait_for(folder / "fold", killed)
     killed.kill()
@@ -274,45 +348,53 @@ def test_a_run_that_is_killed_interrupted_and_taken_up_by_two_gives_the_same_byt
     assert not (folder / "report").exists()
 
     interrupted = started(place, folder.parent, PYTHONHASHSEED="2")
-    wait_for(folder / "equalize", interrupted)
+    assert interrupted.stdout is not None
+    assert interrupted.stdout.readline() == "fold       already there\n"
     interrupted.send_signal(signal.SIGINT)
     _, stderr = interrupted.communicate(timeout=300)
     assert interrupted.returncode == 130
     assert stderr.startswith("Interrupted: finished stages are kept")
-    assert f"ptqjax run {place / 'recipe.toml'} --out {folder.parent}" in stderr
+    assert f"`ptqjax run {place / 'recipe.toml'} --out '{folder.parent}'` goes on" in stderr
     assert stderr.count("\n") == 1
     assert not (folder / "report").exists()
 
-    two = [started(place, folder.parent, PYTHONHASHSEED=seed) for seed in ("3", "4")]
-    for process in two:
-        assert "fold       already there" in ended(process)
+    assert "fold       already there" in ended(started(place, folder.parent, PYTHONHASHSEED="3"))
     assert digests(folder) == digests(done.folder)
-    assert [path for path in folder.iterdir() if path.is_dir() and path.name not in STAGES] == leftovers(folder)
+    strangers = {path.name for path in folder.iterdir() if path.is_dir()} - set(STAGES)
+    assert all(name.startswith(".half-") for name in strangers)  # of the killed process: no run looks at them
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """What the killed process left: nothing but hidden folders that no run looks at."""
-    return [path for path in folder.iterdir() if path.name.startswith(".half-")]
+def test_an_interrupt_that_something_swallows_ends_the_run_after_the_stage(place, copied, monkeypatch):
+    def swallowing(*_: object) -> None:
+        with suppress(KeyboardInterrupt):  # as a bare `except:` does, or a callback of the garbage collector
+            signal.raise_signal(signal.SIGINT)
+
+    shutil.rmtree(copied / "export")
+    monkeypatch.setattr(runs, "STAGES", {**STAGES, "export": swallowing})
+    result = command("run", place / "recipe.toml", "--out", copied.parent, "--quiet")
+    assert (result.exit_code, result.stderr.partition(":")[0]) == (130, "Interrupted")
+    assert result.stdout.splitlines()[-1].startswith("export ")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_commands_say_what_was_done_and_what_differs(place, done, copied, tmp_path):
-    runner = click.testing.CliRunner()
-    result = runner.invoke(commands, ["run", str(place / "recipe.toml"), "--out", str(copied.parent)])
+    result = command("run", place / "recipe.toml", "--out", copied.parent)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("already there") == len(STAGES)
     assert "on 64 samples: top-1 " in result.stdout
-    recipe = changed(place, tmp_path, '"weights"', '"off"')
-    result = runner.invoke(commands, ["replay", str(copied), "--recipe", str(recipe), "--quiet"])
+    result = command("replay", copied, "--recipe", changed(place, tmp_path, '"weights"', '"off"'), "--quiet")
     assert result.exit_code == 1
     assert "first stage that differs: equalize" in result.stdout
     assert "fold       same" in result.stdout
-    result = runner.invoke(commands, ["replay", str(copied), "--quiet"])
+    assert "not as it was: settings.config.scaling: weights then, off now" in result.stdout
+    result = command("replay", copied, "--quiet")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "all files of the same bytes" in result.stdout
+    assert "not compared" not in result.stdout
 
 
 def test_a_wrong_recipe_is_one_line_and_a_usage_error(tmp_path):
     (tmp_path / "r.toml").write_text("modle = 1\n")
-    result = click.testing.CliRunner().invoke(commands, ["run", str(tmp_path / "r.toml")])
+    result = command("run", tmp_path / "r.toml")
     assert result.exit_code == 2
     assert "line 1: unknown key 'modle'; near names: model" in result.stderr

@@ -42,10 +42,16 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def in_its_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE = {
     "a flipped bit": (lambda folder: flip(folder / "b.bin"), "'b.bin' is damaged"),
     "a cut file": (lambda folder: (folder / "a.txt").write_text("content"), "'a.txt' is damaged"),
     "a missing file": (lambda folder: (folder / "a.txt").unlink(), "'a.txt' is missing"),
+    "a folder in place of a file": (lambda folder: in_its_place(folder / "a.txt"), "a.txt' cannot be read"),
     "a surplus file": (lambda folder: (folder / "c.txt").touch(), "'c.txt' is not of it"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "missing or damaged"),
     "half a manifest": (lambda folder: (folder / MANIFEST).write_text('{"stage": "fo'), "missing or damaged"),

@@ -18,6 +18,8 @@ from ptqjax.experiments.stages import STAGES, Task
 from ptqjax.experiments.store import digest_of, look
 from ptqjax.progress import Follow, nothing
 
+_PLACES = {"base", "model", "calibration", "evaluation"}  # that `run.json` tells
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
@@ -43,7 +45,7 @@ class Replay:
     folder: Path
     """The run's."""
     stages: tuple[Compared, ...]
-    """Those that the run has, in order."""
+    """Those up to the last one that the run has, in order."""
     reasons: tuple[str, ...]
     """What differs in what decides results: settings, versions, the class of the device; one line each."""
 
@@ -56,6 +58,11 @@ class Replay:
     def is_same(self) -> bool:
         """Whether every stage gave the same bytes."""
         return self.first is None
+
+    @property
+    def unfinished(self) -> tuple[str, ...]:
+        """The stages that the run did not come to, which are not compared."""
+        return tuple(STAGES)[len(self.stages) :]
 
 
 def replay(
@@ -95,8 +102,8 @@ def replay(
         identity = identity_of(task)
         _require_same_contents(stored["identity"], identity, task)
         with tempfile.TemporaryDirectory(prefix="ptqjax-replay-") as place:
-            done = run_stages(task, Path(place), digest_of(identity), told or (lambda _: None))
-            stages = tuple(_compared(folder, stage) for stage in done if (folder / stage.name).is_dir())
+            done = run_stages(task, Path(place), digest_of(identity), told or (lambda _: None), names=_reached(folder))
+            stages = tuple(_compared(folder, stage) for stage in done)
     return Replay(folder=folder, stages=stages, reasons=tuple(_differences(stored["identity"], identity)))
 
 
@@ -104,16 +111,22 @@ def _stored(folder: Path) -> dict[str, Any]:
     remedy = "name a folder that `ptqjax run` wrote, out/<hash>"
     try:
         stored = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        is_whole = stored["address"] == digest_of(stored["identity"]) and {"model", "base"} <= stored["files"].keys()
+        is_whole = stored["address"] == digest_of(stored["identity"]) and stored["files"].keys() >= _PLACES
     except OSError as error:
         raise DataError(f"'{folder / RUN}' cannot be read: {error.strerror}; {remedy}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"'{folder / RUN}' is damaged: {error}; run the recipe again") from error
     if not is_whole:
         raise DataError(f"'{folder / RUN}' is damaged: its hash is another; run the recipe again")
-    if not any((folder / name).is_dir() for name in STAGES):
+    if not _reached(folder):
         raise DataError(f"'{folder}' holds no stage of a run; {remedy}")
     return stored
+
+
+def _reached(folder: Path) -> tuple[str, ...]:
+    """Returns the stages up to the last one that a run has."""
+    names = tuple(STAGES)
+    return names[: max((i for i, name in enumerate(names, 1) if (folder / name).is_dir()), default=0)]
 
 
 def stored_recipe(folder: Path, other: str | Path | None = None) -> Recipe:
@@ -164,7 +177,7 @@ def _require_same_contents(before: Mapping[str, Any], now: Mapping[str, Any], ta
 def _compared(folder: Path, stage: StageRun) -> Compared:
     found = look(folder / stage.name, None)
     if found.files is None:
-        return Compared(name=stage.name, differing=(), note=found.note)
+        return Compared(name=stage.name, differing=(), note=found.note or "they are missing")
     names = sorted({*found.files, *stage.files})
     return Compared(
         name=stage.name,

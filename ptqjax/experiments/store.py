@@ -57,13 +57,19 @@ def look(folder: Path, key: str | None) -> Found:
         return Found(files=None, note=f"'{MANIFEST}' is missing or damaged")
     if key is not None and made_from != key:
         return Found(files=None, note="it was made from something else")
-    there = {path.name for path in folder.iterdir()} - {MANIFEST}
-    for name in sorted(there ^ files.keys()):
-        return Found(files=None, note=f"'{name}' is {'not of it' if name in there else 'missing'}")
-    for name, digest in files.items():
-        if file_digest(folder / name) != digest:
-            return Found(files=None, note=f"'{name}' is damaged")
-    return Found(files=files)
+    note = _fault(folder, files)
+    return Found(files=None if note else files, note=note)
+
+
+def _fault(folder: Path, files: Mapping[str, str]) -> str:
+    """Returns what is wrong with a folder that should hold these files; "" where nothing is."""
+    try:
+        there = {path.name for path in folder.iterdir()} - {MANIFEST}
+        for name in sorted(there ^ files.keys()):
+            return f"'{name}' is {'not of it' if name in there else 'missing'}"
+        return next((f"'{name}' is damaged" for name in files if file_digest(folder / name) != files[name]), "")
+    except OSError as error:  # no permission; or another run is just putting a whole folder in its place
+        return f"'{error.filename}' cannot be read: {error.strerror}"
 
 
 def put(root: Path, name: str, key: str, write: Callable[[Path], None]) -> Mapping[str, str]:
