@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +29,19 @@ from ptqjax.ir import Model
 from ptqjax.progress import nothing
 from tests.models import build, node
 
-PTQJAX = [sys.executable, "-c", "from ptqjax.cli import main; main()"]
+PTQJAX = """
+import os, signal, sys, threading
+from ptqjax import cli, recipe_command
+say = recipe_command._say_stage
+def say_and_signal(stage):  # from within, soon: a test that waits for its turn on a busy machine may come too late
+    say(stage)
+    if stage.name == "fold" and name:
+        threading.Timer(0.1, os.kill, (os.getpid(), getattr(signal, name))).start()
+name = sys.argv.pop(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
+recipe_command._say_stage = say_and_signal
+cli.main()
+"""
 RECIPE = """\
 model = "net.onnx"
 seed = 0
@@ -313,52 +324,38 @@ def test_a_device_that_is_not_there_is_an_error(place, tmp_path):
         ptqjax.run_recipe(changed(place, tmp_path, '"cpu"', '"cuda"'), tmp_path)
 
 
-def started(place: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
-    """`ptqjax run` in a process of its own, in another folder."""
+def run_alone(place: Path, out: Path, seed: str, name: str = "") -> subprocess.CompletedProcess[str]:
+    """`ptqjax run` in a process of its own, in another folder, which the signal `name` ends after its first stage."""
     out.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-        [*PTQJAX, "run", str(place / "recipe.toml"), "--out", str(out), "--quiet"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    arguments = ["run", str(place / "recipe.toml"), "--out", str(out), "--quiet"]
+    return subprocess.run(
+        [sys.executable, "-c", PTQJAX, name, *arguments],
+        capture_output=True,
+        check=False,
         text=True,
+        timeout=600,
         cwd=out,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONHASHSEED": seed},
     )
-
-
-def ended(process: subprocess.Popen[str]) -> str:
-    stdout, stderr = process.communicate(timeout=300)
-    assert (process.returncode, stderr) == (0, "")
-    return stdout
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 240
-    while not path.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
 
 
 def test_a_run_that_is_killed_and_interrupted_goes_on_to_the_same_bytes(place, done, tmp_path):
     """Each in a process of its own, with another order of hashes, in another folder than the run that it equals."""
     folder = tmp_path / "two words" / done.folder.name
-    killed = started(place, folder.parent, PYTHONHASHSEED="1")
-    wait_for(folder / "fold", killed)
-    killed.kill()
-    killed.communicate()
-    assert not (folder / "report").exists()
+    killed = run_alone(place, folder.parent, "1", "SIGKILL")
+    assert (killed.returncode, (folder / "fold").is_dir(), (folder / "report").exists()) == (-9, True, False)
 
-    interrupted = started(place, folder.parent, PYTHONHASHSEED="2")
-    assert interrupted.stdout is not None
-    assert interrupted.stdout.readline() == "fold       already there\n"
-    interrupted.send_signal(signal.SIGINT)
-    _, stderr = interrupted.communicate(timeout=300)
+    interrupted = run_alone(place, folder.parent, "2", "SIGINT")
     assert interrupted.returncode == 130
-    assert stderr.startswith("Interrupted: finished stages are kept")
-    assert f"`ptqjax run {place / 'recipe.toml'} --out '{folder.parent}'` goes on" in stderr
-    assert stderr.count("\n") == 1
+    assert interrupted.stdout.startswith("fold       already there\n")
+    assert interrupted.stderr.startswith("Interrupted: finished stages are kept")
+    assert f"`ptqjax run {place / 'recipe.toml'} --out '{folder.parent}'` goes on" in interrupted.stderr
+    assert interrupted.stderr.count("\n") == 1
     assert not (folder / "report").exists()
 
-    assert "fold       already there" in ended(started(place, folder.parent, PYTHONHASHSEED="3"))
+    finished = run_alone(place, folder.parent, "3")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert "fold       already there" in finished.stdout
     assert digests(folder) == digests(done.folder)
     strangers = {path.name for path in folder.iterdir() if path.is_dir()} - set(STAGES)
     assert all(name.startswith(".half-") for name in strangers)  # of the killed process: no run looks at them
