@@ -32,7 +32,7 @@ def progress(*, is_quiet: bool = False) -> Iterator[Follow]:
     """Yields a `Follow` that writes to stderr: bars where that is a terminal, else plain lines.
 
     A bar has the share done, the rate, and the time taken and left. Plain lines come every few seconds at most, and one
-    at the end says what each label took; they hold no control characters.
+    at the end says what each label took, unless it failed; they hold no control characters.
 
     Args:
         is_quiet: Whether nothing is written.
@@ -48,10 +48,8 @@ def progress(*, is_quiet: bool = False) -> Iterator[Follow]:
             yield lambda collection, label: _followed(collection, lambda of: _Bar(bars, label, of))
         return
     lines = Lines()
-    try:
-        yield lambda collection, label: _followed(collection, lambda of: lines.begin(label, of))
-    finally:
-        lines.close()
+    yield lambda collection, label: _followed(collection, lambda of: lines.begin(label, of))
+    lines.close()  # where something failed, its error is all that is said
 
 
 def _bars(console: Any) -> Any:

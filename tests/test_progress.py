@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from ptqjax.progress import Lines, nothing, progress
+from ptqjax.progress import Follow, Lines, nothing, progress
 
 
 class Clock:
@@ -88,14 +88,15 @@ def test_another_label_ends_the_work_before_it():
     assert lines_of(work) == ["calibrating: done in 2.0 s, 32 samples/s", "trying: done in 1.5 s, 2 it/s"]
 
 
-def test_what_fails_halfway_is_told_as_far_as_it_came():
-    def work(lines: Lines, clock: Clock) -> None:
-        shown = lines.begin("measuring", 10)
-        clock.now = 2.0
-        shown.advance("one")
-        shown.end()
+def fail_in(follow: Follow) -> None:
+    for number in follow([1, 2], "measuring"):
+        raise ValueError(number)
 
-    assert lines_of(work) == ["measuring: done in 2.0 s, 0.5 it/s"]
+
+def test_what_fails_is_not_done(capfd):
+    with pytest.raises(ValueError, match="1"), progress() as follow:
+        fail_in(follow)
+    assert capfd.readouterr() == ("", "")
 
 
 CODE = """
