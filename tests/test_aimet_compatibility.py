@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -197,7 +198,7 @@ def test_constants_of_any_size_have_a_finite_grid(name: str, value: float) -> No
 
 
 def test_a_histogram_merges_with_one_of_the_same_bins_only(rng: np.random.Generator) -> None:
-    first, second, other = (rng.normal(size=50).astype(np.float32) for _ in range(3))
+    first, second, other = (jnp.asarray(rng.normal(size=50), np.float32) for _ in range(3))
     update, start = BATCH_DENSITY.update, BATCH_DENSITY.init(1)
     one = update(start, [first], 1)
     both = update(update(one, [second], 1), [first], 1)

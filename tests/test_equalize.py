@@ -348,7 +348,7 @@ def test_real_networks_are_equalized_in_no_time(shared: Path, name: str, count: 
     model = ptqjax.read(shared / "models" / f"{name}.onnx")
     start = time.process_time()
     after, report = equalize(model)
-    assert time.process_time() - start < 3.0  # 0.2 s alone; with type checks and a busy machine more
+    assert time.process_time() - start < 15.0  # 0.2 s alone; 5 s were seen with type checks and a busy machine
     assert sum(scaled(report)) == count
     _, second = equalize(after)
     assert not any(record.done for record in second)

@@ -43,7 +43,10 @@ def test_vectors_are_multiplied_as_matmul_does(a, b):
 
 @pytest.mark.parametrize("w_type", [np.int8, np.uint8])
 def test_matrix_products_are_onnxruntimes(w_type):
-    a, b = _integers(np.uint8, 2, 4, 6), _integers(w_type, 2, 6, 5, seed=1)
+    a = _integers(np.uint8, 2, 4, 6)
+    b = _integers(w_type, 2, 6, 5, seed=1)
+    if w_type == np.int8:
+        b = b // np.int8(2)  # 7 bits: the runtime's sums of 8 saturate on CPUs without VNNI
     inputs = [a, b, np.array(7, np.uint8), np.array(9, w_type)]
     assert_as_in_onnxruntime("MatMulInteger", inputs, atol=0, opset=10, outputs=(np.int32,), jit=True)
 
