@@ -60,7 +60,7 @@ def evaluate(
     Raises:
         DataError: The batches do not fit the model, there are none, one is empty, or there are not as many as labels;
             or the labels are not indices of classes; or the reference has other inputs or outputs.
-        ModelError: A file cannot be run, or an output is not finite.
+        ModelError: A file cannot be run, an output is not finite, or the first is a single number.
         ConfigError: onnxruntime is missing or has no such device.
     """
     subject = _runner(model, "the model", device)
@@ -119,7 +119,7 @@ def _measured(
     counted = []
     for part, outputs, wanted in running:
         found = subject.finished(outputs, part)
-        first = next(iter(found))
+        first = first_output(found, f"{subject.label}, {part.place}")
         classes = predicted(found[first])
         num_right, num_same, signal, noise = 0, 0, 0.0, 0.0
         if labels is not None:
@@ -213,6 +213,21 @@ def require_finite(value: np.ndarray, place: str) -> None:
             f"{place} holds {value[at]} at {at}; expected finite numbers: look for NaN or infinity in the batch, and "
             "for an overflow in the model"
         )
+
+
+def first_output(outputs: Mapping[str, np.ndarray], who: str) -> str:
+    """Returns the name of a model's first output, which has samples along its first axis; `who`: in a message.
+
+    Raises:
+        ModelError: It is a single number.
+    """
+    name = next(iter(outputs))
+    if not outputs[name].ndim:
+        raise ModelError(
+            f"{who}: output '{name}' is a single number; expected samples along its first axis: end the model before "
+            "samples are reduced to one number, or name another output first"
+        )
+    return name
 
 
 def require_alike(outputs: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], who: str) -> None:

@@ -99,6 +99,30 @@ def test_one_trace_a_shape_serves_all_widths_ranges_granularities_and_switches(m
     assert len(counted) == 2
 
 
+def test_a_graph_whose_shapes_depend_on_data_is_looped_over(monkeypatch):
+    nodes = [node("Relu", ["x"], "r"), node("NonZero", ["r"], "where"), node("Mul", ["r", "r"], "y")]
+    model = build(nodes, {}, input_shape=("n", 3), outputs=["y", "where"])
+    monkeypatch.setattr(engine, "_MANY", 0)
+    monkeypatch.setattr(engine, "_WORTH_COMPILING", 0)
+    monkeypatch.setattr(engine, "_SHORT", 1e9)
+    batch = {"x": np.float32([[1, -2, 3]])}
+    each = [ptqjax.calibrate(model, [batch], Config(ranges="min-max", activations=of)) for of in ("uint8", "uint4")]
+    variants = [Variant(name=name, encodings=encodings) for name, encodings in zip("ab", each, strict=True)]
+    found = evaluate_variants(model, variants, [batch] * 3, metrics=("agreement",))
+    assert [each["agreement"] for each in found.values] == [1.0, 1.0]
+    assert [(plan.way, [*plan.seconds]) for plan in found.batching] == [("loop", ["loop"])]  # vmap was tried
+
+
+def test_a_first_output_without_samples_is_named():
+    model = build([node("ReduceSum", ["x"], "total", keepdims=0)], {}, input_shape=("n", 3), outputs=["total"])
+    batch = {"x": np.ones((2, 3), np.float32)}
+    variant = Variant(name="v", encodings={})
+    with pytest.raises(ModelError, match="output 'total' is a single number; expected samples"):
+        evaluate_variants(model, [variant], [batch])
+    with pytest.raises(ModelError, match="output 'total' is a single number; expected samples"):
+        ptqjax.evaluate(lambda x: ptqjax.apply(model.graph, model.params, x), [batch], labels=np.zeros(2, int))
+
+
 @pytest.mark.parametrize("batching", ["auto", "loop", "vmap", "shard"])
 def test_values_are_those_of_evaluate_to_the_bit(model, variants, batching):
     found = evaluate_variants(

@@ -12,10 +12,10 @@ import numpy as np
 
 from ptqjax.config.checks import check_choice
 from ptqjax.data import checked_labels
-from ptqjax.errors import ConfigError, DataError
-from ptqjax.evaluate import require_alike, require_finite, require_samples
+from ptqjax.errors import ConfigError, DataDependentError, DataError
+from ptqjax.evaluate import first_output, require_alike, require_finite, require_samples
 from ptqjax.experiments.batching import WAYS, Arguments, Inputs, Step, loop, put
-from ptqjax.experiments.metrics import Metric, Outputs, Seen, find_metrics
+from ptqjax.experiments.metrics import Metric, Seen, find_metrics
 from ptqjax.ir import Graph, Model
 from ptqjax.lowering import apply
 from ptqjax.progress import Follow
@@ -124,7 +124,8 @@ def evaluate_variants(
     Raises:
         DataError: The batches do not fit the model, there are none, or not as many as labels; the labels are not
             indices of classes; or a variant has other outputs than the reference.
-        ModelError: An output is not finite.
+        ModelError: An output is not finite, or the first is a single number.
+        DataDependentError: A shape depends on data, and `batching` is "vmap" or "shard"; "auto" and "loop" take it.
         ConfigError: A metric or a way of batching is unknown, there are no variants, or an encoding is for a tensor
             that the variant has not; the message names the variant.
     """
@@ -142,8 +143,9 @@ def evaluate_variants(
         inputs = {name: put(value) for name, value in batch.items()}
         wanted = session.started("reference", inputs, lambda x, at=number: _wanted(reference, x, at))
         wanted = _finite({name: np.asarray(value) for name, value in wanted.items()}, f"the reference, batch {number}")
-        size = len(next(iter(wanted.values())))
-        taken = _labels_of(labels, wanted, num_samples, size)
+        first = wanted[first_output(wanted, f"the reference, batch {number}")]
+        size = len(first)
+        taken = _labels_of(labels, first, num_samples)
         for position, found in session.outputs(inputs, num_batches - number):
             who = f"'{variants[position].name}'"
             require_alike(_finite(found, f"{who}, batch {number}"), wanted, f"the reference and {who}")
@@ -175,11 +177,10 @@ def _finite(outputs: dict[str, np.ndarray], who: str) -> dict[str, np.ndarray]:
     return outputs
 
 
-def _labels_of(labels: np.ndarray | None, wanted: Outputs, start: int, size: int) -> np.ndarray | None:
+def _labels_of(labels: np.ndarray | None, first: np.ndarray, start: int) -> np.ndarray | None:
     if labels is None:
         return None
-    num_classes = next(iter(wanted.values()))[0].size
-    known = checked_labels(labels, num_classes=num_classes, place="labels")
+    size, known = len(first), checked_labels(labels, num_classes=first[0].size, place="labels")
     if start + size > len(known):
         raise DataError(f"there are {len(known)} labels, and at least {start + size} samples; give each its label")
     return known[start : start + size]
@@ -299,7 +300,10 @@ class _Session:
         if not is_long or (other == "vmap" and seconds["loop"] > _SHORT):
             return Batching(way="loop", num_variants=size, seconds=seconds), steps
         others = WAYS[other](group.graph, group.variants)
-        seconds[other] = self._timed(others[0], inputs, (number, other)) / len(others[0].positions)
+        try:
+            seconds[other] = self._timed(others[0], inputs, (number, other)) / len(others[0].positions)
+        except DataDependentError:  # variants side by side are traced, and do not tell the values that decide shapes
+            return Batching(way="loop", num_variants=size, seconds=seconds), steps
         if seconds[other] < _CLEARLY * seconds["loop"]:
             return Batching(way=other, num_variants=size, seconds=seconds), others
         return Batching(way="loop", num_variants=size, seconds=seconds), steps
