@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptqjax.errors import OutputError
+from ptqjax.errors import DataError, OutputError
 from ptqjax.experiments.store import MANIFEST, digest_of, look, put, remove_abandoned, write_file
 
 
@@ -153,6 +153,16 @@ def test_a_file_is_replaced_whole(tmp_path):
 def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
     with pytest.raises(OutputError, match="missing"):
         put(tmp_path / "missing", "fold", "key", write)
+
+
+def test_a_file_elsewhere_that_cannot_be_read_is_named_instead(tmp_path, monkeypatch):
+    (tmp_path / "root").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"'[^']*net\.onnx' cannot be read: No such file.*'root' needs it"):
+        put(Path("root"), "fold", "key", lambda _: (tmp_path / "net.onnx").read_bytes())
+    assert hidden(tmp_path / "root") == []
+    with pytest.raises(OutputError, match="'root' cannot be written: No such file"):
+        put(Path("root"), "fold", "key", lambda half: (half / "folder" / "a").write_text(""))
 
 
 def test_the_hash_of_data_does_not_depend_on_the_order_of_keys():

@@ -23,7 +23,7 @@ try:
 except ImportError:  # not on Windows: there, two runs that repair the same folder at once may get in each other's way
     fcntl = None
 
-from ptqjax.errors import OutputError
+from ptqjax.errors import DataError, OutputError
 
 MANIFEST = "stage.json"
 """The file that says what is in a folder, and what it was made from."""
@@ -79,6 +79,7 @@ def put(root: Path, name: str, key: str, write: Callable[[Path], None]) -> Mappi
 
     Raises:
         OutputError: `root` cannot be written.
+        DataError: A file elsewhere, which `write` needs, cannot be read.
     """
     try:
         half = Path(tempfile.mkdtemp(prefix=f"{_HALF}{name}-", dir=root))
@@ -90,6 +91,7 @@ def put(root: Path, name: str, key: str, write: Callable[[Path], None]) -> Mappi
         _finish(half, {"stage": name, "key": key, "files": files})
         return _moved(half, root / name, key)
     except OSError as error:
+        _require_elsewhere(root, error)
         raise _cannot(root, error) from error
     finally:
         shutil.rmtree(half, ignore_errors=True)
@@ -134,6 +136,18 @@ def digest_of(value: Any) -> str:
     """Returns the SHA-256 of plain data; keys may be in any order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _require_elsewhere(root: Path, error: OSError) -> None:
+    """Raises the error that names a file outside `root` which is not there or not readable, if that is the fault."""
+    remedies = {FileNotFoundError: "bring it back", PermissionError: "make it readable"}
+    remedy = remedies.get(type(error))
+    if remedy is None or not isinstance(error.filename, str):
+        return
+    if not Path(error.filename).resolve().is_relative_to(root.resolve()):
+        raise DataError(
+            f"'{error.filename}' cannot be read: {error.strerror}; '{root}' needs it: {remedy}, and run again"
+        ) from error
 
 
 def _cannot(root: Path, error: OSError) -> OutputError:
