@@ -114,6 +114,7 @@ def quantize_each(
 
     Raises:
         PtqjaxError: As `quantize` does; a ConfigError names the configuration that it is about.
+        ConfigError: `choose` or `names` has not one element for each configuration.
     """
     parts = quantize_in_parts(
         model, batches, configs, size=len(configs), choose=choose, names=names, frozen=frozen, stage=stage
@@ -134,10 +135,14 @@ def quantize_in_parts(
 ) -> Iterator[tuple[Result, ...]]:
     """Yields what `quantize_each` returns, `size` results at a time, which are made when they are asked for.
 
-    Results are the same whatever the size. Scaled models serve all parts; each part has its own passes over the data,
-    to calibrate and to correct. The other arguments and the errors are those of `quantize_each`.
+    Nothing is checked or done before the first is asked for. Results are the same whatever the size. Scaled models
+    serve all parts; each part has its own passes over the data, to calibrate and to correct. The other arguments and
+    the errors are those of `quantize_each`.
     """
     sources = _sources(configs, choose)
+    for what, found in (("choose", sources), ("names", configs if names is None else names)):
+        if len(found) != len(configs):
+            raise ConfigError(f"{what} has {len(found)} elements; expected {len(configs)}: one for each configuration")
     called = [f"configuration {i}" for i in range(len(configs))] if names is None else [f"'{name}'" for name in names]
     tasks = [_Task(config, f"{who}: ", source) for config, who, source in zip(configs, called, sources, strict=True)]
     yield from _quantized(model, batches, tasks, size=size, frozen=frozen, stage=stage)

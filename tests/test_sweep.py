@@ -310,6 +310,12 @@ def test_errors_name_the_configuration(model):
         ptqjax.sweep(model, None, [Config()])
 
 
+@pytest.mark.parametrize("setting", ["choose", "names"])
+def test_quantize_each_takes_one_for_each_configuration(model, setting):
+    with pytest.raises(ConfigError, match=f"{setting} has 0 elements; expected 1"):
+        quantize_each(model, CALIBRATION, [Config()], **{setting: []})
+
+
 def test_configurations_without_names_are_called_by_what_differs():
     found = module._named([Config(), Config(weights="int4", exclude=("a", "b")), Config(), Config(weights="int4")])
     assert list(found) == ["defaults", "weights=int4 exclude=a,b", "defaults #2", "weights=int4"]
