@@ -17,7 +17,7 @@ from ptqjax.versions import source_digest
 _START = b'{"key": "'  # what every line begins with
 
 
-def digest_of(*parts: Any) -> str:
+def _digest(*parts: Any) -> str:
     """Returns a hash of the parts: texts, arrays, mappings, sequences of these."""
     digest = hashlib.sha256(source_digest().encode())
     for part in parts:
@@ -93,5 +93,5 @@ def append_rows(path: str | os.PathLike[str], rows: Mapping[str, Mapping[str, An
 
 def keys(shared: Sequence[Any], each: Iterable[Sequence[Any]]) -> list[str]:
     """Returns the key of each row, of what all rows share and what each has of its own."""
-    common = digest_of(*shared)
-    return [digest_of(common, *own) for own in each]
+    common = _digest(*shared)
+    return [_digest(common, *own) for own in each]
