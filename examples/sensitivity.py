@@ -25,10 +25,10 @@ WIDTH = 40
 
 def bars(found: Sequence[Sensitivity]) -> list[str]:
     """Returns a line for each group: its SQNR alone, and a bar longer the louder it is, in dB."""
-    loudest, softest = found[0].sqnr_db, found[-1].sqnr_db
+    heard = [each.sqnr_db for each in found if each.noise > 0]  # what adds no noise has infinite SQNR, and no bar
     lines = []
     for each in found:
-        length = round(WIDTH * (softest - each.sqnr_db) / (softest - loudest))
+        length = round(WIDTH * (max(heard) - each.sqnr_db) / (max(heard) - min(heard) or 1)) if each.noise > 0 else 0
         lines.append(f"{each.name:22} {each.kind:10} {each.sqnr_db:6.1f} dB  {'#' * length}")
     return lines
 
