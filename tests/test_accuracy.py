@@ -38,6 +38,11 @@ BARS = [
 ]
 
 
+def _case(bar):
+    """The larger network compiles for minutes, and so does learning on data; scripts/bench_accuracy.py has them too."""
+    return pytest.param(bar, marks=[pytest.mark.slow] if bar.network == V2 or bar.has_data else [])
+
+
 class Pictures(NamedTuple):
     calibration: list
     evaluation: list
@@ -65,7 +70,7 @@ def logits(path, pictures):
     return np.concatenate([run(runtime, batch)["output"] for batch in pictures.evaluation])
 
 
-@pytest.mark.parametrize("bar", BARS)
+@pytest.mark.parametrize("bar", [_case(bar) for bar in BARS])
 def test_the_exported_file_keeps_the_accuracy_and_is_what_is_simulated(shared, pictures, tmp_path, bar):
     path = shared / "models" / f"{bar.network}.onnx"
     batches = pictures.calibration if bar.has_data else None
@@ -84,7 +89,7 @@ def test_the_exported_file_keeps_the_accuracy_and_is_what_is_simulated(shared, p
     assert found.equal >= 0.999
 
 
-@pytest.mark.parametrize("network", ["mobilenet_v2_1.0_224", "mobilenet_v1_0.25_224"])
+@pytest.mark.parametrize("network", [pytest.param(V2, marks=pytest.mark.slow), V1])
 def test_equalization_keeps_the_function_on_real_pictures(shared, pictures, network):
     model = ptqjax.read(shared / "models" / f"{network}.onnx")
     equalized, _ = ptqjax.equalize(model)

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.ir import Model
-from ptqjax.lowering import apply, interpret
+from ptqjax.lowering import apply
 from ptqjax.onnx_io import read
 from ptqjax.quantize import calibrate, calibrate_and_report, choose_encoding, place
 from ptqjax.quantize.low_power import compose, decompose
@@ -197,15 +196,8 @@ def test_a_bias_that_does_not_fit_raises_its_weight_and_is_reported(model: Model
     assert np.abs(params["b1"] / (encodings["x"].scale * encodings["w1"].scale)).max() < 2**31
 
 
-def test_batches_stream_and_each_size_is_compiled_once(model: Model, monkeypatch) -> None:
+def test_batches_stream_and_each_size_is_compiled_once(model: Model, traces: list[None]) -> None:
     alive: list[int] = []
-    traces: list[object] = []
-
-    def counted(*arguments: Any, **settings: Any) -> object:
-        traces.append(None)
-        return interpret(*arguments, **settings)
-
-    monkeypatch.setattr(sys.modules["ptqjax.quantize.observing"], "interpret", counted)
 
     def stream() -> Iterator[dict[str, np.ndarray]]:
         for index in range(6):
@@ -288,19 +280,6 @@ def test_nan_in_a_parameter_is_named(model: Model) -> None:
     bad[1, 2, 0, 0] = np.nan
     with pytest.raises(DataError, match=r"'w1' holds nan at \(1, 2, 0, 0\)"):
         calibrate(model.replace(params=model.params | {"w1": bad}), DATA, MIN_MAX)
-
-
-@pytest.fixture
-def traces(monkeypatch) -> list[None]:
-    """Grows with every trace of the step that observes a batch."""
-    found: list[None] = []
-
-    def counted(*arguments: Any, **settings: Any) -> object:
-        found.append(None)
-        return interpret(*arguments, **settings)
-
-    monkeypatch.setattr(sys.modules["ptqjax.quantize.observing"], "interpret", counted)
-    return found
 
 
 def test_one_compiled_step_serves_schemes_parameters_widths_and_symmetries(model: Model, traces: list[None]) -> None:

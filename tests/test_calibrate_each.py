@@ -1,6 +1,5 @@
 """Calibration under many configurations at once: what one by one gives, from one pass and one program."""
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.ir import Model
-from ptqjax.lowering import interpret
 from ptqjax.quantize import calibrate, calibrate_and_report, calibrate_each, choose_encoding
 from tests.models import build, node
 
@@ -56,19 +54,6 @@ CONFIGS = [
     QuantizationConfig(ranges="min-max", weights="int8", activations="uint8", power_of_two=True),
     QuantizationConfig(ranges="min-max"),
 ]
-
-
-@pytest.fixture
-def traces(monkeypatch) -> list[None]:
-    """Grows with every trace of the step that observes a batch."""
-    found: list[None] = []
-
-    def counted(*arguments: Any, **settings: Any) -> object:
-        found.append(None)
-        return interpret(*arguments, **settings)
-
-    monkeypatch.setattr(sys.modules["ptqjax.quantize.observing"], "interpret", counted)
-    return found
 
 
 def assert_equal(found: Any, expected: Any) -> None:

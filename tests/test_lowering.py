@@ -101,6 +101,7 @@ def _separable_model():
     return Model(graph=graph, params=params)
 
 
+@pytest.mark.slow  # test_real_files has most of them, in batches too
 @pytest.mark.parametrize("network", _NETWORKS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_real_networks_compute_what_onnx_runtime_computes(shared, network, batch):

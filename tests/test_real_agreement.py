@@ -15,17 +15,17 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 CASES = [
     ("mlperf_resnet8_cifar10", "tensor", 14),
     ("mlperf_resnet8_cifar10", "channel", 14),
-    ("resnet20_cifar10", "tensor", 30),
+    pytest.param("resnet20_cifar10", "tensor", 30, marks=pytest.mark.slow),
     ("resnet20_cifar10", "channel", 30),
-    ("mlperf_vww_mobilenet_v1_0.25_96", "tensor", 29),
-    ("mlperf_vww_mobilenet_v1_0.25_96", "channel", 29),
-    ("mobilenet_v1_0.25_224", "tensor", 29),
-    ("squeezenet_v1.1", "channel", 27),
-    ("tiny_vit_cifar10", "channel", 23),
+    pytest.param("mlperf_vww_mobilenet_v1_0.25_96", "tensor", 29, marks=pytest.mark.slow),
+    pytest.param("mlperf_vww_mobilenet_v1_0.25_96", "channel", 29, marks=pytest.mark.slow),
+    pytest.param("mobilenet_v1_0.25_224", "tensor", 29, marks=pytest.mark.slow),
+    pytest.param("squeezenet_v1.1", "channel", 27, marks=pytest.mark.slow),
+    pytest.param("tiny_vit_cifar10", "channel", 23, marks=pytest.mark.slow),
     ("mlperf_ad01_autoencoder", "tensor", 10),
     ("other/mnist_cntk", "channel", 5),
     ("other/superresolution_core_op18", "tensor", 4),
-    ("other/silero_vad_16k_op15", "channel", 6),
+    pytest.param("other/silero_vad_16k_op15", "channel", 6, marks=pytest.mark.slow),
 ]
 """Model, granularity, and how many of its tensors the runtime computes in integers."""
 
