@@ -39,7 +39,7 @@ BARS = [
 
 
 def _case(bar):
-    """The larger network compiles for minutes, and so does learning on data; scripts/bench_accuracy.py has them too."""
+    """The larger network compiles for minutes, and so does what is chosen on data."""
     return pytest.param(bar, marks=[pytest.mark.slow] if bar.network == V2 or bar.has_data else [])
 
 
