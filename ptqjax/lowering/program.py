@@ -97,8 +97,13 @@ def _shapes(arrays: Any) -> tuple[tuple[int, ...], ...]:
 
 def _jitted(program: Callable[..., _T], *, num_static: int, donated: tuple[int, ...] = ()) -> Callable[..., _T]:
     """Returns (revision, *arguments) -> program(*arguments), compiled once for each revision of the operators."""
+
+    def run(_: int, *arguments: Any) -> _T:
+        return program(*arguments)
+
+    run.__name__ = getattr(program, "__name__", "program").strip("_")  # what compiler logs and progress call it
     return jax.jit(
-        lambda _, *arguments: program(*arguments),
+        run,
         static_argnums=tuple(range(num_static + 1)),
         donate_argnums=tuple(position + 1 for position in donated),
     )
