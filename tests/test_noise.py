@@ -1,7 +1,5 @@
 """Laws of predicted noise: the objective is what its equations say, convex, blind to common factors, and minimized."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +11,9 @@ from ptqjax.kernels.noise import (
     NOTHING,
     ActivationNoise,
     WeightNoise,
-    activation_noise,
     least_noise,
     output_noise,
-    weight_noise,
+    stack_terms,
 )
 
 STEPS = {"activation_steps": 255, "weight_steps": 127}
@@ -77,12 +74,12 @@ def exact(theta: np.ndarray, activations: list[ActivationNoise], weights: list[W
 
 
 def at(theta: np.ndarray, terms: tuple[list[ActivationNoise], list[WeightNoise]], sharpness: float = 200.0) -> float:
-    return float(_compiled(jnp.asarray(theta, jnp.float32), *terms, sharpness))
+    return float(_compiled(jnp.asarray(theta, jnp.float32), stack_terms(*terms), sharpness))
 
 
-@partial(jax.jit, static_argnums=3)
-def _compiled(theta, activations, weights, sharpness):
-    return output_noise(theta, activations, weights, **STEPS, sharpness=sharpness)
+@jax.jit
+def _compiled(theta, terms, sharpness):
+    return output_noise(theta, terms, **STEPS, sharpness=sharpness)
 
 
 def random_theta(seed: int) -> np.ndarray:
@@ -99,6 +96,23 @@ def test_the_objective_is_the_noise_of_its_equations(seed: int, per_channel: boo
     # to 1e-6, of some 1e4 with the sharpness: 1e-3 over the sharpness.
     np.testing.assert_allclose(at(theta, terms, 1e4), exact(theta, *terms), atol=2 * np.log(30) / 1e4 + 1e-5)
     assert -1e-5 <= at(theta, terms) - exact(theta, *terms) <= 2 * np.log(30) / 200 + 1e-5
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_weights_larger_than_a_tile_and_smaller_ones_stand_side_by_side(per_channel: bool) -> None:  # noqa: FBT001
+    shapes = [(2, 40, 70), (1, 3, 5), (1, 32, 32), (4, 1, 33), (1, 64, 1)]
+    random = np.random.default_rng(0)
+    weights = [
+        weight(
+            i, random.integers(0, NUM_SCALES, (g, o)), random.integers(0, NUM_SCALES, (g, k)), per_channel=per_channel
+        )
+        for i, (g, o, k) in enumerate(shapes)
+    ]
+    terms, theta = ([activation(9, FIRST)], weights), random_theta(3)
+    np.testing.assert_allclose(at(theta, terms, 1e4), exact(theta, *terms), atol=2 * np.log(2800) / 1e4 + 1e-5)
+    for index in range(len(weights)):  # each counts by itself as well: none hides behind another
+        one = [], weights[index : index + 1]
+        np.testing.assert_allclose(at(theta, one, 1e4), exact(theta, *one), atol=2 * np.log(2800) / 1e4 + 1e-5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -126,7 +140,7 @@ def test_a_factor_common_to_the_channels_of_a_set_changes_nothing(per_channel: b
 def test_no_perturbation_of_the_least_noise_has_less(seed: int, per_channel: bool) -> None:  # noqa: FBT001
     terms = chain(10 * seed, per_channel=per_channel)
     start = np.zeros(NUM_SCALES)
-    best, before, after = least_noise(start, *terms, **STEPS)
+    best, before, after = least_noise(start, stack_terms(*terms), **STEPS)
     assert best[0] == 0.0
     np.testing.assert_allclose(after, at(best, terms), rtol=1e-5)
     assert before == pytest.approx(at(start, terms, 30.0), rel=1e-5) or before == pytest.approx(
@@ -152,12 +166,12 @@ def test_dead_channels_leave_everything_finite() -> None:
         gain=np.where(dead[:, None], NOTHING, two.gain), power=np.where(dead[:, None], NOTHING, two.power)
     )
     terms = [first, second], [one, two, three]
-    value, slope = jax.jit(jax.value_and_grad(lambda theta: output_noise(theta, *terms, **STEPS)))(
+    value, slope = jax.jit(jax.value_and_grad(lambda theta: output_noise(theta, stack_terms(*terms), **STEPS)))(
         jnp.zeros(NUM_SCALES)
     )
     assert np.isfinite(value)
     assert np.isfinite(slope).all()
-    best, _, after = least_noise(np.zeros(NUM_SCALES), *terms, **STEPS)
+    best, _, after = least_noise(np.zeros(NUM_SCALES), stack_terms(*terms), **STEPS)
     assert np.isfinite(best).all()
     assert after < value
 
@@ -165,7 +179,7 @@ def test_dead_channels_leave_everything_finite() -> None:
 def test_all_channels_dead_is_finite() -> None:
     nothing = np.full(5, NOTHING)
     terms = [ActivationNoise(above=nothing, below=nothing, gain=nothing, scales=FIRST)], []
-    best, before, after = least_noise(np.ones(NUM_SCALES), *terms, **STEPS)
+    best, before, after = least_noise(np.ones(NUM_SCALES), stack_terms(*terms), **STEPS)
     assert best[0] == 0.0, "the fixed scale, wherever one starts"
     assert np.isfinite([before, after, *best]).all()
 
@@ -173,10 +187,10 @@ def test_all_channels_dead_is_finite() -> None:
 def test_noise_has_gradients_and_batches() -> None:
     (first, _), (_, depthwise, last) = chain(0)
     points = jnp.asarray(np.stack([random_theta(seed) for seed in range(3)]), jnp.float32)
-    for noise, term in ((activation_noise, first), (weight_noise, depthwise), (weight_noise, last)):
+    for alone in (([first], []), ([], [depthwise]), ([], [last])):
 
-        def value(theta: jax.Array, noise=noise, term=term) -> jax.Array:
-            return noise(theta, term, steps=127, sharpness=20.0)
+        def value(theta: jax.Array, alone=alone) -> jax.Array:
+            return output_noise(theta, stack_terms(*alone), **STEPS, sharpness=20.0)
 
         batched = jax.jit(jax.vmap(value))
         np.testing.assert_allclose(batched(points)[1], jax.jit(value)(points[1]), rtol=1e-5)
@@ -193,5 +207,5 @@ def test_a_row_with_a_step_of_its_own_does_not_feel_its_scale() -> None:
     moved[SECOND] += np.array([3.0, -1.0, 0.0, 2.0, 0.5])
     for per_channel in (True, False):
         term = weight(0, SECOND[None], FIRST[None], per_channel=per_channel)
-        found = [float(weight_noise(jnp.asarray(at), term, steps=127, sharpness=200.0)) for at in (theta, moved)]
+        found = [at(each, ([], [term])) for each in (theta, moved)]
         assert (found[0] == found[1]) is per_channel

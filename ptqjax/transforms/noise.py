@@ -11,7 +11,7 @@ import numpy as np
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Record, Report
 from ptqjax.kernels.equalization import tap_ranges
-from ptqjax.kernels.noise import NOTHING, ActivationNoise, WeightNoise, least_noise, output_noise
+from ptqjax.kernels.noise import NOTHING, ActivationNoise, WeightNoise, least_noise, output_noise, stack_terms
 from ptqjax.transforms.balance import weight_balance
 from ptqjax.transforms.behaviour import Behaviour, implied_behaviour
 from ptqjax.transforms.linear import weight_view
@@ -23,8 +23,7 @@ from ptqjax.transforms.ties import Ties, find_ties
 _NAME = "scale_channels"
 _WORTHWHILE = 0.1  # dB: less is what convergence left to an earlier run
 
-Terms = tuple[tuple[ActivationNoise, ...], tuple[WeightNoise, ...]]
-"""The noise of all rounded activations and weights."""
+_Sources = tuple[tuple[ActivationNoise, ...], tuple[WeightNoise, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +100,7 @@ def scale_for_noise(
 
 def noise_terms(
     model: Model, ties: Ties, behaviour: Mapping[str, Behaviour], *, per_channel: bool = False, corrected: bool = True
-) -> Terms:
+) -> _Sources:
     """Returns the sources of noise in `model`, as `kernels.noise` takes them.
 
     Args:
@@ -123,7 +122,7 @@ def noise_terms(
 
 def noise_optimal_scales(
     ties: Ties,
-    terms: Terms,
+    terms: _Sources,
     *,
     weight_steps: int,
     activation_steps: int,
@@ -142,14 +141,17 @@ def noise_optimal_scales(
     """
     start = np.zeros(ties.num_scales) if start is None else np.asarray(start)
     steps = {"activation_steps": activation_steps, "weight_steps": weight_steps}
-    scales, before, after = least_noise(start, *terms, **steps, num_steps=num_steps)
+    scales, before, after = least_noise(start, stack_terms(*terms), **steps, num_steps=num_steps)
     return scales, _decibels(before), _decibels(after)
 
 
-def predicted_decibels(terms: Terms, log_scales: Any, *, weight_steps: int, activation_steps: int) -> float:
+def predicted_decibels(terms: _Sources, log_scales: Any, *, weight_steps: int, activation_steps: int) -> float:
     """Returns the predicted noise, in dB below the output's power, at given scales."""
     noise = output_noise(
-        np.asarray(log_scales, np.float32), *terms, activation_steps=activation_steps, weight_steps=weight_steps
+        np.asarray(log_scales, np.float32),
+        stack_terms(*terms),
+        activation_steps=activation_steps,
+        weight_steps=weight_steps,
     )
     return _decibels(float(noise))
 
