@@ -12,12 +12,13 @@ from ptqjax.config import QuantizationConfig
 from ptqjax.config.checks import check_choice
 from ptqjax.errors import ConfigError
 from ptqjax.fit import Choice, scale_each
-from ptqjax.fit.bias_correction import correct_each
+from ptqjax.fit.bias_correction import correct_each, layer_axes
 from ptqjax.ir import Model, Report
 from ptqjax.quantize import Encoding, Encodings, check_not_quantized, guard_biases, widened
 from ptqjax.quantize.alignment import aligned
 from ptqjax.quantize.bias import sums_in_fixed_point
-from ptqjax.quantize.calibrate import calibrate_each
+from ptqjax.quantize.calibrate import calibrate_and_measure
+from ptqjax.quantize.observing import Means
 from ptqjax.quantize.rules import num_bits
 from ptqjax.transforms import fold_batch_norms, prepare
 
@@ -209,6 +210,8 @@ class _Draft:
     choice: Choice
     encodings: Encodings = field(default_factory=dict)
     calibrate_report: Report = ()
+    means: Means | None = None
+    """Channel means of the float model's layers, as the pass that calibrated kept them."""
     corrected: Model | None = None
     """None where biases are not corrected."""
     correct_report: Report = ()
@@ -245,13 +248,19 @@ def _calibrated(
     for positions in _alike(drafts, lambda draft: id(draft.choice.model)).values():
         some = [drafts[position] for position in positions]
         scaled = some[0].choice.model
-        each = calibrate_each(
-            scaled, batches, [draft.config for draft in some], frozen=frozen, labels=[draft.label for draft in some]
+        needs_means = any(draft.choice.correct == "empirical" for draft in some)
+        calibrated = calibrate_and_measure(
+            scaled,
+            batches,
+            [draft.config for draft in some],
+            frozen=frozen,
+            labels=[draft.label for draft in some],
+            measured=layer_axes(scaled) if needs_means else (),
         )
-        for position, draft, (encodings, report) in zip(positions, some, each, strict=True):
+        for position, draft, (encodings, report) in zip(positions, some, calibrated.each, strict=True):
             kept = {name: encodings[name] for name in frozen}
             wide = widened(scaled, encodings, draft.choice.headroom, draft.config) | kept
-            found[position] = replace(draft, encodings=wide, calibrate_report=report)
+            found[position] = replace(draft, encodings=wide, calibrate_report=report, means=calibrated.means)
     return [found[position] for position in range(len(drafts))]
 
 
@@ -263,7 +272,7 @@ def _corrected(drafts: Sequence[_Draft], batches: Iterable[Mapping[str, Any]] | 
             some = [drafts[position] for position in positions]
             scaled = some[0].choice.model
             alike = aligned(scaled, [draft.encodings for draft in some], adds=False).encodings  # one program for all
-            each = correct_each(scaled, alike, batches, method=method)
+            each = correct_each(scaled, alike, batches, method=method, means=some[0].means)
             for position, draft, (corrected, report) in zip(positions, some, each, strict=True):
                 found[position] = replace(draft, corrected=corrected, correct_report=report)
     return [found[position] for position in range(len(drafts))]

@@ -12,7 +12,7 @@ import numpy as np
 
 from ptqjax.errors import ModelError
 from ptqjax.ir import Graph, Model
-from ptqjax.lowering import compiled, interpret
+from ptqjax.lowering import axis_in_layout, compiled, interpret
 from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.transforms.activations import limits_of
 from ptqjax.transforms.behaviour import Behaviour
@@ -160,13 +160,6 @@ def _forward(
         return (value if probes is None else _probed(value, probes[name], axis)), seen
 
     return interpret(graph, params, batch, intercept=intercept)
-
-
-def axis_in_layout(axis: int, channel_axis: int | None) -> int:
-    """Returns where an axis of ONNX's layout lies in a value whose axis 1 lies at `channel_axis`."""
-    if channel_axis in {None, 1} or axis == 0:
-        return axis
-    return channel_axis if axis == 1 else axis - 1  # pyright: ignore[reportReturnType]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -26,13 +26,14 @@ from ptqjax.ir import (
     is_private,
     rebuild,
 )
-from ptqjax.lowering import compiled, interpret
+from ptqjax.lowering import axis_in_layout, compiled, interpret
 from ptqjax.quantize import check_not_quantized
 from ptqjax.quantize.batches import checked_part, checked_parts, num_samples
 from ptqjax.quantize.encodings import Encodings
-from ptqjax.quantize.parts import Parts, together
+from ptqjax.quantize.observing import Axes, Means, channel_means
+from ptqjax.quantize.parts import Part, Parts, together
 from ptqjax.quantize.qdq import check_tensors
-from ptqjax.simulate import fake_quantization
+from ptqjax.simulate import fake_quantization, round_parameters
 
 _METHODS = ("empirical", "analytic")
 _BIAS_INPUT = 2  # of Conv, ConvTranspose and Gemm
@@ -50,8 +51,8 @@ class _Layer:
     """The quantized weight."""
     bias: str | None
     """The bias parameter; None where the layer has none yet."""
-    channels_last: bool
-    """Whether the output's channels are its last axis (MatMul) or axis 1."""
+    axis: int
+    """Where the output has its channels: the last axis (-1, MatMul) or axis 1."""
 
 
 def correct_biases(
@@ -94,12 +95,25 @@ def correct_biases(
 
 
 def correct_each(
-    model: Model, variants: Sequence[Encodings], batches: Iterable[Any] | None, *, method: str | None = None
+    model: Model,
+    variants: Sequence[Encodings],
+    batches: Iterable[Any] | None,
+    *,
+    method: str | None = None,
+    means: Means | None = None,
 ) -> tuple[tuple[Model, Report], ...]:
     """Returns what `correct_biases` returns for each of several encodings, in order, from one pass over the data.
 
     The float model runs once a batch for all of them; encodings of one structure (the same tensors, axes and block
     sizes) share a compiled program. The other arguments and the errors are those of `correct_biases`.
+
+    Args:
+        model: The float model.
+        variants: Encodings of it.
+        batches: As `correct_biases` takes them.
+        method: As `correct_biases` takes it.
+        means: Channel means of the tensors in `layer_axes(model)`, as a pass over the same batches kept them (see
+            `observe`): then the float model does not run again. None: it does.
     """
     if method not in (None, *_METHODS):
         raise ConfigError(f"method={method!r} is unknown; expected one of {', '.join(_METHODS)}, or None")
@@ -109,7 +123,7 @@ def correct_each(
     found = [_find_layers(model, encodings) for encodings in variants]
     if method == "analytic" or (method is None and batches is None):
         return tuple(_analytic(model, encodings, *each) for encodings, each in zip(variants, found, strict=True))
-    each = _mean_errors(model, variants, [layers for layers, _ in found], checked_parts(model.graph, batches))
+    each = _mean_errors(model, variants, [layers for layers, _ in found], checked_parts(model.graph, batches), means)
     results = []
     for (layers, left_alone), errors in zip(found, each, strict=True):
         corrected, records = _corrected_model(model, layers, errors)
@@ -187,6 +201,11 @@ def _all_layers(model: Model) -> tuple[_Layer, ...]:
     return tuple(layer for layer in layers if layer is not None and not _obstacle(model, layer))
 
 
+def layer_axes(model: Model) -> Axes:
+    """Returns the tensors whose means the correction needs of the float model, each with the axis of its channels."""
+    return tuple((layer.output, layer.axis) for layer in _all_layers(model))
+
+
 def _multiplies_a_weight(model: Model, node: Node) -> bool:
     linear = node.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"} and not node.domain
     return linear and node.inputs[1] in model.params
@@ -196,7 +215,7 @@ def _layer_of(model: Model, node: Node) -> _Layer | None:
     if node.op_type == "MatMul":
         return _matmul_layer(model, node)
     bias = node.inputs[_BIAS_INPUT] if len(node.inputs) > _BIAS_INPUT and node.inputs[_BIAS_INPUT] else None
-    return _Layer(output=node.output, node=node, weight=node.inputs[1], bias=bias, channels_last=False)
+    return _Layer(output=node.output, node=node, weight=node.inputs[1], bias=bias, axis=1)
 
 
 def _matmul_layer(model: Model, node: Node) -> _Layer | None:
@@ -204,7 +223,7 @@ def _matmul_layer(model: Model, node: Node) -> _Layer | None:
     if found is None:
         return None
     add, bias = found
-    return _Layer(output=add.output, node=add, weight=node.inputs[1], bias=bias, channels_last=True)
+    return _Layer(output=add.output, node=add, weight=node.inputs[1], bias=bias, axis=-1)
 
 
 def _obstacle(model: Model, layer: _Layer | None) -> str:
@@ -231,19 +250,15 @@ def _mean_errors(
     variants: Sequence[Encodings],
     corrected: Sequence[tuple[_Layer, ...]],
     batches: Iterable[Parts],
+    means: Means | None,
 ) -> list[dict[str, np.ndarray]]:
     """Returns E[y_q - y] per channel and layer, each layer seeing corrected predecessors; float64 across batches."""
     totals = [{layer.output: np.zeros((), np.float64) for layer in layers} for layers in corrected]
     total_size = 0
-    params: dict[Any, Any] = {}
-    plans = [_Plan(graph=model.graph, layers=layers) for layers in corrected]
-    measured = _Plan(graph=model.graph, layers=_all_layers(model))
-    for parts in batches:
-        for part in parts.here:
-            params.setdefault(part.device, None)
-            if params[part.device] is None:
-                params[part.device] = jax.device_put(dict(model.params), part.device)
-        found = together(partial(_errors_of_parts, measured, plans, params, variants, parts), is_shared=parts.is_shared)
+    float_means = _FloatMeans(model, means)
+    quantized = [_Quantized(model, encodings, layers) for encodings, layers in zip(variants, corrected, strict=True)]
+    for index, parts in enumerate(batches):
+        found = together(partial(_errors_of_parts, float_means, quantized, index, parts), is_shared=parts.is_shared)
         for _, size, errors in sorted((each for some in found for each in some), key=lambda each: int(each[0])):
             for total, error in zip(totals, errors, strict=True):
                 total |= {name: value + int(size) * error[name].astype(np.float64) for name, value in total.items()}
@@ -251,23 +266,66 @@ def _mean_errors(
     return [{name: value / total_size for name, value in total.items()} for total in totals]
 
 
+class _FloatMeans:
+    """The channel means of the float model's layers: as they were kept, or measured."""
+
+    def __init__(self, model: Model, kept: Means | None) -> None:
+        self.graph = model.graph
+        self._kept = kept or {}
+        self._measured = layer_axes(model)
+        self._params = _OnDevices(model.params)
+
+    def of(self, index: int, part: Part, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the means of part of a batch, by tensor."""
+        kept = self._kept.get((index, part.start))
+        if kept is not None:
+            return kept
+        return _float_means(self.graph, self._measured, self._params.on(part.device), inputs)
+
+
+class _Quantized:
+    """The model under one of the encodings, its weights rounded once for all batches."""
+
+    def __init__(self, model: Model, encodings: Encodings, layers: tuple[_Layer, ...]) -> None:
+        rounded, self._encodings = round_parameters(model, encodings, biases=False)
+        self._params = _OnDevices(rounded.params)
+        self._plan = _Plan(graph=rounded.graph, axes=tuple((layer.output, layer.axis) for layer in layers))
+        self.outputs = [layer.output for layer in layers]
+
+    def errors(self, device: Any, means: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Returns the mean error of each layer's channels, behind layers that are corrected."""
+        expected = {name: means[name] for name in self.outputs}
+        return _batch_errors(self._plan, self._params.on(device), self._encodings, expected, inputs)
+
+
+class _OnDevices:
+    """Parameters, put on each device that asks for them once."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._params = dict(params)
+        self._there: dict[Any, Any] = {}
+
+    def on(self, device: Any) -> Any:
+        """Returns the parameters on a device; None for the one that JAX chooses."""
+        if device not in self._there:
+            self._there[device] = jax.device_put(self._params, device)
+        return self._there[device]
+
+
 def _errors_of_parts(
-    measured: _Plan, plans: Sequence[_Plan], params: Mapping[Any, Any], variants: Sequence[Encodings], parts: Parts
+    float_means: _FloatMeans, quantized: Sequence[_Quantized], index: int, parts: Parts
 ) -> list[tuple[int, int, list[dict[str, np.ndarray]]]]:
     """Returns the first sample, the size and the errors under each variant, of each part of a batch."""
     running = []
     for part in parts.here:  # all devices work before the first is waited for
-        inputs = jax.device_put(checked_part(measured.graph, part), part.device)
-        means = _float_means(measured, params[part.device], inputs)
-        errors = []
-        for plan, encodings in zip(plans, variants, strict=True):
-            expected = {layer.output: means[layer.output] for layer in plan.layers}
-            errors.append(_batch_errors(plan, params[part.device], encodings, expected, inputs))
+        inputs = jax.device_put(checked_part(float_means.graph, part), part.device)
+        means = float_means.of(index, part, inputs)
+        errors = [each.errors(part.device, means, inputs) for each in quantized]
         running.append((part, num_samples(inputs), errors))
     found = [(part.start, size, jax.device_get(errors)) for part, size, errors in running]
     for (part, _, _), (_, _, errors) in zip(running, found, strict=True):
-        for plan, error in zip(plans, errors, strict=True):
-            _check_finite({layer.output: error[layer.output] for layer in plan.layers}, part.place)
+        for error in errors:
+            _check_finite(error, part.place)
     return found
 
 
@@ -280,24 +338,26 @@ def _check_finite(errors: Mapping[str, np.ndarray], place: str) -> None:
         )
 
 
+@partial(compiled, num_static=2)
+def _float_means(
+    graph: Graph, axes: Axes, params: Mapping[str, Any], batch: Mapping[str, Any]
+) -> dict[str, Float[Array, " _"]]:
+    axis_of = dict(axes)
+
+    def measure(name: str, value: Array, channel_axis: int | None) -> tuple[Array, Array | None]:
+        return value, channel_means(value, axis_of[name], channel_axis) if name in axis_of else None
+
+    return interpret(graph, params, batch, intercept=measure)[1]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
-    """What is static in a program."""
+    """What is static in the program of the quantized model."""
 
     graph: Graph
     """The model's graph."""
-    layers: tuple[_Layer, ...]
-    """The layers whose outputs are measured."""
-
-
-@compiled
-def _float_means(plan: _Plan, params: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Float[Array, " _"]]:
-    by_output = {layer.output: layer for layer in plan.layers}
-
-    def measure(name: str, value: Array, channel_axis: int | None) -> tuple[Array, Array | None]:
-        return value, _channel_means(by_output[name], value, channel_axis) if name in by_output else None
-
-    return interpret(plan.graph, params, batch, intercept=measure)[1]
+    axes: Axes
+    """The outputs of layers that are corrected, with the axes of their channels."""
 
 
 @compiled
@@ -308,31 +368,18 @@ def _batch_errors(
     float_means: Mapping[str, Float[Array, " _"]],
     batch: Mapping[str, Any],
 ) -> dict[str, Float[Array, " _"]]:
-    by_output = {layer.output: layer for layer in plan.layers}
+    """Returns the errors of one batch; `params` are rounded, but for biases: these once, after their correction."""
+    axis_of = dict(plan.axes)
     quantize = fake_quantization(Model(graph=plan.graph, params=dict(params)), encodings)
 
     def correct(name: str, value: Array, channel_axis: int | None) -> tuple[Array, Array | None]:
         error = None
-        if name in by_output:
-            axis = _channel_axis(by_output[name], value, channel_axis)
-            error = _channel_means(by_output[name], value, channel_axis) - float_means[name]
+        if name in axis_of:
+            axis = axis_in_layout(axis_of[name] % value.ndim, channel_axis)
+            error = channel_means(value, axis_of[name], channel_axis) - float_means[name]
             value = value - jnp.expand_dims(error, tuple(i for i in range(value.ndim) if i != axis))
-        if name in encodings:  # biases stay unrounded: they are rounded once, after their correction
+        if name in encodings:
             value, _ = quantize(name, value, channel_axis)
         return value, error
 
-    _, errors = interpret(plan.graph, params, batch, intercept=correct)
-    return errors
-
-
-def _channel_axis(layer: _Layer, value: Array, channel_axis: int | None) -> int:
-    """Returns the axis of `value` that holds the layer's channels, whichever layout the program chose."""
-    axis = 1 if channel_axis is None else channel_axis
-    if not layer.channels_last:
-        return axis
-    return value.ndim - 1 if axis == 1 else value.ndim - 2
-
-
-def _channel_means(layer: _Layer, value: Array, channel_axis: int | None) -> Float[Array, " c"]:
-    axis = _channel_axis(layer, value, channel_axis)
-    return jnp.mean(value, axis=tuple(i for i in range(value.ndim) if i != axis))
+    return interpret(plan.graph, params, batch, intercept=correct)[1]

@@ -18,10 +18,10 @@ import optax
 
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError, DataError
-from ptqjax.fit.behaviour import axis_in_layout, observe_behaviour
+from ptqjax.fit.behaviour import observe_behaviour
 from ptqjax.fit.samples import can_be_regrouped, first_samples, grouped, joined
 from ptqjax.ir import Model, Record, Report
-from ptqjax.lowering import interpret
+from ptqjax.lowering import axis_in_layout, interpret
 from ptqjax.quantize import calibrate
 from ptqjax.quantize.encodings import Encoding, Encodings
 from ptqjax.quantize.placement import place

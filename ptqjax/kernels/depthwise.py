@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Shaped
@@ -100,7 +101,7 @@ def _batched(arguments: Any, axes: Any, **window: Any) -> tuple[Any, int]:
 
 def _shape(x: Any, w: Any, *, strides: Any, padding: Any, dilations: Any) -> Any:
     counts = output_sizes(x.shape[1:-1], kernel=w.shape[2:], strides=strides, dilations=dilations, padding=padding)
-    return jax.core.ShapedArray((x.shape[0], *counts, x.shape[-1]), x.dtype)
+    return ShapedArray((x.shape[0], *counts, x.shape[-1]), x.dtype)
 
 
 _depthwise.def_impl(jax.jit(_sum_of_taps, static_argnames=("strides", "padding", "dilations")))

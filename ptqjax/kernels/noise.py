@@ -153,8 +153,8 @@ def _joined(parts: list[np.ndarray], filler: float) -> np.ndarray:
 
 def _entries(weights: Sequence[WeightNoise], *, fillers: tuple[float, float]) -> tuple[Any, Any]:
     """Returns magnitudes with their rows and columns, in tiles and one by one; `fillers`: row and column of none."""
-    tiles = [(np.full((1, _TILE, _TILE), NOTHING), *(np.full((1, _TILE), filler) for filler in fillers))]
-    pairs = [(np.array([NOTHING]), *(np.array([filler]) for filler in fillers))]
+    tiles: list[Any] = [(np.full((1, _TILE, _TILE), NOTHING), *(np.full((1, _TILE), filler) for filler in fillers))]
+    pairs: list[Any] = [(np.array([NOTHING]), *(np.array([filler]) for filler in fillers))]
     row, column = 0, 0
     for term in weights:
         groups, outputs, inputs = term.ranges.shape
@@ -170,11 +170,13 @@ def _entries(weights: Sequence[WeightNoise], *, fillers: tuple[float, float]) ->
         shape = cut.shape[:3]
         its_rows, its_columns = (np.broadcast_to(each, (*shape, _TILE)) for each in (its_rows, its_columns))
         tiles.append((cut.reshape(-1, _TILE, _TILE), its_rows.reshape(-1, _TILE), its_columns.reshape(-1, _TILE)))
-    types = (np.float32, np.int32, np.int32)
-    return tuple(
-        tuple(np.concatenate([each[i] for each in some]).astype(dtype) for i, dtype in enumerate(types))
-        for some in (tiles, pairs)
-    )
+    return _together(tiles), _together(pairs)
+
+
+def _together(parts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns magnitudes, rows and columns of all parts, one after the other."""
+    magnitudes, rows, columns = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return magnitudes.astype(np.float32), rows.astype(np.int32), columns.astype(np.int32)
 
 
 def _cut(values: np.ndarray, axis: int, filler: float) -> np.ndarray:

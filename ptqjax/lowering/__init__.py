@@ -2,7 +2,17 @@
 
 from ptqjax.lowering.inputs import checked_inputs
 from ptqjax.lowering.interpreter import Intercept, interpret
+from ptqjax.lowering.layout import axis_in_layout
 from ptqjax.lowering.program import apply, compiled, precision
 from ptqjax.lowering.samples import interpret_by_samples
 
-__all__ = ["Intercept", "apply", "checked_inputs", "compiled", "interpret", "interpret_by_samples", "precision"]
+__all__ = [
+    "Intercept",
+    "apply",
+    "axis_in_layout",
+    "checked_inputs",
+    "compiled",
+    "interpret",
+    "interpret_by_samples",
+    "precision",
+]

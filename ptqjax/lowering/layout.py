@@ -91,3 +91,10 @@ def _in_channels_last_layout(value: Value, rank: int) -> Any:
     if value.channels_last or value.array.ndim == 0:
         return value.array
     return to_channels_last(with_rank(value.array, rank))
+
+
+def axis_in_layout(axis: int, channel_axis: int | None) -> int:
+    """Returns where an axis of ONNX's layout lies in a value whose axis 1 lies at `channel_axis`."""
+    if channel_axis in {None, 1} or axis == 0:
+        return axis
+    return channel_axis if axis == 1 else axis - 1  # pyright: ignore[reportReturnType]

@@ -183,14 +183,22 @@ def _init(num_tensors: int) -> BatchDensity:
     )
 
 
-def _update(state: BatchDensity, values: Sequence[Any], num_samples: int) -> BatchDensity:
-    batch = EXTREMES.update(EXTREMES.init(len(values)), values, num_samples)
+def _look(values: Sequence[Any], num_samples: int) -> tuple[Extremes, list[Any]]:
+    # All values, since the state alone knows where the bins are. One is added, so that the copy is fused with what
+    # computes the value: were the tensor itself a result, what reads it would see other bits than elsewhere.
+    return EXTREMES.look(values, num_samples), [jnp.pad(value.reshape(-1), (0, 1)) for value in values]
+
+
+def _absorb(state: BatchDensity, looked: tuple[Extremes, Sequence[Any]]) -> BatchDensity:
+    batch, values = looked
     begins = (state.batches == 0) & ((batch.lowest != 0) | (batch.highest != 0))
     first = jax.tree.map(partial(jnp.where, begins), batch, state.first)
     counts = begins | (state.batches > 0)
     with jax.enable_x64(True):
         width, edge = aimet.layout(first.lowest, first.highest, jnp)
-        share = jnp.stack([_share(value, width[i, None], edge[i, None]) for i, value in enumerate(values)])
+        share = jnp.stack(
+            [_share(value, width[i, None], edge[i, None]) for i, value in enumerate(each[:-1] for each in values)]
+        )
         mass, seen = jax.lax.bitcast_convert_type(state.mass, jnp.float64), state.batches[:, None].astype(jnp.float64)
         mean = (mass * seen + share) / (seen + 1)
         words = jax.lax.bitcast_convert_type(jnp.where(counts[:, None], mean, mass), jnp.uint32)
@@ -258,7 +266,8 @@ def _finish_density(percentage: float | None, state: BatchDensity, kind: GridKin
 BATCH_DENSITY = Observer(
     name="density of each batch",
     init=_init,
-    update=_update,
+    look=_look,
+    absorb=_absorb,
     merge=_merge,
     extremes=lambda state: state.extremes,
     is_ordered=True,

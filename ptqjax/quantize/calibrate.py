@@ -15,7 +15,7 @@ from ptqjax.quantize.bias import float_bias, guard_biases, sums_in_fixed_point
 from ptqjax.quantize.data_free import encode_from_statistics
 from ptqjax.quantize.encodings import Encoding, Encodings
 from ptqjax.quantize.observers import RangeScheme
-from ptqjax.quantize.observing import Observed, Wanted, observe
+from ptqjax.quantize.observing import Axes, Means, Observed, Wanted, observe
 from ptqjax.quantize.placement import ACTIVATION, Placement, Site, kind_of, place
 from ptqjax.quantize.schemes import MIN_MAX, find_scheme
 from ptqjax.quantize.search import encode_constants
@@ -73,7 +73,7 @@ def calibrate_and_report(
         UnsupportedOperatorError: A node has no lowering.
     """
     config = QuantizationConfig() if config is None else config
-    return _calibrated(model, batches, [_task(model, config, frozen or {})])[0]
+    return _calibrated(model, batches, [_task(model, config, frozen or {})]).each[0]
 
 
 def calibrate_each(
@@ -99,6 +99,32 @@ def calibrate_each(
     Raises:
         PtqjaxError: As `calibrate_and_report` does; a ConfigError's message says which configuration it is about.
     """
+    return calibrate_and_measure(model, batches, configs, frozen=frozen, labels=labels).each
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibrated:
+    """What one pass over the data gave."""
+
+    each: tuple[tuple[Encodings, Report], ...]
+    """For each configuration the encodings, and a record for each weight whose scale was raised."""
+    means: Means | None
+    """Channel means of the tensors that were to be measured, batch by batch; None where they were not kept."""
+
+
+def calibrate_and_measure(
+    model: Model,
+    batches: Iterable[Any] | None,
+    configs: Sequence[QuantizationConfig],
+    *,
+    frozen: Mapping[str, Encoding] | None = None,
+    labels: Sequence[str] | None = None,
+    measured: Axes = (),
+) -> Calibrated:
+    """Returns what `calibrate_each` returns, and the channel means of tensors from the same pass, see `observe`.
+
+    The other arguments and the errors are those of `calibrate_each`.
+    """
     labels = [f"configuration {index}: " for index in range(len(configs))] if labels is None else labels
     tasks = []
     for config, label in zip(configs, labels, strict=True):
@@ -108,7 +134,7 @@ def calibrate_each(
             if not label:
                 raise
             raise ConfigError(f"{label}{error}") from error
-    return _calibrated(model, batches, tasks) if tasks else ()
+    return _calibrated(model, batches, tasks, measured) if tasks else Calibrated(each=(), means=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,16 +216,17 @@ def _search(site: Site, config: QuantizationConfig) -> _Search:
     return _Search(scheme=site.ranges or config.ranges, compatibility=config.compatibility, site=bare)
 
 
-def _calibrated(
-    model: Model, batches: Iterable[Any] | None, tasks: Sequence[_Task]
-) -> tuple[tuple[Encodings, Report], ...]:
+def _calibrated(model: Model, batches: Iterable[Any] | None, tasks: Sequence[_Task], measured: Axes = ()) -> Calibrated:
     constants = _encode_constants(model, [search for task in tasks for search in task.constants.values()])
+    means = None
     if batches is None:
         observed = [encode_from_statistics(model, _sites(task, task.observed)) for task in tasks]
     else:
-        found = _encode_observed(model, batches, [search for task in tasks for search in task.observed.values()])
+        searches = [search for task in tasks for search in task.observed.values()]
+        found, means = _encode_observed(model, batches, searches, measured)
         observed = [{name: found[search] for name, search in task.observed.items()} for task in tasks]
-    return tuple(_result(model, task, constants, after) for task, after in zip(tasks, observed, strict=True))
+    each = tuple(_result(model, task, constants, after) for task, after in zip(tasks, observed, strict=True))
+    return Calibrated(each=each, means=means)
 
 
 def _sites(task: _Task, tensors: Container[str]) -> list[Site]:
@@ -249,17 +276,19 @@ def _parts(alike: Sequence[_Search]) -> list[list[_Search]]:
     return parts
 
 
-def _encode_observed(model: Model, batches: Iterable[Any], searches: Sequence[_Search]) -> dict[_Search, Encoding]:
+def _encode_observed(
+    model: Model, batches: Iterable[Any], searches: Sequence[_Search], measured: Axes
+) -> tuple[dict[_Search, Encoding], Means | None]:
     groups = list(_alike(searches))
     wanted = [
         Wanted(observer=scheme.observer, tensors=tuple(each.site.tensor for each in alike), scheme=scheme.name)
         for scheme, alike in groups
     ]
-    observed = observe(model, batches, wanted)
+    seen = observe(model, batches, wanted, measured=measured)
     found: dict[_Search, Encoding] = {}
     for scheme, alike in groups:
-        found |= dict(zip(alike, _finished(scheme, observed[scheme.observer], alike), strict=True))
-    return found
+        found |= dict(zip(alike, _finished(scheme, seen.observed[scheme.observer], alike), strict=True))
+    return found, seen.means
 
 
 def _finished(scheme: RangeScheme, observed: Observed, alike: Sequence[_Search]) -> list[Encoding]:

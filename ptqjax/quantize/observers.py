@@ -13,6 +13,7 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from ptqjax.kernels.exact_sums import MOST_TERMS, add_terms, empty_sums
@@ -71,8 +72,11 @@ class Observer:
     """What is kept, in words."""
     init: Callable[[int], Any]
     """(number of tensors) -> state before any data."""
-    update: Callable[[Any, Sequence[Any], int], Any]
-    """(state, one array per tensor, samples in this batch) -> state; traces under `jit`."""
+    look: Callable[[Sequence[Any], int], Any]
+    """(one array per tensor, samples in this batch) -> what is to be kept of them, a pytree of arrays. Traced as part
+    of the program that runs the model, so it is to be little, and quick to compile for each tensor."""
+    absorb: Callable[[Any, Any], Any]
+    """(state, what was looked at) -> state; traced as a program of its own, which no model is part of."""
     merge: Callable[[Any, Any], Any]
     """(state, state) -> the state after the data of both, in any order."""
     extremes: Callable[[Any], Extremes]
@@ -81,6 +85,10 @@ class Observer:
     """Samples that a state has room for, merged ones included: its sums are in int32. None: any number."""
     is_ordered: bool = False
     """Whether batches count one by one and in their order: then states of several devices do not merge."""
+
+    def update(self, state: Any, values: Sequence[Any], num_samples: int) -> Any:
+        """Returns the state after one array per tensor, of a batch of so many samples; traces under `jit`."""
+        return self.absorb(state, self.look(values, num_samples))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,25 +132,34 @@ def _init_extremes(num_tensors: int) -> Extremes:
     return Extremes(lowest=nothing, highest=-nothing)
 
 
-def _batch_extremes(values: Sequence[Any]) -> Extremes:
-    return Extremes(
-        lowest=jnp.stack([_without_nan(value, -jnp.inf).min().astype(jnp.float32) for value in values]),
-        highest=jnp.stack([_without_nan(value, jnp.inf).max().astype(jnp.float32) for value in values]),
-    )
+def _batch_extremes(values: Sequence[Any], num_samples: int = 1) -> Extremes:
+    del num_samples  # extremes do not depend on how the values are grouped
+    ends = [_ends(value, tuple(range(value.ndim))) for value in values]
+    lowest, highest = (jnp.stack([each[i] for each in ends]).astype(jnp.float32) for i in range(2))
+    return Extremes(lowest=_beyond(lowest, -jnp.inf), highest=_beyond(highest, jnp.inf))
 
 
-def _without_nan(value: Float[Array, "*shape"], end: float) -> Float[Array, "*shape"]:
-    """Returns `value` with `end` in place of NaN, which XLA's smallest and largest element pass over on some CPUs."""
-    return jnp.where(jnp.isnan(value), jnp.asarray(end, value.dtype), value)
+def _ends(value: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Any, Any]:
+    """Returns the smallest and the largest value over some axes; NaN where there is one.
+
+    In one reduction of two results: XLA's vectors of single extremes pass over NaN on some CPUs, and to look at each
+    element first doubles the time to compile.
+    """
+    infinity = np.asarray(np.inf, value.dtype)
+    return lax.reduce((value, value), (infinity, -infinity), _smaller_and_larger, axes)
+
+
+def _smaller_and_larger(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[Any, Any]:
+    return lax.min(left[0], right[0]), lax.max(left[1], right[1])
+
+
+def _beyond(values: Float[Array, "..."], end: float) -> Float[Array, "..."]:
+    """Returns `values` with `end` in place of NaN: what is not finite is told by its extremes."""
+    return jnp.where(jnp.isnan(values), jnp.asarray(end, values.dtype), values)
 
 
 def _merge_extremes(first: Extremes, second: Extremes) -> Extremes:
     return Extremes(lowest=jnp.minimum(first.lowest, second.lowest), highest=jnp.maximum(first.highest, second.highest))
-
-
-def _update_extremes(state: Extremes, values: Sequence[Any], num_samples: int) -> Extremes:
-    del num_samples  # extremes do not depend on how the values are grouped
-    return _merge_extremes(state, _batch_extremes(values))
 
 
 def _init_mean_extremes(num_tensors: int) -> MeanExtremes:
@@ -153,22 +170,30 @@ def _init_mean_extremes(num_tensors: int) -> MeanExtremes:
     )
 
 
-def _update_mean_extremes(state: MeanExtremes, values: Sequence[Any], num_samples: int) -> MeanExtremes:
-    rows = [_by_samples(value, num_samples) for value in values]
-    each = [
-        jnp.stack([_without_nan(row, -jnp.inf).min(axis=1), _without_nan(row, jnp.inf).max(axis=1)]).astype(jnp.float32)
-        for row in rows
-    ]
-    longest = max(row.shape[0] for row in rows)
-    terms = jnp.stack([jnp.pad(ends, ((0, 0), (0, longest - ends.shape[1]))) for ends in each])  # zeros add nothing
-    sums = add_terms(state.sums.reshape(-1, *state.sums.shape[2:]), terms.reshape(-1, longest))
-    batch = Extremes(
-        lowest=jnp.stack([ends[0].min() for ends in each]), highest=jnp.stack([ends[1].max() for ends in each])
-    )
+def _look_at_means(values: Sequence[Any], num_samples: int) -> MeanExtremes:
+    """Returns the extremes of each sample, [t, 2, n], in place of their sums, and how many there are of each tensor."""
+    each = [_ends_of_samples(_by_samples(value, num_samples)) for value in values]
+    longest = max(ends.shape[1] for ends in each)
     return MeanExtremes(
-        extremes=_merge_extremes(state.extremes, batch),
+        extremes=Extremes(
+            lowest=jnp.stack([ends[0].min() for ends in each]), highest=jnp.stack([ends[1].max() for ends in each])
+        ),
+        sums=jnp.stack([jnp.pad(ends, ((0, 0), (0, longest - ends.shape[1]))) for ends in each]),  # zeros add nothing
+        counts=jnp.asarray([ends.shape[1] for ends in each], dtype=jnp.int32),
+    )
+
+
+def _ends_of_samples(rows: Float[Array, "n k"]) -> Float[Array, "2 n"]:
+    lowest, highest = _ends(rows, (1,))
+    return jnp.stack([_beyond(lowest, -jnp.inf), _beyond(highest, jnp.inf)]).astype(jnp.float32)
+
+
+def _absorb_means(state: MeanExtremes, batch: MeanExtremes) -> MeanExtremes:
+    sums = add_terms(state.sums.reshape(-1, *state.sums.shape[2:]), batch.sums.reshape(-1, batch.sums.shape[2]))
+    return MeanExtremes(
+        extremes=_merge_extremes(state.extremes, batch.extremes),
         sums=sums.reshape(state.sums.shape),
-        counts=state.counts + np.asarray([row.shape[0] for row in rows], dtype=np.int32),
+        counts=state.counts + batch.counts,
     )
 
 
@@ -184,16 +209,33 @@ def _init_distribution(num_tensors: int) -> Distribution:
     return Distribution(extremes=_init_extremes(num_tensors), histogram=empty_histogram(num_tensors))
 
 
-def _update_distribution(state: Distribution, values: Sequence[Any], num_samples: int) -> Distribution:
-    batch = _batch_extremes(values)
+class _SampledValues(flax.struct.PyTreeNode):
+    """What a distribution takes from one batch."""
+
+    extremes: Extremes
+    """Of all values."""
+    values: Any
+    """A row of sampled values for each tensor, all of one length: filled up where there are fewer."""
+    sizes: Any
+    """How many of them are values, int32, shape [t]."""
+
+
+def _look_at_values(values: Sequence[Any], num_samples: int) -> _SampledValues:
     chosen = [sampled(value, num_samples) for value in values]
     longest = max(value.shape[0] for value in chosen)
-    sizes = np.asarray([value.shape[0] for value in chosen], dtype=np.int32)
-    counted = jnp.arange(longest, dtype=jnp.int32)[None, :] < sizes[:, None]
-    rows = jnp.stack([jnp.pad(value, (0, longest - value.shape[0])) for value in chosen])
-    largest = jnp.maximum(jnp.abs(batch.lowest), jnp.abs(batch.highest))
+    return _SampledValues(
+        extremes=_batch_extremes(values),
+        values=[jnp.pad(value, (0, longest - value.shape[0])) for value in chosen],
+        sizes=jnp.asarray([value.shape[0] for value in chosen], dtype=jnp.int32),
+    )
+
+
+def _absorb_values(state: Distribution, batch: _SampledValues) -> Distribution:
+    rows = jnp.stack(batch.values)
+    counted = jnp.arange(rows.shape[1], dtype=jnp.int32)[None, :] < batch.sizes[:, None]
+    largest = jnp.maximum(jnp.abs(batch.extremes.lowest), jnp.abs(batch.extremes.highest))
     return Distribution(
-        extremes=_merge_extremes(state.extremes, batch),
+        extremes=_merge_extremes(state.extremes, batch.extremes),
         histogram=add_values(state.histogram, rows, counted, largest),
     )
 
@@ -208,7 +250,8 @@ def _merge_distributions(first: Distribution, second: Distribution) -> Distribut
 EXTREMES = Observer(
     name="extremes",
     init=_init_extremes,
-    update=_update_extremes,
+    look=_batch_extremes,
+    absorb=_merge_extremes,
     merge=_merge_extremes,
     extremes=lambda state: state,
 )
@@ -217,7 +260,8 @@ EXTREMES = Observer(
 MEAN_EXTREMES = Observer(
     name="extremes of each sample",
     init=_init_mean_extremes,
-    update=_update_mean_extremes,
+    look=_look_at_means,
+    absorb=_absorb_means,
     merge=_merge_mean_extremes,
     extremes=lambda state: state.extremes,
     most_samples=MOST_TERMS,
@@ -227,7 +271,8 @@ MEAN_EXTREMES = Observer(
 DISTRIBUTION = Observer(
     name="distribution",
     init=_init_distribution,
-    update=_update_distribution,
+    look=_look_at_values,
+    absorb=_absorb_values,
     merge=_merge_distributions,
     extremes=lambda state: state.extremes,
     most_samples=(2**31 - 1) // SAMPLES,  # all values of a tensor may lie in one bin

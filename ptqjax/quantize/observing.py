@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.ir import Graph, Model
-from ptqjax.lowering import compiled, interpret
+from ptqjax.lowering import axis_in_layout, compiled, interpret
 from ptqjax.quantize.batches import checked_part, checked_parts, num_samples
 from ptqjax.quantize.observers import Extremes, Observer
 from ptqjax.quantize.parts import Parts, merged, together
@@ -40,6 +41,25 @@ class Observed:
         return jax.tree.map(np.asarray, self.observer.extremes(self.of(tensors)))
 
 
+Axes: TypeAlias = tuple[tuple[str, int], ...]
+"""Tensors, each with the axis (as ONNX has it) along which its channels lie."""
+
+Means: TypeAlias = Mapping[tuple[int, int], Mapping[str, np.ndarray]]
+"""By batch and first sample of a part of it: the mean of each channel, by tensor, shape [c]."""
+
+_MOST_BYTES_OF_MEANS = 2**28  # beyond, they are measured again by those who need them: memory stays bounded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """What a pass over the data saw."""
+
+    observed: Mapping[Observer, Observed]
+    """What each observer kept over all batches."""
+    means: Means | None
+    """The channel means of each batch, where they were asked for; None where there are too many to be kept."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
     """What is static in a step."""
@@ -48,6 +68,13 @@ class _Plan:
     """The model's graph."""
     parts: tuple[tuple[Observer, tuple[str, ...]], ...]
     """The ways to observe, and the tensors that each is for."""
+    measured: Axes
+    """The tensors whose channel means are kept."""
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """The ways to observe."""
+        return tuple(observer for observer, _ in self.parts)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -67,8 +94,14 @@ class Wanted:
     """The scheme that asks for it, for messages."""
 
 
-def observe(model: Model, batches: Iterable[Any], wanted: Iterable[Wanted]) -> dict[Observer, Observed]:
+def observe(model: Model, batches: Iterable[Any], wanted: Iterable[Wanted], *, measured: Axes = ()) -> Seen:
     """Returns what each observer keeps over all batches; the compiled step depends on the sets of tensors alone.
+
+    Args:
+        model: The float model.
+        batches: Inputs by name.
+        wanted: What is to be kept, and of which tensors.
+        measured: The tensors whose channel means are kept batch by batch, for who goes through the same batches again.
 
     Raises:
         DataError: The batches do not fit the model, a tensor takes a value that is not finite, or an observer has no
@@ -77,13 +110,13 @@ def observe(model: Model, batches: Iterable[Any], wanted: Iterable[Wanted]) -> d
     """
     data = checked_parts(model.graph, batches)
     wanted = tuple(wanted)
-    plan = _Plan(graph=model.graph, parts=_in_order(model.graph, wanted))
+    plan = _Plan(graph=model.graph, parts=_in_order(model.graph, wanted), measured=measured)
     if not plan.parts:
         for parts in data:  # bad ones are an error even where none are needed
             together(partial(_check, model.graph, parts), is_shared=parts.is_shared)
-        return {}
-    states, is_shared = _states(model, plan, wanted, data)
-    return {
+        return Seen(observed={}, means=None)
+    states, is_shared, means = _states(model, plan, wanted, data)
+    observed = {
         observer: Observed(
             observer=observer,
             rows={name: row for row, name in enumerate(names)},
@@ -91,12 +124,16 @@ def observe(model: Model, batches: Iterable[Any], wanted: Iterable[Wanted]) -> d
         )
         for i, (observer, names) in enumerate(plan.parts)
     }
+    return Seen(observed=observed, means=means)
 
 
-def _states(model: Model, plan: _Plan, wanted: Sequence[Wanted], data: Iterable[Parts]) -> tuple[list[Any], bool]:
-    """Returns the observers' states of each device of this process, and whether other processes have some, too."""
+def _states(
+    model: Model, plan: _Plan, wanted: Sequence[Wanted], data: Iterable[Parts]
+) -> tuple[list[Any], bool, Means | None]:
+    """Returns the states of each device of this process, whether other processes have some too, and channel means."""
     states: dict[Any, Any] = {}
     params: dict[Any, Any] = {}
+    means = _KeptMeans()
     num_seen, is_shared = 0, False
     for index, parts in enumerate(data):
         num_seen += parts.num_samples
@@ -107,20 +144,40 @@ def _states(model: Model, plan: _Plan, wanted: Sequence[Wanted], data: Iterable[
             if part.device not in states:
                 params[part.device] = jax.device_put(dict(model.params), part.device)
                 states[part.device] = jax.device_put(_initial(plan), part.device)
-        together(partial(_advance, plan, params, states, parts), is_shared=parts.is_shared)
-    return list(states.values()) or [_initial(plan)], is_shared
+        found = together(partial(_advance, plan, params, states, parts), is_shared=parts.is_shared)
+        means.keep({(index, start): each for some in found for start, each in some})
+    kept = means.means if plan.measured else None
+    return list(states.values()) or [_initial(plan)], is_shared, kept
 
 
-def _advance(plan: _Plan, params: Mapping[Any, Any], states: dict[Any, Any], parts: Parts) -> None:
-    """Replaces the states of the devices by those after one batch."""
-    flags = []
+class _KeptMeans:
+    """Channel means of batches, until they are too many."""
+
+    def __init__(self) -> None:
+        self.means: dict[tuple[int, int], Mapping[str, np.ndarray]] | None = {}
+        self._num_bytes = 0
+
+    def keep(self, found: Mapping[tuple[int, int], Mapping[str, np.ndarray]]) -> None:
+        """Adds those of a batch, or forgets all."""
+        self._num_bytes += sum(mean.nbytes for means in found.values() for mean in means.values())
+        if self.means is not None:
+            self.means = None if self._num_bytes > _MOST_BYTES_OF_MEANS else {**self.means, **found}
+
+
+def _advance(
+    plan: _Plan, params: Mapping[Any, Any], states: dict[Any, Any], parts: Parts
+) -> list[tuple[int, Mapping[str, np.ndarray]]]:
+    """Replaces the states of the devices by those after one batch; returns the channel means of each part."""
+    running = []
     for part in parts.here:  # all devices work before the first is waited for
         inputs = checked_part(plan.graph, part)
-        states[part.device], is_finite = _step(plan, params[part.device], states[part.device], inputs)
-        flags.append((part, is_finite))
+        looked, means = _look(plan, params[part.device], inputs)
+        states[part.device], is_finite = _absorb(plan.observers, states[part.device], looked)
+        running.append((part, is_finite, means))
     # Waits for the step: JAX would otherwise run ahead and hold many batches at once.
-    for part, is_finite in flags:
+    for part, is_finite, _ in running:
         _check_finite(plan, np.asarray(is_finite), part.place)
+    return [(part.start, jax.device_get(means)) for part, _, means in running]
 
 
 def _initial(plan: _Plan) -> Any:
@@ -143,21 +200,42 @@ def _places(graph: Graph) -> dict[str, int]:
     return {name: place for place, name in enumerate(names)}
 
 
-@partial(compiled, donated=2)
-def _step(plan: _Plan, params: dict[str, Any], states: Any, inputs: dict[str, Any]) -> tuple[Any, jax.Array]:
-    """Returns the states after one batch, and which tensors were finite; forward pass and observers in one program."""
-    tensors, wanted = plan.tensors, frozenset(plan.tensors)
-    _, observed = interpret(
-        plan.graph, params, inputs, intercept=lambda name, value, _: (value, value if name in wanted else None)
-    )
-    absent = [name for name in tensors if name not in observed]
+@compiled
+def _look(plan: _Plan, params: dict[str, Any], inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
+    """Returns what each observer is to keep of one batch, and channel means; the forward pass, and little beside it."""
+    tensors, wanted, axes = plan.tensors, frozenset(plan.tensors), dict(plan.measured)
+
+    def seen(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, Any]:
+        mean = channel_means(value, axes[name], channel_axis) if name in axes else None
+        return value, (value if name in wanted else None, mean) if name in wanted or name in axes else None
+
+    _, found = interpret(plan.graph, params, inputs, intercept=seen)
+    absent = [name for name in tensors if name not in found]
     if absent:
         raise ModelError(f"tensor '{absent[0]}' depends on constants alone; fold it into a parameter, or exclude it")
-    updated = tuple(
-        observer.update(state, [observed[name] for name in names], num_samples(inputs))
-        for (observer, names), state in zip(plan.parts, states, strict=True)
+    looked = tuple(
+        observer.look([found[name][0] for name in names], num_samples(inputs)) for observer, names in plan.parts
     )
-    extremes = [observer.extremes(state) for (observer, _), state in zip(plan.parts, updated, strict=True)]
+    return looked, {name: found[name][1] for name in axes if name in found}
+
+
+def channel_means(value: jax.Array, axis: int, channel_axis: int | None) -> Float[Array, " c"]:
+    """Returns the mean of each channel of a value that the interpreter holds.
+
+    Args:
+        value: The value, in whatever layout.
+        axis: Where the channels lie in ONNX's layout.
+        channel_axis: Where ONNX's axis 1 lies in the value, as `interpret` tells it.
+    """
+    kept = axis_in_layout(axis % value.ndim, channel_axis)
+    return jnp.mean(value, axis=tuple(i for i in range(value.ndim) if i != kept))
+
+
+@partial(compiled, donated=1)
+def _absorb(observers: tuple[Observer, ...], states: Any, looked: Any) -> tuple[Any, jax.Array]:
+    """Returns the states after one batch, and which tensors were finite so far."""
+    updated = tuple(each.absorb(*pair) for each, *pair in zip(observers, states, looked, strict=True))
+    extremes = [each.extremes(state) for each, state in zip(observers, updated, strict=True)]
     return updated, jnp.concatenate([jnp.isfinite(each.lowest) & jnp.isfinite(each.highest) for each in extremes])
 
 
