@@ -153,6 +153,15 @@ def commands() -> None:
     "samples.  [default: empirical; analytic without samples]",
 )
 @click.option(
+    "--effort",
+    default="balanced",
+    show_default=True,
+    metavar="fast|balanced|thorough",
+    help="How much is tried before it is chosen. fast: nothing, formulas decide, the seconds that one pass over the "
+    "samples takes. balanced: what the formulas say may win, a few times as long. thorough: everything, and learned "
+    "scales to the end, minutes on a CPU.",
+)
+@click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",

@@ -164,11 +164,13 @@ def test_settings_of_a_file_count_and_options_win_over_them(place, tmp_path):
     assert " int5 " in result.stdout
     assert " uint16 " in result.stdout
     options = ["--calibration", place / "data.npz", "--no-equalize", "--correct", "none", "--ranges", "min-max"]
+    options += ["--effort", "fast"]
     out = tmp_path / "q"
     done = run("quantize", place / "net.onnx", "--out", out, "--config", file, "--activations", "uint8", *options)
     assert done.exit_code == 0, done.output
     settings = json.loads((out / "report.json").read_text())["settings"]
     assert (settings["weights"], settings["activations"], settings["equalize"]) == ("int4", "uint8", False)
+    assert settings["effort"] == "fast"
 
 
 def test_a_bad_file_of_settings_is_an_error_with_line_and_key(place, tmp_path):
@@ -463,6 +465,7 @@ def test_a_folder_in_the_way_of_a_file_stops_the_run_before_it_begins(place, tmp
         (["--granularity", "blocks"], "block:N"),
         (["--ranges", "snqr"], "sqnr"),
         (["--target", "ort-gpu"], "ort-cpu"),
+        (["--effort", "throrough"], "near names: thorough"),
         (["--device", "tpu"], "cuda"),
         (["--seed", "x"], "--seed"),
     ],
