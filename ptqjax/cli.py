@@ -10,6 +10,7 @@ import click
 
 from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
+from ptqjax.places import require_data, require_encodings, require_model
 from ptqjax.progress import progress, quiet_option
 from ptqjax.publish import published, write_text
 from ptqjax.quantize_command import (
@@ -223,11 +224,6 @@ def quantize(
     With 'labels' in DATA.npz, the table at the end shows top-1 accuracy as well. Without samples nothing is measured:
     the table is left out.
     """
-    import ptqjax
-    from ptqjax import report
-    from ptqjax.config import load_target
-    from ptqjax.report import tables
-
     has_data = calibration != NO_DATA
     given = {name: value for name, value in named().items() if name in settings}
     if encodings_file is not None:
@@ -236,27 +232,37 @@ def quantize(
     require_consistent(calibration, config, given)
     if not has_data and config.correct == "empirical":
         config = replace(config, correct="analytic")
-    device_name, path = use_device(device), Path(calibration) if has_data else None
-    source = ptqjax.read(model)
-    frozen = None if encodings_file is None else frozen_encodings(encodings_file, source)
-    samples, batches = (None, None) if path is None else _load(path, source.graph)
-    with published(out, _FILES, option="--out") as folder, progress(is_quiet=quiet) as follow:
-        data = None if batches is None else follow(batches, "quantizing")
-        result = ptqjax.quantize(source, data, config, frozen=frozen)
-        written = load_target(config.target).exported_weights
-        ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config), weights=written)
-        facts = ptqjax.explain(
-            source,
-            result,
-            batches,
-            config,
-            labels=None if samples is None else samples.labels,
-            origin=provenance(model, path),
-            device=device_name,
-            file=folder / "model.onnx",
-            full=details == "full",
-            follow=follow,
-        )
+    path = Path(calibration) if has_data else None
+    require_model(model)
+    for require, file in ((require_data, path), (require_encodings, encodings_file)):
+        if file is not None:
+            require(file)
+    with published(out, _FILES, option="--out") as folder:  # what is wrong so far was told without waiting for JAX
+        import ptqjax
+        from ptqjax import report
+        from ptqjax.config import load_target
+        from ptqjax.report import tables
+
+        device_name, source = use_device(device), ptqjax.read(model)
+        frozen = None if encodings_file is None else frozen_encodings(encodings_file, source)
+        samples, batches = (None, None) if path is None else _load(path, source.graph)
+        with progress(is_quiet=quiet) as follow:
+            data = None if batches is None else follow(batches, "quantizing")
+            result = ptqjax.quantize(source, data, config, frozen=frozen)
+            written = load_target(config.target).exported_weights
+            ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config), weights=written)
+            facts = ptqjax.explain(
+                source,
+                result,
+                batches,
+                config,
+                labels=None if samples is None else samples.labels,
+                origin=provenance(model, path),
+                device=device_name,
+                file=folder / "model.onnx",
+                full=details == "full",
+                follow=follow,
+            )
         write_text(folder / "report.json", report.to_json(facts))
         write_text(folder / "report.html", report.page(facts))
     tables.print_stages(facts["stages"])
@@ -291,6 +297,10 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, qu
         ptqjax evaluate quantized/model.onnx --data test.npz
         ptqjax evaluate quantized/model.onnx --data test.npz --reference model.onnx
     """
+    require_data(data)
+    for file, label in ((model, None), (reference, f"the reference '{reference}'")):
+        if file is not None:
+            require_model(file, label)
     import ptqjax
     from ptqjax.quantize.batches import checked_batches
     from ptqjax.report import tables
@@ -331,11 +341,13 @@ def validate(model: Path, data: Path, device: str, *, quiet: bool) -> None:
         ptqjax validate quantized --data test.npz
         ptqjax validate quantized/model.onnx --data test.npz
     """
+    path = model / "model.onnx" if model.is_dir() else model
+    require_model(path)
+    require_data(data)
     import ptqjax
     from ptqjax.report import tables
 
     use_device(device)
-    path = model / "model.onnx" if model.is_dir() else model
     quantized = ptqjax.read(path)
     _, batches = _load(data, quantized.graph)
     with progress(is_quiet=quiet) as follow:
@@ -361,11 +373,12 @@ def inspect(model: Path, target: str, config_file: Path | None) -> None:
         ptqjax inspect model.onnx --config settings.toml
     """
     del target  # it counts where it is given by name
+    config = configured(config_file, {name: value for name, value in named().items() if name == "target"})
+    require_model(model)
     import ptqjax
     from ptqjax import report
     from ptqjax.report import tables
 
-    config = configured(config_file, {name: value for name, value in named().items() if name == "target"})
     tables.print_inspection(model, report.inspect(ptqjax.read(model), config))
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqjax.faults import reports_faults
+from ptqjax.places import require_data, require_model, require_run
 from ptqjax.progress import Follow, progress, quiet_option
 
 if TYPE_CHECKING:
@@ -55,9 +56,14 @@ def run(recipe: Path, out: Path, *, quiet: bool) -> None:
     """
     with _resumable(shlex.join(["ptqjax", "run", str(recipe), "--out", str(out)])) as check:
         from ptqjax.experiments.recipe import read_recipe
-        from ptqjax.experiments.run import run_recipe
 
         read = read_recipe(recipe)
+        require_model(read.model)
+        for data in (read.calibration, read.evaluation):
+            if isinstance(data, Path):
+                require_data(data)
+        from ptqjax.experiments.run import run_recipe
+
         _use(read.device)
         with progress(is_quiet=quiet) as follow:
             done = run_recipe(read, out, follow=_checked(follow, check), told=lambda stage: check(_say_stage(stage)))
@@ -88,6 +94,7 @@ def replay(context: click.Context, folder: Path, *, quiet: bool, **places: Any) 
         ptqjax replay runs/HASH --recipe changed.toml
     """
     with _resumable(None) as check:
+        require_run(folder)
         import ptqjax
         from ptqjax.experiments.replay import stored_recipe
 
