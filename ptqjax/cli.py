@@ -12,14 +12,19 @@ from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
 from ptqjax.places import require_data, require_encodings, require_model
 from ptqjax.progress import progress, quiet_option
-from ptqjax.publish import published, write_text
+from ptqjax.publish import publish, staging, write_text
 from ptqjax.quantize_command import (
+    MODEL,
     NO_DATA,
+    NO_REPORT,
+    REPORT,
     configured,
     frozen_encodings,
+    model_is_written,
     named,
     provenance,
     require_consistent,
+    set_aside,
     without_equalization,
 )
 from ptqjax.recipe_command import replay, run
@@ -29,7 +34,6 @@ if TYPE_CHECKING:
     from ptqjax.ir import Graph
 
 _BATCH = 32  # samples at a time
-_FILES = ("model.onnx", "model.encodings", "report.json", "report.html")
 
 
 def main() -> None:
@@ -184,8 +188,9 @@ def commands() -> None:
     "details",
     default="full",
     show_default=True,
-    type=click.Choice(["full", "short"]),
-    help="What the report holds: full, also where the noise comes from and what to do next; short, what was done.",
+    type=click.Choice(["full", "short", NO_REPORT]),
+    help="What the report holds: full, also where the noise comes from and what to do next; short, what was done; "
+    "none, nothing: no report is written, and nothing is measured.",
 )
 @device_option
 @quiet_option
@@ -209,6 +214,7 @@ def quantize(
               model.encodings   its grids, as JSON
               report.json       what was done, what it gave, stage by stage
               report.html       the same to look at, and what to do next
+    The model is there as soon as it is made; the report follows.
     \b
     Examples:
         ptqjax quantize net.onnx --calibration data.npz --out q
@@ -237,13 +243,13 @@ def quantize(
     for require, file in ((require_data, path), (require_encodings, encodings_file)):
         if file is not None:
             require(file)
-    with published(out, _FILES, option="--out") as folder:  # what is wrong so far was told without waiting for JAX
-        import ptqjax
+    with staging(out, (*MODEL, *REPORT), option="--out") as folder:
+        import ptqjax  # what is wrong so far was told without waiting for JAX
         from ptqjax import report
         from ptqjax.config import load_target
         from ptqjax.report import tables
 
-        device_name, source = use_device(device), ptqjax.read(model)
+        device_name, source, origin = use_device(device), ptqjax.read(model), provenance(model, path)
         frozen = None if encodings_file is None else frozen_encodings(encodings_file, source)
         samples, batches = (None, None) if path is None else _load(path, source.graph)
         with progress(is_quiet=quiet) as follow:
@@ -251,24 +257,43 @@ def quantize(
             result = ptqjax.quantize(source, data, config, frozen=frozen)
             written = load_target(config.target).exported_weights
             ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config), weights=written)
-            facts = ptqjax.explain(
-                source,
-                result,
-                batches,
-                config,
-                labels=None if samples is None else samples.labels,
-                origin=provenance(model, path),
-                device=device_name,
-                file=folder / "model.onnx",
-                full=details == "full",
-                follow=follow,
-            )
-        write_text(folder / "report.json", report.to_json(facts))
-        write_text(folder / "report.html", report.page(facts))
+            if details == NO_REPORT:
+                aside = set_aside(out, folder)
+                publish(folder, out, stale=REPORT, option="--out")
+                _say_written(model, out, aside)
+                return
+            publish(folder, out, stale=REPORT, option="--out")
+            with model_is_written(out):
+                facts = ptqjax.explain(
+                    source,
+                    result,
+                    batches,
+                    config,
+                    labels=None if samples is None else samples.labels,
+                    origin=origin,
+                    device=device_name,
+                    file=out / "model.onnx",
+                    full=details == "full",
+                    follow=follow,
+                )
+                write_text(folder / "report.json", report.to_json(facts))
+                write_text(folder / "report.html", report.page(facts))
+        publish(folder, out, option="--out")
     tables.print_stages(facts["stages"])
     if not has_data:
         click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")
     click.echo(f"wrote {out / 'model.onnx'}; what was done and why: {out / 'report.html'}")
+    _say_worth(model, out)
+
+
+def _say_written(model: Path, out: Path, aside: tuple[str, ...]) -> None:
+    click.echo(f"wrote {out / 'model.onnx'}, and no report")
+    for name in aside:
+        click.echo(f"a report of an earlier model was there: it is {out / name} now")
+    _say_worth(model, out)
+
+
+def _say_worth(model: Path, out: Path) -> None:
     click.echo(f"what the file is worth: ptqjax evaluate {out / 'model.onnx'} --data TEST.npz --reference {model}")
 
 

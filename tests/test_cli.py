@@ -89,7 +89,7 @@ def quantized(place) -> click.testing.Result:
 
 def quantize(place: Path, out: Path, **changed: Path) -> click.testing.Result:
     model, data = changed.get("model", place / "net.onnx"), changed.get("data", place / "data.npz")
-    return run("quantize", model, "--calibration", data, "--out", out)
+    return run("quantize", model, "--calibration", data, "--out", out, "--quiet")
 
 
 def test_quantize_writes_four_files_and_says_what_each_stage_kept(place, quantized):
@@ -276,7 +276,7 @@ def test_data_that_does_not_fit(place, quantized, tmp_path, case, command):
         result = quantize(place, tmp_path / "q", data=tmp_path / "data.npz")
         assert not [path for path in tmp_path.rglob("*") if path.name in FILES]
     else:
-        result = run(command, place / "q" / "model.onnx", "--data", tmp_path / "data.npz")
+        result = run(command, place / "q" / "model.onnx", "--data", tmp_path / "data.npz", "--quiet")
     assert_fault(result, *words)
 
 
@@ -289,7 +289,7 @@ def test_data_that_is_no_archive(place, tmp_path, content):
 
 
 def data_free(place, tmp_path, *options, model="bn.onnx"):
-    return run("quantize", tmp_path / model, "--calibration", "none", "--out", tmp_path / "q", *options)
+    return run("quantize", tmp_path / model, "--calibration", "none", "--out", tmp_path / "q", "--quiet", *options)
 
 
 def test_quantizing_without_data_writes_all_files_and_says_that_nothing_was_measured(place, tmp_path):
@@ -399,7 +399,7 @@ def test_labels_that_are_no_class_indices(place, tmp_path, command):
         np.savez(tmp_path / "data.npz", input=arrays["input"], labels=labels)
         data = ["--calibration" if command == "quantize" else "--data", tmp_path / "data.npz"]
         more = ["--out", tmp_path / "q"] if command == "quantize" else []
-        assert_fault(run(command, place / "net.onnx", *data, *more), "data.npz': 'labels'", words)
+        assert_fault(run(command, place / "net.onnx", *data, *more, "--quiet"), "data.npz': 'labels'", words)
 
 
 def test_a_reference_that_does_not_fit_is_named(place, tmp_path):
@@ -407,7 +407,7 @@ def test_a_reference_that_does_not_fit_is_named(place, tmp_path):
     other.graph.input[0].name = other.graph.node[0].input[0] = "image"
     onnx.save(other, tmp_path / "other.onnx")
     data = ["--data", place / "data.npz"]
-    result = run("evaluate", place / "net.onnx", *data, "--reference", tmp_path / "other.onnx")
+    result = run("evaluate", place / "net.onnx", *data, "--reference", tmp_path / "other.onnx", "--quiet")
     assert_fault(result, "the reference '", "other.onnx'", "'image'")
 
 
@@ -434,18 +434,78 @@ def test_an_output_place_that_cannot_be_written(place, tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+FAST = ("--quiet", "--scaling", "off", "--correct", "none", "--report")
+
+
+def quantize_fast(place: Path, out: Path, details: str = "short") -> click.testing.Result:
+    return run("quantize", place / "net.onnx", "--calibration", place / "data.npz", "--out", out, *FAST, details)
+
+
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, MemoryError])
-def test_an_interrupted_run_leaves_nothing_new_and_nothing_damaged(place, quantized, tmp_path, monkeypatch, fault):
-    earlier = (place / "q" / "model.onnx").read_bytes()
-    (tmp_path / "model.onnx").write_bytes(earlier)
+def test_an_interrupted_run_leaves_nothing_new_and_nothing_damaged(place, tmp_path, monkeypatch, fault):
+    for name in FILES:
+        (tmp_path / name).write_text("earlier")
+
+    def interrupt(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(ptqjax, "export", interrupt)
+    assert quantize_fast(place, tmp_path).exit_code != 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(FILES, "earlier")
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        (KeyboardInterrupt, 130, "Interrupted: "),
+        (MemoryError, 1, "internal error: MemoryError"),
+        (ptqjax.DataError("no such"), 1, "Error: no such; "),
+    ],
+)
+def test_a_report_that_fails_leaves_the_model_and_no_report_of_an_earlier_one(place, tmp_path, monkeypatch, expected):
+    fault, code, words = expected
+    for name in FILES:
+        (tmp_path / name).write_text("earlier")
 
     def interrupt(_):
         raise fault
 
-    monkeypatch.setattr(report, "to_json", interrupt)  # after the model was written
-    assert quantize(place, tmp_path).exit_code != 0
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-    assert (tmp_path / "model.onnx").read_bytes() == earlier
+    monkeypatch.setattr(report, "to_json", interrupt)
+    result = quantize_fast(place, tmp_path)
+    assert result.exit_code == code
+    assert [word for word in (words, "model.onnx' is whole", "report is missing") if word not in result.stderr] == []
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.encodings"}
+    onnx.checker.check_model(tmp_path / "model.onnx")
+    assert json.loads((tmp_path / "model.encodings").read_text())
+
+
+def test_without_a_report_nothing_is_measured_and_an_earlier_one_gets_another_name(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(ptqjax, "explain", None)  # not reached
+    (tmp_path / "report.html").write_text("earlier")
+    (tmp_path / "mine").write_text("mine")
+    result = quantize_fast(place, tmp_path, "none")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("model.onnx", "model.encodings", "earlier-report.html", "mine")
+    }
+    assert (tmp_path / "earlier-report.html").read_text() == "earlier"
+    assert "no report" in result.stdout
+    assert "earlier-report.html now" in result.stdout
+    assert "After each stage" not in result.stdout
+
+
+def test_a_report_is_not_put_beside_the_model_of_another_run(place, tmp_path, monkeypatch):
+    explain = ptqjax.explain
+
+    def explained(*arguments, **settings):
+        other = tmp_path / "other"
+        other.write_text("another run's")
+        other.replace(tmp_path / "model.onnx")
+        return explain(*arguments, **settings | {"file": None})
+
+    monkeypatch.setattr(ptqjax, "explain", explained)
+    assert_fault(quantize_fast(place, tmp_path), "another has replaced it", "a DIR of its own")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.encodings"}
 
 
 def test_a_folder_in_the_way_of_a_file_stops_the_run_before_it_begins(place, tmp_path, monkeypatch):
