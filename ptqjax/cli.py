@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqjax.cache_option import cache_option, kept_programs
 from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
 from ptqjax.places import require_data, require_encodings, require_model
@@ -193,6 +194,7 @@ def commands() -> None:
     "none, nothing: no report is written, and nothing is measured.",
 )
 @device_option
+@cache_option
 @quiet_option
 @reports_faults
 def quantize(
@@ -204,6 +206,7 @@ def quantize(
     config_file: Path | None,
     encodings_file: Path | None,
     details: str,
+    no_cache: bool,
     quiet: bool,
     **settings: Any,
 ) -> None:
@@ -243,7 +246,7 @@ def quantize(
     for require, file in ((require_data, path), (require_encodings, encodings_file)):
         if file is not None:
             require(file)
-    with staging(out, (*MODEL, *REPORT), option="--out") as folder:
+    with staging(out, (*MODEL, *REPORT), option="--out") as folder, kept_programs(is_off=no_cache):
         import ptqjax  # what is wrong so far was told without waiting for JAX
         from ptqjax import report
         from ptqjax.config import load_target
@@ -352,9 +355,10 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, qu
 @click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
 @_data
 @device_option
+@cache_option
 @quiet_option
 @reports_faults
-def validate(model: Path, data: Path, device: str, *, quiet: bool) -> None:
+def validate(model: Path, data: Path, device: str, *, no_cache: bool, quiet: bool) -> None:
     """Compare what is simulated with what ONNX Runtime computes from a quantized model.
 
     Each group of operators is recomputed from ONNX Runtime's own integers before it, in steps of its grid: on the CPU,
@@ -375,7 +379,7 @@ def validate(model: Path, data: Path, device: str, *, quiet: bool) -> None:
     use_device(device)
     quantized = ptqjax.read(path)
     _, batches = _load(data, quantized.graph)
-    with progress(is_quiet=quiet) as follow:
+    with kept_programs(is_off=no_cache), progress(is_quiet=quiet) as follow:
         found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)
         tables.print_validation(path, found)
 

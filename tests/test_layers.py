@@ -12,6 +12,7 @@ BASIS = {"errors", "places", "pytrees"}
 LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (tuple(sorted(BASIS)), set()),
     (("kernels", "ir", "config", "targets", "publish", "progress", "faults", "versions", "images"), set()),
+    (("programs",), {"versions"}),
     (("ops",), {"kernels"}),
     (("onnx_io",), {"ir", "ops"}),
     (("data",), {"ir"}),
@@ -42,7 +43,8 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("report",), None),
     (("pipeline",), None),
     (("experiments",), None),
-    (("quantize_command", "recipe_command", "device_option"), None),
+    (("device_option", "cache_option"), None),
+    (("quantize_command", "recipe_command"), None),
     (("cli", "__main__"), None),
 ]
 ALONE = {"onnx": "onnx_io", "onnx_ir": "onnx_io", "onnxruntime": "validate", "torch": None}
