@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ptqjax.onnx_io import read, write
     from ptqjax.ops import lowers
     from ptqjax.pipeline import quantize
+    from ptqjax.programs import keep_programs
     from ptqjax.quantize import Encoding, calibrate, choose_encoding
     from ptqjax.simulate import simulate
     from ptqjax.transforms import equalize, fold_batch_norms
@@ -74,6 +75,7 @@ __all__ = [
     "export",
     "fold_batch_norms",
     "from_flax",
+    "keep_programs",
     "lowers",
     "mixed_precision",
     "quantize",
@@ -121,6 +123,7 @@ _ROOM = {
     "export": "export",
     "fold_batch_norms": "transforms",
     "from_flax": "bridges",
+    "keep_programs": "programs",
     "lowers": "ops",
     "mixed_precision": "experiments.mixed_precision",
     "quantize": "pipeline",

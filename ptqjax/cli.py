@@ -8,17 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqjax.cache_option import cache_option, kept_programs
 from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
+from ptqjax.places import require_data, require_encodings, require_model
 from ptqjax.progress import progress, quiet_option
-from ptqjax.publish import published, write_text
+from ptqjax.publish import publish, staging, write_text
 from ptqjax.quantize_command import (
+    MODEL,
     NO_DATA,
+    NO_REPORT,
+    REPORT,
     configured,
     frozen_encodings,
+    model_is_written,
     named,
     provenance,
     require_consistent,
+    set_aside,
     without_equalization,
 )
 from ptqjax.recipe_command import replay, run
@@ -28,7 +35,6 @@ if TYPE_CHECKING:
     from ptqjax.ir import Graph
 
 _BATCH = 32  # samples at a time
-_FILES = ("model.onnx", "model.encodings", "report.json", "report.html")
 
 
 def main() -> None:
@@ -153,6 +159,15 @@ def commands() -> None:
     "samples.  [default: empirical; analytic without samples]",
 )
 @click.option(
+    "--effort",
+    default="balanced",
+    show_default=True,
+    metavar="fast|balanced|thorough",
+    help="How much is tried before it is chosen. fast: nothing, formulas decide, the seconds that one pass over the "
+    "samples takes. balanced: what the formulas say may win, a few times as long. thorough: everything, and learned "
+    "scales to the end, minutes on a CPU.",
+)
+@click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",
@@ -174,10 +189,12 @@ def commands() -> None:
     "details",
     default="full",
     show_default=True,
-    type=click.Choice(["full", "short"]),
-    help="What the report holds: full, also where the noise comes from and what to do next; short, what was done.",
+    type=click.Choice(["full", "short", NO_REPORT]),
+    help="What the report holds: full, also where the noise comes from and what to do next; short, what was done; "
+    "none, nothing: no report is written, and nothing is measured.",
 )
 @device_option
+@cache_option
 @quiet_option
 @reports_faults
 def quantize(
@@ -189,6 +206,7 @@ def quantize(
     config_file: Path | None,
     encodings_file: Path | None,
     details: str,
+    no_cache: bool,
     quiet: bool,
     **settings: Any,
 ) -> None:
@@ -199,6 +217,7 @@ def quantize(
               model.encodings   its grids, as JSON
               report.json       what was done, what it gave, stage by stage
               report.html       the same to look at, and what to do next
+    The model is there as soon as it is made; the report follows.
     \b
     Examples:
         ptqjax quantize net.onnx --calibration data.npz --out q
@@ -214,11 +233,6 @@ def quantize(
     With 'labels' in DATA.npz, the table at the end shows top-1 accuracy as well. Without samples nothing is measured:
     the table is left out.
     """
-    import ptqjax
-    from ptqjax import report
-    from ptqjax.config import load_target
-    from ptqjax.report import tables
-
     has_data = calibration != NO_DATA
     given = {name: value for name, value in named().items() if name in settings}
     if encodings_file is not None:
@@ -227,33 +241,62 @@ def quantize(
     require_consistent(calibration, config, given)
     if not has_data and config.correct == "empirical":
         config = replace(config, correct="analytic")
-    device_name, path = use_device(device), Path(calibration) if has_data else None
-    source = ptqjax.read(model)
-    frozen = None if encodings_file is None else frozen_encodings(encodings_file, source)
-    samples, batches = (None, None) if path is None else _load(path, source.graph)
-    with published(out, _FILES, option="--out") as folder, progress(is_quiet=quiet) as follow:
-        data = None if batches is None else follow(batches, "quantizing")
-        result = ptqjax.quantize(source, data, config, frozen=frozen)
-        written = load_target(config.target).exported_weights
-        ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config), weights=written)
-        facts = ptqjax.explain(
-            source,
-            result,
-            batches,
-            config,
-            labels=None if samples is None else samples.labels,
-            origin=provenance(model, path),
-            device=device_name,
-            file=folder / "model.onnx",
-            full=details == "full",
-            follow=follow,
-        )
-        write_text(folder / "report.json", report.to_json(facts))
-        write_text(folder / "report.html", report.page(facts))
+    path = Path(calibration) if has_data else None
+    require_model(model)
+    for require, file in ((require_data, path), (require_encodings, encodings_file)):
+        if file is not None:
+            require(file)
+    with staging(out, (*MODEL, *REPORT), option="--out") as folder, kept_programs(is_off=no_cache):
+        import ptqjax  # what is wrong so far was told without waiting for JAX
+        from ptqjax import report
+        from ptqjax.config import load_target
+        from ptqjax.report import tables
+
+        device_name, source, origin = use_device(device), ptqjax.read(model), provenance(model, path)
+        frozen = None if encodings_file is None else frozen_encodings(encodings_file, source)
+        samples, batches = (None, None) if path is None else _load(path, source.graph)
+        with progress(is_quiet=quiet) as follow:
+            data = None if batches is None else follow(batches, "quantizing")
+            result = ptqjax.quantize(source, data, config, frozen=frozen)
+            written = load_target(config.target).exported_weights
+            ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config), weights=written)
+            if details == NO_REPORT:
+                aside = set_aside(out, folder)
+                publish(folder, out, stale=REPORT, option="--out")
+                _say_written(model, out, aside)
+                return
+            publish(folder, out, stale=REPORT, option="--out")
+            with model_is_written(out):
+                facts = ptqjax.explain(
+                    source,
+                    result,
+                    batches,
+                    config,
+                    labels=None if samples is None else samples.labels,
+                    origin=origin,
+                    device=device_name,
+                    file=out / "model.onnx",
+                    full=details == "full",
+                    follow=follow,
+                )
+                write_text(folder / "report.json", report.to_json(facts))
+                write_text(folder / "report.html", report.page(facts))
+        publish(folder, out, option="--out")
     tables.print_stages(facts["stages"])
     if not has_data:
         click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")
     click.echo(f"wrote {out / 'model.onnx'}; what was done and why: {out / 'report.html'}")
+    _say_worth(model, out)
+
+
+def _say_written(model: Path, out: Path, aside: tuple[str, ...]) -> None:
+    click.echo(f"wrote {out / 'model.onnx'}, and no report")
+    for name in aside:
+        click.echo(f"a report of an earlier model was there: it is {out / name} now")
+    _say_worth(model, out)
+
+
+def _say_worth(model: Path, out: Path) -> None:
     click.echo(f"what the file is worth: ptqjax evaluate {out / 'model.onnx'} --data TEST.npz --reference {model}")
 
 
@@ -282,6 +325,10 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, qu
         ptqjax evaluate quantized/model.onnx --data test.npz
         ptqjax evaluate quantized/model.onnx --data test.npz --reference model.onnx
     """
+    require_data(data)
+    for file, label in ((model, None), (reference, f"the reference '{reference}'")):
+        if file is not None:
+            require_model(file, label)
     import ptqjax
     from ptqjax.quantize.batches import checked_batches
     from ptqjax.report import tables
@@ -308,9 +355,10 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, qu
 @click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
 @_data
 @device_option
+@cache_option
 @quiet_option
 @reports_faults
-def validate(model: Path, data: Path, device: str, *, quiet: bool) -> None:
+def validate(model: Path, data: Path, device: str, *, no_cache: bool, quiet: bool) -> None:
     """Compare what is simulated with what ONNX Runtime computes from a quantized model.
 
     Each group of operators is recomputed from ONNX Runtime's own integers before it, in steps of its grid: on the CPU,
@@ -322,14 +370,16 @@ def validate(model: Path, data: Path, device: str, *, quiet: bool) -> None:
         ptqjax validate quantized --data test.npz
         ptqjax validate quantized/model.onnx --data test.npz
     """
+    path = model / "model.onnx" if model.is_dir() else model
+    require_model(path)
+    require_data(data)
     import ptqjax
     from ptqjax.report import tables
 
     use_device(device)
-    path = model / "model.onnx" if model.is_dir() else model
     quantized = ptqjax.read(path)
     _, batches = _load(data, quantized.graph)
-    with progress(is_quiet=quiet) as follow:
+    with kept_programs(is_off=no_cache), progress(is_quiet=quiet) as follow:
         found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)
         tables.print_validation(path, found)
 
@@ -352,11 +402,12 @@ def inspect(model: Path, target: str, config_file: Path | None) -> None:
         ptqjax inspect model.onnx --config settings.toml
     """
     del target  # it counts where it is given by name
+    config = configured(config_file, {name: value for name, value in named().items() if name == "target"})
+    require_model(model)
     import ptqjax
     from ptqjax import report
     from ptqjax.report import tables
 
-    config = configured(config_file, {name: value for name, value in named().items() if name == "target"})
     tables.print_inspection(model, report.inspect(ptqjax.read(model), config))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ptqjax.errors import DataError
 from ptqjax.ir import Graph
+from ptqjax.places import require_data
 
 _LABELS = "labels"
 
@@ -141,6 +142,7 @@ class Batches:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
+    require_data(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):

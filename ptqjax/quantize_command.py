@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ptqjax.errors import ConfigError
+from ptqjax.errors import ConfigError, OutputError
+from ptqjax.faults import Note
+from ptqjax.publish import stamp
 
 if TYPE_CHECKING:
     from ptqjax.config import QuantizationConfig
@@ -17,6 +22,11 @@ if TYPE_CHECKING:
 
 NO_DATA = "none"
 """What stands in place of DATA.npz where there is none."""
+NO_REPORT = "none"
+"""What `--report` says where none is wanted."""
+MODEL, REPORT = ("model.onnx", "model.encodings"), ("report.json", "report.html")
+"""The files of a run: what is there first, and what follows."""
+_INTERRUPTED = 130  # the exit code of what SIGINT ended
 
 
 def without_equalization(given: dict[str, Any]) -> dict[str, Any]:
@@ -88,3 +98,34 @@ def provenance(model: Path, data: Path | None) -> dict[str, Any]:
     files = {"model": model} | ({} if data is None else {"data": data})
     hashes = {f"{key}_sha256": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()}
     return {key: path.name for key, path in files.items()} | hashes
+
+
+@contextmanager
+def model_is_written(out: Path) -> Iterator[None]:
+    """Says of whatever ends the body early that the model is in `out`, and checks at the end that it still is that one.
+
+    Raises:
+        OutputError: Another run has put its model there.
+    """
+    model, state = out / MODEL[0], stamp(out / MODEL[0])
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted: '{model}' is whole, its report is missing", err=True)
+        raise click.exceptions.Exit(_INTERRUPTED) from None
+    except Exception as error:
+        error.add_note(Note(f"'{model}' is whole, its report is missing"))
+        raise
+    if stamp(model) != state:
+        raise OutputError(
+            f"'{model}' is no longer the one of this run: another has replaced it, and this one's report is not put "
+            "beside it; give each run a DIR of its own"
+        )
+
+
+def set_aside(out: Path, folder: Path) -> tuple[str, ...]:
+    """Copies the reports in `out`, which are of an earlier model, to `folder` under other names; returns these."""
+    found = [name for name in REPORT if (out / name).is_file()]
+    for name in found:
+        shutil.copy2(out / name, folder / f"earlier-{name}")
+    return tuple(f"earlier-{name}" for name in found)

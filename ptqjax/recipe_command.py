@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqjax.cache_option import cache_option, kept_programs
 from ptqjax.faults import reports_faults
+from ptqjax.places import require_data, require_model, require_run
 from ptqjax.progress import Follow, progress, quiet_option
 
 if TYPE_CHECKING:
@@ -33,9 +35,10 @@ _file = click.Path(path_type=Path)
 @click.option(
     "--out", default="runs", show_default=True, metavar="DIR", type=_file, help="Where the run's folder goes."
 )
+@cache_option
 @quiet_option
 @reports_faults
-def run(recipe: Path, out: Path, *, quiet: bool) -> None:
+def run(recipe: Path, out: Path, *, no_cache: bool, quiet: bool) -> None:
     """Run RECIPE.toml; its results go to DIR/HASH, and what is there already is not computed again.
 
     \b
@@ -55,11 +58,16 @@ def run(recipe: Path, out: Path, *, quiet: bool) -> None:
     """
     with _resumable(shlex.join(["ptqjax", "run", str(recipe), "--out", str(out)])) as check:
         from ptqjax.experiments.recipe import read_recipe
-        from ptqjax.experiments.run import run_recipe
 
         read = read_recipe(recipe)
+        require_model(read.model)
+        for data in (read.calibration, read.evaluation):
+            if isinstance(data, Path):
+                require_data(data)
+        from ptqjax.experiments.run import run_recipe
+
         _use(read.device)
-        with progress(is_quiet=quiet) as follow:
+        with kept_programs(is_off=no_cache), progress(is_quiet=quiet) as follow:
             done = run_recipe(read, out, follow=_checked(follow, check), told=lambda stage: check(_say_stage(stage)))
         _say_run(done)
 
@@ -78,8 +86,8 @@ def run(recipe: Path, out: Path, *, quiet: bool) -> None:
 def replay(context: click.Context, folder: Path, *, quiet: bool, **places: Any) -> None:
     """Run again what is in DIR, a folder that `ptqjax run` wrote, and compare every file.
 
-    Everything is computed anew; nothing in DIR is changed. Exit code 0: all files have the same bytes; 1: not, and the
-    first stage that differs is named, beside what differs in settings, versions and machine.
+    Everything is computed anew, and compiled anew too; nothing in DIR is changed. Exit code 0: all files have the same
+    bytes; 1: not, and the first stage that differs is named, beside what differs in settings, versions and machine.
 
     \b
     Examples:
@@ -88,6 +96,7 @@ def replay(context: click.Context, folder: Path, *, quiet: bool, **places: Any) 
         ptqjax replay runs/HASH --recipe changed.toml
     """
     with _resumable(None) as check:
+        require_run(folder)
         import ptqjax
         from ptqjax.experiments.replay import stored_recipe
 

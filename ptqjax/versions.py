@@ -17,6 +17,7 @@ PACKAGES = (
 )
 """Packages that decide what is computed, or measure it."""
 _SIMD = ("avx", "fma", "f16c", "amx", "sse4", "neon", "asimd", "sve", "bf16", "fphp")  # what vector code is chosen by
+_LASTING = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ")  # lines of `_CPU` that stay as they are
 _CPU = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -71,6 +72,16 @@ def device_class(device: Any) -> dict[str, Any]:
 def num_cores() -> int:
     """Returns the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_digest() -> str:
+    """Returns a hash of what compiled programs depend on beside their source: the processor and its cores.
+
+    Programs use instructions by the processor that compiles them, and divide work among its cores.
+    """
+    told = _CPU.read_text().split("\n\n")[0] if _CPU.is_file() else platform.processor()
+    lines = [line for line in told.splitlines() if line.startswith(_LASTING) or ":" not in line]
+    return hashlib.sha256(repr((platform.machine(), num_cores(), lines)).encode()).hexdigest()[:16]
 
 
 def _is_harmless(flag: str, platform_name: str) -> bool:

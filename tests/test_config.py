@@ -66,6 +66,7 @@ def test_is_frozen_and_hashable() -> None:
         ("correct", "analytical", "unknown; expected one of none, analytic, empirical; near names: analytic"),
         ("scaling", "noisy", "expected one of auto, off, weights, ranges, noise, learned; near names: noise"),
         ("bounds", "relu6", "expected one of exact, relu, leave, auto; near names: relu"),
+        ("effort", "through", "unknown; expected one of fast, balanced, thorough; near names: thorough"),
         ("target", "ort-cpus", "expected one of .*ort-cpu.*near names: ort-cpu"),
         ("target", "/nowhere/x.toml", "the path of a .toml file"),
         ("seed", -1, "an integer, 0 or more"),
@@ -152,7 +153,7 @@ RULES = (
         QuantizationConfig(
             weights="float8_e4m3fn", activations="uint13", granularity="block:7", ranges="entropy", weight_ranges="mse",
             activation_ranges="percentile:99.9", activations_symmetric=False, power_of_two=True, biases="float",
-            compatibility="aimet", equalize=False, headroom=1.2, seed=7, exclude=("a*", "re:b"),
+            compatibility="aimet", equalize=False, headroom=1.2, effort="thorough", seed=7, exclude=("a*", "re:b"),
             supergroups=(("Conv", "Sigmoid"), ("Add", "Relu", "Tanh")), rules=RULES,
         ),
         QuantizationConfig(target="generic-per-channel", weights_symmetric=None, rules=RULES[:1]),  # not its default

@@ -105,6 +105,12 @@ def test_what_is_left_out_has_the_defaults_of_the_target():
     assert recipe(text).config == ptqjax.QuantizationConfig.for_target("tensorrt")
 
 
+def test_effort_is_a_setting_as_others_are():
+    text = 'model = "net.onnx"\n[data]\ncalibration = "c.npz"\n[config]\neffort = "fast"\n'
+    assert recipe(text).config.effort == "fast"
+    assert_fault(text.replace("fast", "quick"), "line 5", "effort='quick'", "expected one of fast, balanced, thorough")
+
+
 def test_what_pictures_share_is_overridden_by_their_own():
     found = recipe(PICTURES)
     shared = {"folder": BASE / "pictures", "crop": 4, "short_side": 6, "normalization": ""}

@@ -38,6 +38,8 @@ COMPATIBILITIES = ("aimet",)
 """Other programs whose formulas for ranges can be followed."""
 BIASES = ("int32", "float")
 """What biases may be."""
+EFFORTS = ("fast", "balanced", "thorough")
+"""How much is tried before a choice is made."""
 
 __all__ = [
     "ABSORPTIONS",
@@ -45,6 +47,7 @@ __all__ = [
     "BOUNDS",
     "COMPATIBILITIES",
     "CORRECTIONS",
+    "EFFORTS",
     "RANGES",
     "SCALINGS",
     "WEIGHT_DTYPES",
@@ -107,6 +110,9 @@ class QuantizationConfig:
     headroom: float | None = None
     """How many times wider than the calibration data's the ranges of activations are, bounded by what can occur; None:
     as measures best (`scaling="auto"`), else 1."""
+    effort: str = "balanced"
+    """How much time choices may take, one of `EFFORTS`: what closed forms say is taken ("fast"), what may win by them
+    is tried on samples held back ("balanced"), or all is tried and scales are learned to the end ("thorough")."""
     target: str = "ort-cpu"
     """The runtime: name of a file of `ptqjax/targets`, or path of such a file (ends in .toml)."""
     seed: int = 0
@@ -129,6 +135,7 @@ class QuantizationConfig:
         check_choice("bounds", self.bounds, BOUNDS)
         check_choice("absorb", self.absorb, ABSORPTIONS)
         check_choice("correct", self.correct, CORRECTIONS)
+        check_choice("effort", self.effort, EFFORTS)
         self._check_optional()
         self._check_numbers()
         check_texts("exclude", self.exclude, 'patterns, such as ("conv1*",)')

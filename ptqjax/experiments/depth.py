@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from jax import lax
 from ptqjax.ir import Graph, Model
 from ptqjax.kernels.histogram import Histogram
 from ptqjax.lowering import Intercept, compiled, interpret
+from ptqjax.pytrees import PyTreeNode
 from ptqjax.quantize import Encoding, Encodings
 from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.quantize.encodings import along_axis
@@ -28,7 +28,7 @@ _BOUNDS = ("Clip", "Max", "Min", "Relu")
 _IMAGE_RANK = 3  # from which on a channel axis may lie last
 
 
-class Sums(flax.struct.PyTreeNode):
+class Sums(PyTreeNode):
     """Sums over the values of a tensor that were seen: x of the float model, v of the quantized one.
 
     Scalars; inside the program, one for each place along the first axis.

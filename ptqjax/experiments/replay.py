@@ -13,9 +13,10 @@ from ptqjax.config.checks import read_text
 from ptqjax.errors import DataError
 from ptqjax.experiments import recipe_data
 from ptqjax.experiments.recipe import Recipe, read_recipe, recipe_of
-from ptqjax.experiments.run import RECIPE, RUN, StageRun, computing_on, identity_of, run_stages, task_of
+from ptqjax.experiments.run import RECIPE, StageRun, computing_on, identity_of, run_stages, task_of
 from ptqjax.experiments.stages import STAGES, Task
 from ptqjax.experiments.store import digest_of, look
+from ptqjax.places import RUN
 from ptqjax.progress import Follow, nothing
 
 _PLACES = {"base", "model", "calibration", "evaluation"}  # that `run.json` tells

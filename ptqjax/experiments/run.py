@@ -19,11 +19,12 @@ from ptqjax.experiments.recipe import Pictures, Recipe, read_recipe
 from ptqjax.experiments.stages import STAGES, Task, metrics_of
 from ptqjax.experiments.store import digest_of, file_digest, look, put, remove_abandoned, write_file
 from ptqjax.export import fingerprint
+from ptqjax.places import RUN
 from ptqjax.progress import Follow, nothing
 from ptqjax.versions import PACKAGES, device_class, source_digest, versions
 
-RECIPE, RUN = "recipe.toml", "run.json"
-"""Files of a run beside the folders of its stages: the recipe's text, and what else it takes to run it again."""
+RECIPE = "recipe.toml"
+"""The file of a run with the recipe's text, beside `RUN` and the folders of the stages."""
 _ADDRESS = 16  # hexadecimal digits of the hash in the folder's name
 
 

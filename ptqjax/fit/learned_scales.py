@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError, DataError
@@ -309,6 +308,8 @@ def _distance(loss: str, outputs: Mapping[str, Any], wanted: Mapping[str, Any]) 
 
 def _descended(task: _Task, used: Sequence[_Sample], held: Sequence[_Sample]) -> tuple[_Variables, tuple[float, float]]:
     """Returns the variables that did best on the samples held back, and the loss there before and after."""
+    import optax  # noqa: PLC0415  (slow to import, and needed where scales are learned alone)
+
     learning = task.learning
     optimizer = optax.adam(optax.cosine_decay_schedule(learning.rate, learning.num_steps))
     loss = jax.jit(lambda variables, sample: _loss(task, variables, sample))

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import flax.struct
 import numpy as np
+
+from ptqjax.pytrees import PyTreeNode, static_field
 
 Dimension: TypeAlias = int | str | None
 """A known size, a symbolic size, or nothing known."""
@@ -206,7 +207,7 @@ def captured(node: Node) -> tuple[str, ...]:
     return tuple(names)
 
 
-class Statistics(flax.struct.PyTreeNode):
+class Statistics(PyTreeNode):
     """What is known of a tensor's distribution, per channel, before any data is seen.
 
     A folded batch norm implies it: its output has mean beta and standard deviation |gamma|.
@@ -218,17 +219,17 @@ class Statistics(flax.struct.PyTreeNode):
     """Standard deviation per channel, shape [c]; not negative."""
 
 
-class Model(flax.struct.PyTreeNode):
+class Model(PyTreeNode):
     """A network: a static graph, its arrays, and what is known of its activations.
 
     A pytree: `graph` is static, the arrays are leaves (NumPy or JAX). Nothing changes it; transforms return another.
     """
 
-    graph: Graph = flax.struct.field(pytree_node=False)
+    graph: Graph = static_field()
     """The operators and what they read."""
     params: dict[str, Any]
     """The tensors that take part in arithmetic, by name."""
-    statistics: dict[str, Statistics] = flax.struct.field(default_factory=dict)
+    statistics: dict[str, Statistics] = field(default_factory=dict)
     """Per tensor (channel axis 1), where known; `onnx_io.write` does not store it."""
 
 

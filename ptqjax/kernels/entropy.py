@@ -12,16 +12,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from ptqjax.pytrees import PyTreeNode
 
 STRIDE = 16
 """Bins from one threshold of the first round to the next; the second tries all between its neighbours."""
 
 
-class Magnitudes(flax.struct.PyTreeNode):
+class Magnitudes(PyTreeNode):
     """What thresholds are chosen from: t distributions of |x|, in bins of width 1."""
 
     counts: Any
@@ -32,7 +33,7 @@ class Magnitudes(flax.struct.PyTreeNode):
     """Largest number or 0, shape [t]."""
 
 
-class _Sums(flax.struct.PyTreeNode):
+class _Sums(PyTreeNode):
     """Sums over the bins before each one, shape [t, b + 1]."""
 
     mass: Any

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from ptqjax.pytrees import PyTreeNode
 
 NUM_BINS = 4096
 """Bins of a histogram. A tensor without negative values uses a quarter of them or more: at least four bins to a step of
@@ -24,7 +25,7 @@ _SIGNIFICAND_BITS = 23
 _EXPONENT_BIAS = 127
 
 
-class Histogram(flax.struct.PyTreeNode):
+class Histogram(PyTreeNode):
     """Counts of t tensors; bin i of tensor j holds what lies in [(i - b/2) 2^e, (i + 1 - b/2) 2^e), e = exponent[j]."""
 
     counts: Any

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.special
 
 from ptqjax.kernels.namespace import array_namespace
 
@@ -99,4 +98,8 @@ def _density(z: Any) -> Any:
 
 def _cdf(z: Any) -> Any:
     """Phi(z)."""
-    return jax.scipy.special.ndtr(z) if isinstance(z, jax.Array) else scipy.special.ndtr(z)
+    if isinstance(z, jax.Array):
+        return jax.scipy.special.ndtr(z)
+    import scipy.special  # noqa: PLC0415  (half as slow to import as JAX, and not always needed)
+
+    return scipy.special.ndtr(z)

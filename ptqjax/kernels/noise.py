@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
+
+from ptqjax.pytrees import PyTreeNode, static_field
 
 NOTHING = -60.0
 """Logarithm that stands for zero: finite, so that no difference is nan."""
@@ -36,7 +36,7 @@ _TILE = 32
 Log = Float[Array, ""]
 
 
-class ActivationNoise(flax.struct.PyTreeNode):
+class ActivationNoise(PyTreeNode):
     """A tensor that is rounded, per channel; all but the numbers of scales are logarithms."""
 
     above: Any
@@ -49,7 +49,7 @@ class ActivationNoise(flax.struct.PyTreeNode):
     """Number of the scale, [c]."""
 
 
-class WeightNoise(flax.struct.PyTreeNode):
+class WeightNoise(PyTreeNode):
     """A weight that is rounded; all but the numbers of scales are logarithms."""
 
     ranges: Any
@@ -62,7 +62,7 @@ class WeightNoise(flax.struct.PyTreeNode):
     """Numbers of the outputs' scales, [groups, outputs]."""
     inputs: Any
     """Numbers of the inputs' scales, [groups, inputs]."""
-    per_channel: bool = flax.struct.field(pytree_node=False, default=False)
+    per_channel: bool = static_field(default=False)
     """Whether each output channel has a step of its own."""
 
 
@@ -261,6 +261,8 @@ def least_noise(
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
 def _descend(start: Any, terms: Any, steps: tuple[int, int], num_steps: int, rate: float) -> tuple[Any, Any, Any]:
+    import optax  # noqa: PLC0415  (slow to import, and needed where scales are searched alone)
+
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, num_steps))
 
     def noise(theta: Any, sharpness: Any) -> Any:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import flax.struct
 import jax
 import numpy as np
 
 from ptqjax.kernels.float_formats import float_format
 from ptqjax.kernels.grid import integer_range
 from ptqjax.kernels.namespace import array_namespace
+from ptqjax.pytrees import PyTreeNode
 
 Symmetry: TypeAlias = bool | str
 """How 0 lies on a grid: `False`, anywhere; `True`, in the middle of the integers; "strict", in the middle, and the
@@ -30,7 +30,7 @@ _END_OF_EXPONENTS = 128  # float32 ends below 2^128
 _EXACT_UP_TO = 2**24  # float32 holds integers up to here
 
 
-class GridKind(flax.struct.PyTreeNode):
+class GridKind(PyTreeNode):
     """What is known of a grid before its range is: arrays, scalar or one element a range."""
 
     qmin: Any

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float
 
 from ptqjax.kernels import grid
 from ptqjax.kernels.ranges import GridKind, grid_of_range
+from ptqjax.pytrees import PyTreeNode
 
 SATURATION_WEIGHT = 3.0
 """How much an error from clipping weighs against one from rounding in the scheme "sqnr"; the field's tf_enhanced has
@@ -31,7 +31,7 @@ _SMALLEST_FRACTION = 1e-3
 _NARROWEST = 2.0**-10  # of a bin's width: what is left of a bin that an extreme cuts off
 
 
-class Rows(flax.struct.PyTreeNode):
+class Rows(PyTreeNode):
     """Data of many ranges, cut into rows of equal length; each range has its own unit."""
 
     values: Any
@@ -48,7 +48,7 @@ class Rows(flax.struct.PyTreeNode):
     """Largest value of each range, in its unit, shape [r]."""
 
 
-class Candidates(flax.struct.PyTreeNode):
+class Candidates(PyTreeNode):
     """Fractions of the two ends to try, one pair after the other."""
 
     offsets: Any

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 from pathlib import Path
 
 import onnx
@@ -13,6 +12,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from ptqjax.errors import ModelError
 from ptqjax.onnx_io.tensors import Storage
 from ptqjax.onnx_io.wire import Malformed, without_large_tensors
+from ptqjax.places import require_model
 
 
 def load(source: str | os.PathLike[str] | bytes | onnx.ModelProto, label: str) -> tuple[onnx.ModelProto, Storage]:
@@ -43,11 +43,9 @@ def _loaded_proto(proto: onnx.ModelProto, label: str) -> tuple[onnx.ModelProto, 
 
 def _mapped(path: Path, label: str) -> memoryview:
     """Returns the bytes of a file, mapped: what is not copied out of it takes no memory."""
+    require_model(path, label)
     try:
-        found = path.stat()  # before it is opened: a pipe would wait for a writer that may never come
-        if not stat.S_ISREG(found.st_mode):
-            raise ModelError(f"{label} cannot be opened: it is no regular file; expected the path of an ONNX file")
-        if not found.st_size:
+        if not path.stat().st_size:
             return memoryview(b"")
         with path.open("rb") as file:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

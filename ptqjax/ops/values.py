@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.struct
+from ptqjax.pytrees import PyTreeNode
 
 
-class TensorSequence(flax.struct.PyTreeNode):
+class TensorSequence(PyTreeNode):
     """ONNX's sequence: tensors of one element type, of any shapes. Its length is static."""
 
     elements: tuple[Any, ...]
     """The tensors, in order."""
 
 
-class Empty(flax.struct.PyTreeNode):
+class Empty(PyTreeNode):
     """ONNX's optional without a value; one with a value is that value itself."""
 
 

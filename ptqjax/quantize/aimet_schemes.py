@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from ptqjax.errors import ConfigError
 from ptqjax.kernels import aimet
 from ptqjax.kernels.ranges import LARGEST_VALUE, SMALLEST_SCALE, GridKind, Symmetry
+from ptqjax.pytrees import PyTreeNode
 from ptqjax.quantize.observers import EXTREMES, Extremes, Observer, RangeScheme
 
 _Grids = tuple[np.ndarray, np.ndarray]
@@ -27,7 +27,7 @@ _SEARCH = "sqnr"
 _LEAST_FIXED_RANGE = 0.01
 
 
-class BatchDensity(flax.struct.PyTreeNode):
+class BatchDensity(PyTreeNode):
     """AIMET's histograms of t tensors."""
 
     extremes: Extremes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-import flax.struct
 import ml_dtypes
 import numpy as np
 
@@ -13,11 +12,12 @@ from ptqjax.kernels import float_formats, grid
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.kernels.precision import is_traced
 from ptqjax.kernels.ranges import Symmetry, grid_kind
+from ptqjax.pytrees import PyTreeNode, static_field
 
 _STORED = ("int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32")
 
 
-class Encoding(flax.struct.PyTreeNode):
+class Encoding(PyTreeNode):
     """The grid of one tensor: x stands for (q - zero_point) * scale, q an integer in [qmin, qmax].
 
     q = clip(round_half_to_even(x / scale) + zero_point, qmin, qmax). All fields but the static `axis` and `block_size`
@@ -35,15 +35,15 @@ class Encoding(flax.struct.PyTreeNode):
     """Largest integer, float32 scalar."""
     enabled: Any
     """Boolean scalar; False leaves the tensor in float."""
-    axis: int | None = flax.struct.field(pytree_node=False, default=None)
+    axis: int | None = static_field(default=None)
     """Axis of the tensor that `scale` runs along (as ONNX has it, may be negative); None where one scale serves all."""
-    block_size: int | None = flax.struct.field(pytree_node=False, default=None)
+    block_size: int | None = static_field(default=None)
     """Number of neighbours along `axis` that share a scale; None where not by blocks. Along each other axis `scale`
     then has the tensor's size, as ONNX has it."""
-    float_format: str | None = flax.struct.field(pytree_node=False, default=None)
+    float_format: str | None = static_field(default=None)
     """Where codes are floating-point numbers and not integers: their type, one of `grid.FLOAT_FORMATS`. `qmin` and
     `qmax` are then its smallest and largest finite number, and the zero point is 0."""
-    scale_bits: int | None = flax.struct.field(pytree_node=False, default=None)
+    scale_bits: int | None = static_field(default=None)
     """For low-power blocks (LPBQ): each scale is an integer from 1 to 2^scale_bits times one scale per channel."""
 
     @property

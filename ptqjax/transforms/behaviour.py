@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.struct
 import jax
 import numpy as np
 
 from ptqjax.ir import Model, Statistics
+from ptqjax.pytrees import PyTreeNode
 from ptqjax.transforms.gains import channel_gains
 from ptqjax.transforms.moments import Distribution, distributions, within_bounds
 
@@ -18,7 +18,7 @@ NUM_STD_OF_INPUTS = 3.0
 """The same for graph inputs."""
 
 
-class Behaviour(flax.struct.PyTreeNode):
+class Behaviour(PyTreeNode):
     """How the channels of a tensor behave, as statistics imply it or data show it; all [c]."""
 
     low: Any

@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import flax.struct
 import numpy as np
-import scipy.optimize
 
 from ptqjax.ir import Model, Node, Statistics, value_of
 from ptqjax.kernels.grouped import respond_to_constant
 from ptqjax.kernels.moments import clipped_normal, leaky_normal
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.kernels.precision import is_traced, widened
+from ptqjax.pytrees import PyTreeNode, static_field
 from ptqjax.transforms.activations import is_activation, limits_of
 from ptqjax.transforms.bounds import channel_bounds
 from ptqjax.transforms.linear import Linear, bias_of, linear_layers, weight_view
@@ -33,7 +32,7 @@ _MATRIX = 2  # axes
 _VANISHED = 1e-3  # of the widest channel: a layer's narrower outputs say more of its rounding than of its input
 
 
-class Distribution(flax.struct.PyTreeNode):
+class Distribution(PyTreeNode):
     """What is known of a tensor's channels: clip(f(x), low, high), x normal, f(x) = x above zero and slope x below."""
 
     mean: Any
@@ -46,9 +45,9 @@ class Distribution(flax.struct.PyTreeNode):
     """Largest value, [c]; may be inf."""
     slope: Any
     """Of f below zero, [c]; not negative, one where there is no such kink."""
-    axis: int = flax.struct.field(pytree_node=False, default=1)
+    axis: int = static_field(default=1)
     """The axis that counts the channels."""
-    repeats: bool = flax.struct.field(pytree_node=False, default=False)
+    repeats: bool = static_field(default=False)
     """Whether each channel stands for several neighbours on the axis, as behind a Flatten."""
 
     @property
@@ -165,6 +164,8 @@ def _explained(weight: Any, bias: Any, output: Statistics) -> Statistics | None:
     sums = weight.sum(axis=2)
     mu = np.linalg.lstsq(sums / std[:, None], mean / std)[0]
     kinds = [sums.sum(1) ** 2, (sums**2).sum(1), (weight.sum(1) ** 2).sum(1), (weight**2).sum((1, 2))]
+    import scipy.optimize  # noqa: PLC0415  (half as slow to import as JAX, and needed without data alone)
+
     variances, _ = scipy.optimize.nnls(np.stack(kinds, axis=1) / std[:, None] ** 2, np.ones(len(std)))
     return Statistics(mean=mu, std=np.full(mu.shape, np.sqrt(variances.sum())))
 
