@@ -13,7 +13,7 @@ import pytest
 from ptqjax import onnx_io
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError, DataError
-from ptqjax.fit import bias_correction, correct_biases, correct_each
+from ptqjax.fit import bias_correction, correct_biases, correct_each, quantized_pass
 from ptqjax.ir import Model, Statistics
 from ptqjax.lowering import interpret
 from ptqjax.quantize import calibrate
@@ -327,7 +327,8 @@ def test_one_program_serves_all_batches_of_a_size(monkeypatch):
         traced.append(args)
         return interpret(*args, **kwargs)
 
-    monkeypatch.setattr(bias_correction, "interpret", counting)
+    for module in (bias_correction, quantized_pass):
+        monkeypatch.setattr(module, "interpret", counting)
     correct_biases(model, encodings, [{"x": x[:6]}, {"x": x[6:]}])
     assert len(traced) == 2  # the float and the quantized program, each once
 

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.fit.analytic_correction import expected_errors
+from ptqjax.fit.quantized_pass import OnDevices, QuantizedPass
 from ptqjax.ir import (
     Graph,
     Model,
@@ -26,14 +26,13 @@ from ptqjax.ir import (
     is_private,
     rebuild,
 )
-from ptqjax.lowering import axis_in_layout, compiled, interpret
+from ptqjax.lowering import compiled, interpret
 from ptqjax.quantize import check_not_quantized
 from ptqjax.quantize.batches import checked_part, checked_parts, num_samples
 from ptqjax.quantize.encodings import Encodings
 from ptqjax.quantize.observing import Axes, Means, channel_means
 from ptqjax.quantize.parts import Part, Parts, together
 from ptqjax.quantize.qdq import check_tensors
-from ptqjax.simulate import fake_quantization, round_parameters
 
 _METHODS = ("empirical", "analytic")
 _BIAS_INPUT = 2  # of Conv, ConvTranspose and Gemm
@@ -206,6 +205,11 @@ def layer_axes(model: Model) -> Axes:
     return tuple((layer.output, layer.axis) for layer in _all_layers(model))
 
 
+def corrected_axes(model: Model, encodings: Encodings) -> Axes:
+    """Returns the outputs of the layers that are corrected under these encodings, with the axes of their channels."""
+    return tuple((layer.output, layer.axis) for layer in _find_layers(model, encodings)[0])
+
+
 def _multiplies_a_weight(model: Model, node: Node) -> bool:
     linear = node.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"} and not node.domain
     return linear and node.inputs[1] in model.params
@@ -256,7 +260,10 @@ def _mean_errors(
     totals = [{layer.output: np.zeros((), np.float64) for layer in layers} for layers in corrected]
     total_size = 0
     float_means = _FloatMeans(model, means)
-    quantized = [_Quantized(model, encodings, layers) for encodings, layers in zip(variants, corrected, strict=True)]
+    quantized = [
+        QuantizedPass(model, encodings, tuple((layer.output, layer.axis) for layer in layers), biases=False)
+        for encodings, layers in zip(variants, corrected, strict=True)
+    ]
     for index, parts in enumerate(batches):
         found = together(partial(_errors_of_parts, float_means, quantized, index, parts), is_shared=parts.is_shared)
         for _, size, errors in sorted((each for some in found for each in some), key=lambda each: int(each[0])):
@@ -273,7 +280,7 @@ class _FloatMeans:
         self.graph = model.graph
         self._kept = kept or {}
         self._measured = layer_axes(model)
-        self._params = _OnDevices(model.params)
+        self._params = OnDevices(model.params)
 
     def of(self, index: int, part: Part, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Returns the means of part of a batch, by tensor."""
@@ -283,44 +290,15 @@ class _FloatMeans:
         return _float_means(self.graph, self._measured, self._params.on(part.device), inputs)
 
 
-class _Quantized:
-    """The model under one of the encodings, its weights rounded once for all batches."""
-
-    def __init__(self, model: Model, encodings: Encodings, layers: tuple[_Layer, ...]) -> None:
-        rounded, self._encodings = round_parameters(model, encodings, biases=False)
-        self._params = _OnDevices(rounded.params)
-        self._plan = _Plan(graph=rounded.graph, axes=tuple((layer.output, layer.axis) for layer in layers))
-        self.outputs = [layer.output for layer in layers]
-
-    def errors(self, device: Any, means: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Returns the mean error of each layer's channels, behind layers that are corrected."""
-        expected = {name: means[name] for name in self.outputs}
-        return _batch_errors(self._plan, self._params.on(device), self._encodings, expected, inputs)
-
-
-class _OnDevices:
-    """Parameters, put on each device that asks for them once."""
-
-    def __init__(self, params: Mapping[str, Any]) -> None:
-        self._params = dict(params)
-        self._there: dict[Any, Any] = {}
-
-    def on(self, device: Any) -> Any:
-        """Returns the parameters on a device; None for the one that JAX chooses."""
-        if device not in self._there:
-            self._there[device] = jax.device_put(self._params, device)
-        return self._there[device]
-
-
 def _errors_of_parts(
-    float_means: _FloatMeans, quantized: Sequence[_Quantized], index: int, parts: Parts
+    float_means: _FloatMeans, quantized: Sequence[QuantizedPass], index: int, parts: Parts
 ) -> list[tuple[int, int, list[dict[str, np.ndarray]]]]:
     """Returns the first sample, the size and the errors under each variant, of each part of a batch."""
     running = []
     for part in parts.here:  # all devices work before the first is waited for
         inputs = jax.device_put(checked_part(float_means.graph, part), part.device)
         means = float_means.of(index, part, inputs)
-        errors = [each.errors(part.device, means, inputs) for each in quantized]
+        errors = [each.run(inputs, means, is_corrected=True, device=part.device).errors for each in quantized]
         running.append((part, num_samples(inputs), errors))
     found = [(part.start, size, jax.device_get(errors)) for part, size, errors in running]
     for (part, _, _), (_, _, errors) in zip(running, found, strict=True):
@@ -348,38 +326,3 @@ def _float_means(
         return value, channel_means(value, axis_of[name], channel_axis) if name in axis_of else None
 
     return interpret(graph, params, batch, intercept=measure)[1]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """What is static in the program of the quantized model."""
-
-    graph: Graph
-    """The model's graph."""
-    axes: Axes
-    """The outputs of layers that are corrected, with the axes of their channels."""
-
-
-@compiled
-def _batch_errors(
-    plan: _Plan,
-    params: Mapping[str, Any],
-    encodings: Encodings,
-    float_means: Mapping[str, Float[Array, " _"]],
-    batch: Mapping[str, Any],
-) -> dict[str, Float[Array, " _"]]:
-    """Returns the errors of one batch; `params` are rounded, but for biases: these once, after their correction."""
-    axis_of = dict(plan.axes)
-    quantize = fake_quantization(Model(graph=plan.graph, params=dict(params)), encodings)
-
-    def correct(name: str, value: Array, channel_axis: int | None) -> tuple[Array, Array | None]:
-        error = None
-        if name in axis_of:
-            axis = axis_in_layout(axis_of[name] % value.ndim, channel_axis)
-            error = channel_means(value, axis_of[name], channel_axis) - float_means[name]
-            value = value - jnp.expand_dims(error, tuple(i for i in range(value.ndim) if i != axis))
-        if name in encodings:
-            value, _ = quantize(name, value, channel_axis)
-        return value, error
-
-    return interpret(plan.graph, params, batch, intercept=correct)[1]

@@ -8,35 +8,64 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptqjax.config import FLOAT_DTYPES, QuantizationConfig, load_target
 from ptqjax.errors import ConfigError
 from ptqjax.fit.behaviour import observe_behaviour, observe_shares_beyond
-from ptqjax.fit.bias_correction import correct_biases
+from ptqjax.fit.bias_correction import correct_each, corrected_axes, layer_axes
 from ptqjax.fit.learned_scales import Learning, learn_scales
+from ptqjax.fit.quantized_pass import QuantizedPass
 from ptqjax.fit.samples import Batch, can_be_regrouped, first_samples, grouped, joined
 from ptqjax.ir import Model, Record, Report
 from ptqjax.kernels.grid import integer_range
 from ptqjax.lowering import apply
-from ptqjax.quantize import Encodings, calibrate
+from ptqjax.quantize import Encodings
+from ptqjax.quantize.calibrate import Calibrated, calibrate_and_measure
 from ptqjax.quantize.headroom import widened
 from ptqjax.quantize.rules import num_bits
 from ptqjax.quantize.tensors import is_floating
-from ptqjax.simulate import simulate
-from ptqjax.transforms.behaviour import Behaviour
+from ptqjax.transforms.behaviour import Behaviour, implied_behaviour
 from ptqjax.transforms.equalize import unscaled
-from ptqjax.transforms.noise import Steps, scale_for_noise
+from ptqjax.transforms.noise import Steps, covers_noise, scale_for_noise
+from ptqjax.transforms.rescale import rescale
 from ptqjax.transforms.scaling import scale_channels
+from ptqjax.transforms.ties import find_ties
 
 _NAME = "choose"
-_MOST_SAMPLES = 128  # looked at: enough to tell ways apart that differ by half a decibel
-_BATCH = 16
-_HEADROOMS = (1.0, 1.2)  # tried; beyond, a coarser step costs more than clipping did (MobileNetV2: 1.3 as good as 1.2)
 _CLEARLY = 0.25  # dB by which something must be better than what is simpler
 _PREDICTED = 1.5  # dB that scales must be predicted to gain where nothing can be measured
+_BATCH = 8  # samples a backward pass holds
+
+# dB that scales must be predicted to gain before they are tried. With a scale per channel the MobileNets, ResNet-20 and
+# EfficientNet-Lite0 are predicted to gain 0.6 to 1.8, and lose when they are scaled; SqueezeNet (4) and a network for
+# super-resolution (10) gain 5 and 13. From 8 dB on, no scaling at all has never won.
+_MAY_WIN, _WINS = 3.0, 8.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Policy:
+    """What an effort buys."""
+
+    trial_samples: int
+    """Samples that ways are tried on, half of them held back; 0: nothing is tried."""
+    behaviour_samples: int
+    """Samples that channels' behaviour is measured on."""
+    tries_all: bool
+    """Whether also what is not predicted to win is tried."""
+    learning_steps: int
+    """Steps of learning, where a weight has one scale for all channels; 0: nothing is learned."""
+
+
+_POLICIES = {
+    "fast": _Policy(trial_samples=0, behaviour_samples=16, tries_all=False, learning_steps=0),
+    "balanced": _Policy(trial_samples=64, behaviour_samples=64, tries_all=False, learning_steps=60),
+    "thorough": _Policy(trial_samples=128, behaviour_samples=128, tries_all=True, learning_steps=100),
+}
+_HEADROOMS = (1.0, 1.2)  # tried; beyond, a coarser step costs more than clipping did (MobileNetV2: 1.3 as good as 1.2)
+_OF_SCALED = 1.2  # without a trial: scales of least noise make channels reach equally far, and clip most on new data
 
 # How far a channel may reach above the median one: chosen on calibration pictures alone (MobileNetV1-0.25: 15.7 dB from
 # statistics at 2, 17.8 from data at 1.5; MobileNetV2: 17.4 both).
@@ -91,10 +120,11 @@ def scale_as_configured(
 ) -> Choice:
     """Returns `model` scaled as `config.scaling` says, and how to go on.
 
-    "auto" tries nothing, "ranges" and "noise", each with and without headroom, on one half of the samples against the
-    other, repeats the best on all of them and, where a weight has one scale for all channels, goes on by learning,
-    which judges itself on samples held back. Without data it takes the scales of least predicted noise, where
-    the prediction is clearly better.
+    "auto" asks the closed form of predicted noise first what scales may gain. What may win of nothing, "ranges" and
+    "noise" is tried, each with and without headroom, on one half of some samples against the other; the best is
+    repeated on more of them and, where a weight has one scale for all channels, gone on with by learning, which judges
+    itself on samples held back. `effort` "fast" tries and learns nothing: the prediction decides; "thorough" tries all.
+    Without data the scales of least predicted noise are taken, where the prediction is clearly better.
 
     Args:
         model: The model, prepared: folded, constant channels removed, biases absorbed.
@@ -164,25 +194,28 @@ def _as_asked(config: QuantizationConfig, *, has_data: bool) -> dict[str, Any]:
 
 
 def _with_data(ways: _Ways, config: QuantizationConfig) -> Choice:
-    model, batches, asked = ways.model, ways.batches, _as_asked(config, has_data=True)
+    model, asked = ways.model, _as_asked(config, has_data=True)
     if config.scaling != "auto":
         scaled, report = ways.scaled(config.scaling, config)
         return Choice(model=scaled, report=report, **asked)
     if not any(is_floating(spec.dtype) for spec in model.graph.outputs):
         report = unscaled(model, "no output holds floating numbers, by which ways could be compared")
         return Choice(model=model, report=report, **asked)
-    judge = _Judge.of(model, batches, config)
-    half = _Ways(model, judge.used)
-    best = _best(
-        [trial for name in ("off", "ranges", "noise") for trial in judge.trials(name, *half.scaled(name, config))]
-    )
+    policy = _POLICIES[config.effort]
+    expected = _expected_gain(ways, config)
+    if not policy.trial_samples:
+        return _by_prediction(ways, config, expected)
+    candidates = _candidates(policy, expected.gain)
+    is_freed = len(candidates) > 1 and _bounds(config) == "exact"
+    judge = _Judge.of(ways, config, policy.trial_samples, is_freed=is_freed)
+    best = _best([trial for name in candidates for trial in judge.trials(name)])
     best = _best([best, *judge.corrections(best)])
-    records = tuple(_tried(trial, is_chosen=trial is best) for trial in judge.tried)
+    records = (expected.record, *(_tried(trial, is_chosen=trial is best) for trial in judge.tried))
     scaled, report = ways.scaled(best.name, config)
-    if config.granularity == "tensor":
-        scaled, learned = learn_scales(
-            scaled, judge.used + judge.held, config, Learning(seed=config.seed), bounds=_bounds(config)
-        )
+    if config.granularity == "tensor" and policy.learning_steps:
+        samples = judge.used + judge.held
+        learning = Learning(seed=config.seed, num_steps=policy.learning_steps)
+        scaled, learned = learn_scales(scaled, samples, config, learning, bounds=_bounds(config))
         report = (*report, *learned)
     return Choice(
         model=scaled,
@@ -190,6 +223,60 @@ def _with_data(ways: _Ways, config: QuantizationConfig) -> Choice:
         correct=best.correct,
         report=(*records, *report),
         scaling=None if config.granularity == "tensor" else best.name,
+    )
+
+
+def _candidates(policy: _Policy, gain: float) -> tuple[str, ...]:
+    """Returns the ways that are tried, the simplest first."""
+    if not policy.tries_all and gain < _MAY_WIN:
+        return ("off",)
+    return ("ranges", "noise") if not policy.tries_all and gain >= _WINS else ("off", "ranges", "noise")
+
+
+class _Expected(NamedTuple):
+    """What the closed form says of scales."""
+
+    gain: float
+    """How many dB less noise the best ones are predicted to leave; 0 where nothing is known."""
+    record: Record
+    """The same for the report."""
+
+
+def _expected_gain(ways: _Ways, config: QuantizationConfig) -> _Expected:
+    """Returns what scales of least predicted noise are predicted to gain, from as little data as tells it."""
+    steps, bounds = steps_of(config), _bounds(config)
+    source = "batch norms"
+    behaviour = implied_behaviour(ways.model)
+    if not covers_noise(ways.model, behaviour, per_channel=steps.per_channel):
+        source, behaviour = f"{_BATCH} samples", ways.behaviour(config.seed, _BATCH)
+    try:
+        _, report = scale_for_noise(ways.model, behaviour, steps=steps, bounds=bounds)
+    except ConfigError:
+        report = ()
+    whole = next((record for record in report if "predicted SQNR, dB" in record.after), None)
+    gain = whole.after["predicted SQNR, dB"] - whole.before["predicted SQNR, dB"] if whole else 0.0
+    record = Record(
+        transform=_NAME,
+        done=False,
+        what="predicted gain of scales between layers",
+        where=(),
+        reason=f"by the closed form, from {source}: tried from {_MAY_WIN:g} dB on",
+        after={"predicted gain, dB": float(gain)},
+    )
+    return _Expected(float(gain), record)
+
+
+def _by_prediction(ways: _Ways, config: QuantizationConfig, expected: _Expected) -> Choice:
+    """Returns the choice without a trial."""
+    name = "noise" if expected.gain >= _MAY_WIN else "off"
+    scaled, report = ways.scaled(name, config)
+    headroom = config.headroom or (1.0 if name == "off" else _OF_SCALED)
+    return Choice(
+        model=scaled,
+        headroom=headroom,
+        correct=config.correct,
+        report=(expected.record, *report),
+        scaling=name,
     )
 
 
@@ -239,7 +326,7 @@ class _Ways:
     def __init__(self, model: Model, batches: Iterable[Mapping[str, Any]]) -> None:
         self.model = model
         self.batches = batches
-        self._behaviour: dict[int, dict[str, Behaviour]] = {}
+        self._behaviour: dict[tuple[int, int | None], dict[str, Behaviour]] = {}
         self._beyond: dict[str, float] | None = None
 
     def scaled(self, name: str, config: QuantizationConfig) -> tuple[Model, Report]:
@@ -250,7 +337,7 @@ class _Ways:
         how = {"bounds": bounds, "beyond": self._shares_beyond() if bounds == "auto" else None}
         if name == "weights":
             return scale_channels(self.model, limit=None, **how)
-        behaviour = self._observed(config.seed)
+        behaviour = self.behaviour(config.seed, _POLICIES[config.effort].behaviour_samples)
         if name == "ranges":
             reach = {tensor: np.maximum(abs(found.low), abs(found.high)) for tensor, found in behaviour.items()}
             return scale_channels(self.model, limit=_LIMIT, magnitudes=reach, **how)
@@ -260,10 +347,16 @@ class _Ways:
         learned, more = learn_scales(scaled, self.batches, config, Learning(seed=config.seed), bounds=bounds)
         return learned, (*report, *more)
 
-    def _observed(self, seed: int) -> dict[str, Behaviour]:
-        if seed not in self._behaviour:
-            self._behaviour[seed] = observe_behaviour(self.model, self.batches, seed=seed)
-        return self._behaviour[seed]
+    def behaviour(self, seed: int, num_samples: int) -> dict[str, Behaviour]:
+        """Returns how channels behave on the first samples, a few at a time: a backward pass holds much."""
+        if (seed, num_samples) not in self._behaviour:
+            found = first_samples(self.model.graph, self.batches, num_samples)
+            if can_be_regrouped(self.model.graph, found):
+                samples = joined(found)
+                count = min(len(next(iter(samples.values()))), num_samples)
+                found = grouped(samples, np.arange(count), min(_BATCH, count))
+            self._behaviour[seed, num_samples] = observe_behaviour(self.model, found, seed=seed)
+        return self._behaviour[seed, num_samples]
 
     def _shares_beyond(self) -> dict[str, float]:
         if self._beyond is None:
@@ -275,20 +368,30 @@ class _Ways:
 class _Judge:
     """Samples divided into those that calibrate and those that judge, and all that was tried on them."""
 
+    ways: _Ways
+    """The ways, on the samples that calibrate."""
     config: QuantizationConfig
     used: list[Batch]
     held: list[Batch]
-    wanted: list[dict[str, Any]]
+    is_freed: bool
+    """Whether the model left as it is gets a bound per channel as scaled ones have: then one program serves all."""
     tried: list[_Trial]
+    wanted: list[dict[str, Any]]
+    """The float model's outputs on the samples held back, once there are any."""
 
     @staticmethod
-    def of(model: Model, batches: Iterable[Mapping[str, Any]], config: QuantizationConfig) -> _Judge:
-        used, held = divided(model, batches)
-        wanted = [apply(model.graph, model.params, batch) for batch in held]
-        return _Judge(config=config, used=used, held=held, wanted=wanted, tried=[])
+    def of(ways: _Ways, config: QuantizationConfig, num_samples: int, *, is_freed: bool) -> _Judge:
+        """Returns a judge on so many of the samples."""
+        used, held = divided(ways.model, ways.batches, num_samples)
+        half = _Ways(ways.model, used)
+        return _Judge(ways=half, config=config, used=used, held=held, is_freed=is_freed, tried=[], wanted=[])
 
-    def trials(self, name: str, model: Model, report: Report) -> list[_Trial]:
-        """Returns what a model gives with each headroom."""
+    def trials(self, name: str) -> list[_Trial]:
+        """Returns what a way gives with each headroom."""
+        model, report = self.ways.scaled(name, self.config)
+        if name == "off" and self.is_freed:
+            ties = find_ties(model)
+            model = rescale(model, ties, np.zeros(ties.num_scales))
         headrooms = _HEADROOMS if self.config.headroom is None else (self.config.headroom,)
         trial = _Trial(name=name, model=model, report=report, headroom=1.0, correct=self.config.correct)
         return self._measured([replace(trial, headroom=headroom) for headroom in headrooms])
@@ -301,47 +404,61 @@ class _Judge:
         """Returns the trials, all of the same model, with what they gave."""
         if not trials:
             return []
-        encodings = calibrate(trials[0].model, self.used, self.config)
-        found = [replace(trial, decibels=self._outcome(trial, encodings)) for trial in trials]
-        self.tried.extend(found)
-        return found
+        model = trials[0].model
+        found = calibrate_and_measure(model, self.used, [self.config], labels=[""], measured=layer_axes(model))
+        measured = [replace(trial, decibels=self._outcome(trial, found)) for trial in trials]
+        self.tried.extend(measured)
+        return measured
 
-    def _outcome(self, trial: _Trial, encodings: Encodings) -> float:
-        encodings = widened(trial.model, encodings, trial.headroom, self.config)
-        data = self.used if trial.correct == "empirical" else None
-        if trial.correct == "none":
-            return self._decibels(trial.model, encodings)
-        return self._decibels(correct_biases(trial.model, encodings, data, method=trial.correct)[0], encodings)
+    def _outcome(self, trial: _Trial, found: Calibrated) -> float:
+        encodings = widened(trial.model, found.each[0][0], trial.headroom, self.config)
+        model = trial.model
+        if trial.correct != "none":
+            data = self.used if trial.correct == "empirical" else None
+            ((model, _),) = correct_each(model, (encodings,), data, method=trial.correct, means=found.means)
+        return self._decibels(model, encodings, next(iter((found.means or {}).values()), {}))
 
-    def _decibels(self, model: Model, encodings: Encodings) -> float:
-        run = simulate(model, encodings)
-        signal = dict.fromkeys(self.wanted[0], 0.0)
-        noise = dict(signal)
-        for batch, wanted in zip(self.held, self.wanted, strict=True):
-            outputs = run(model.params, encodings, batch)
-            for name, value in wanted.items():
-                if not is_floating(np.asarray(value).dtype):
-                    continue
-                exact, rounded = np.asarray(value, np.float64), np.asarray(outputs[name], np.float64)
-                signal[name], noise[name] = (
-                    signal[name] + np.sum(exact**2),
-                    noise[name] + np.sum((exact - rounded) ** 2),
-                )
-        ratios = [noise[name] / power for name, power in signal.items() if power > 0]
-        ratio = float(np.mean(ratios)) if ratios else np.inf
-        return -np.inf if np.isnan(ratio) else float(-10 * np.log10(max(ratio, np.finfo(float).tiny)))
+    def _decibels(self, model: Model, encodings: Encodings, means: Mapping[str, Any]) -> float:
+        """Returns the mean over outputs of noise over signal on the samples held back, by the program that corrects."""
+        axes = corrected_axes(model, encodings) if means else ()
+
+        def outputs(encodings: Encodings) -> list[dict[str, Any]]:
+            quantized = QuantizedPass(model, encodings, axes, biases=True)
+            return [quantized.run(batch, means, is_corrected=False).outputs for batch in self.held]
+
+        if not self.wanted and _bounds(self.config) == "exact":  # scaling keeps the function
+            off = {name: encoding.replace(enabled=np.asarray(False)) for name, encoding in encodings.items()}
+            self.wanted.extend(outputs(off))
+        elif not self.wanted:
+            self.wanted.extend(apply(self.ways.model.graph, self.ways.model.params, batch) for batch in self.held)
+        return _signal_to_noise(self.wanted, outputs(encodings))
 
 
-def divided(model: Model, batches: Iterable[Mapping[str, Any]]) -> tuple[list[Batch], list[Batch]]:
-    """Returns two halves of the first `_MOST_SAMPLES` samples, batches of one size; a single sample is in both."""
-    found = first_samples(model.graph, batches, _MOST_SAMPLES)
+def _signal_to_noise(wanted: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the signal of the outputs over their noise in dB, of the mean over outputs of noise over signal."""
+    ratios = []
+    for name in (name for name, value in wanted[0].items() if is_floating(np.asarray(value).dtype)):
+        exact, rounded = ([np.asarray(batch[name], np.float64) for batch in batches] for batches in (wanted, found))
+        power = sum(np.sum(each**2) for each in exact)
+        noise = sum(np.sum((one - other) ** 2) for one, other in zip(exact, rounded, strict=True))
+        ratios.extend([noise / power] if power > 0 else [])
+    ratio = float(np.mean(ratios)) if ratios else np.inf
+    return -np.inf if np.isnan(ratio) else float(-10 * np.log10(max(ratio, np.finfo(float).tiny)))
+
+
+def divided(model: Model, batches: Iterable[Mapping[str, Any]], num_samples: int) -> tuple[list[Batch], list[Batch]]:
+    """Returns two halves of the first `num_samples` samples; a single sample is in both.
+
+    In batches as large as those given where there are enough samples, since programs are compiled for a size.
+    """
+    found = first_samples(model.graph, batches, num_samples)
     if not can_be_regrouped(model.graph, found):
         return (found[::2], found[1::2]) if len(found) > 1 else (found, found)
     samples = joined(found)
-    count = min(len(next(iter(samples.values()))), _MOST_SAMPLES)
+    count = min(len(next(iter(samples.values()))), num_samples)
     if count == 1:
         return found, found
-    size = min(_BATCH, count // 2)
+    size = min(max(len(next(iter(batch.values()))) for batch in found), count // 2)
     return grouped(samples, np.arange(0, count, 2), size), grouped(samples, np.arange(1, count, 2), size)
 
 

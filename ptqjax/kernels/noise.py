@@ -66,7 +66,7 @@ class WeightNoise(PyTreeNode):
     """Whether each output channel has a step of its own."""
 
 
-class _Channels(flax.struct.PyTreeNode):
+class _Channels(PyTreeNode):
     """Channels of all tensors in a row, and what they belong to; the last is a filler that counts nowhere."""
 
     scales: Any
@@ -77,7 +77,7 @@ class _Channels(flax.struct.PyTreeNode):
     """Logarithm of the gain, or of the power, [n]."""
 
 
-class Terms(flax.struct.PyTreeNode):
+class Terms(PyTreeNode):
     """The noise of all rounded activations and weights of a network, as `stack_terms` stacks it."""
 
     activations: _Channels
@@ -104,7 +104,7 @@ class Terms(flax.struct.PyTreeNode):
     """The row of each, [p]."""
     pair_columns: Any
     """The column of each, [p]."""
-    num_tensors: int = flax.struct.field(pytree_node=False)
+    num_tensors: int = static_field()
     """How many activations there are."""
 
 

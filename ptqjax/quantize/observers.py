@@ -209,7 +209,7 @@ def _init_distribution(num_tensors: int) -> Distribution:
     return Distribution(extremes=_init_extremes(num_tensors), histogram=empty_histogram(num_tensors))
 
 
-class _SampledValues(flax.struct.PyTreeNode):
+class _SampledValues(PyTreeNode):
     """What a distribution takes from one batch."""
 
     extremes: Extremes

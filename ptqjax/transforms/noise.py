@@ -120,6 +120,13 @@ def noise_terms(
     return tuple(activations), tuple(term for term in weights if term is not None)
 
 
+def covers_noise(model: Model, behaviour: Mapping[str, Behaviour], *, per_channel: bool = False) -> bool:
+    """Tells whether `behaviour` is known of all that predicted noise of scalable layers needs."""
+    ties = find_ties(model)
+    activations, weights = noise_terms(model, ties, behaviour, per_channel=per_channel)
+    return bool(activations) and len(weights) == len(ties.layers)
+
+
 def noise_optimal_scales(
     ties: Ties,
     terms: _Sources,
