@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ptqjax.cache_option import cache_option, kept_programs
+from ptqjax.data_option import load, say_reading
 from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
-from ptqjax.places import require_data, require_encodings, require_model
+from ptqjax.places import require_data, require_model
 from ptqjax.progress import progress, quiet_option
-from ptqjax.publish import publish, staging, write_text
+from ptqjax.publish import staging
 from ptqjax.quantize_command import (
     MODEL,
     NO_DATA,
     NO_REPORT,
     REPORT,
+    Job,
     configured,
-    frozen_encodings,
-    model_is_written,
+    job_done,
     named,
-    provenance,
     require_consistent,
-    set_aside,
+    require_files,
+    say_done,
     without_equalization,
 )
 from ptqjax.recipe_command import replay, run
+from ptqjax.stopwatch import Stopwatch, listening
 
-if TYPE_CHECKING:
-    from ptqjax.data import Batches, Samples
-    from ptqjax.ir import Graph
-
-_BATCH = 32  # samples at a time
+_NO_ALARMS = "3"  # of XLA: of compilations that take long, of programs compiled elsewhere; errors come as exceptions
 
 
 def main() -> None:
     """Runs the command line; the entry point of the `ptqjax` script."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", _NO_ALARMS)  # is read when JAX is imported
     commands()
 
 
@@ -241,63 +241,23 @@ def quantize(
     require_consistent(calibration, config, given)
     if not has_data and config.correct == "empirical":
         config = replace(config, correct="analytic")
-    path = Path(calibration) if has_data else None
-    require_model(model)
-    for require, file in ((require_data, path), (require_encodings, encodings_file)):
-        if file is not None:
-            require(file)
-    with staging(out, (*MODEL, *REPORT), option="--out") as folder, kept_programs(is_off=no_cache):
-        import ptqjax  # what is wrong so far was told without waiting for JAX
-        from ptqjax import report
-        from ptqjax.config import load_target
-        from ptqjax.report import tables
-
-        device_name, source, origin = use_device(device), ptqjax.read(model), provenance(model, path)
-        frozen = None if encodings_file is None else frozen_encodings(encodings_file, source)
-        samples, batches = (None, None) if path is None else _load(path, source.graph)
-        with progress(is_quiet=quiet) as follow:
-            data = None if batches is None else follow(batches, "quantizing")
-            result = ptqjax.quantize(source, data, config, frozen=frozen)
-            written = load_target(config.target).exported_weights
-            ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config), weights=written)
-            if details == NO_REPORT:
-                aside = set_aside(out, folder)
-                publish(folder, out, stale=REPORT, option="--out")
-                _say_written(model, out, aside)
-                return
-            publish(folder, out, stale=REPORT, option="--out")
-            with model_is_written(out):
-                facts = ptqjax.explain(
-                    source,
-                    result,
-                    batches,
-                    config,
-                    labels=None if samples is None else samples.labels,
-                    origin=origin,
-                    device=device_name,
-                    file=out / "model.onnx",
-                    full=details == "full",
-                    follow=follow,
-                )
-                write_text(folder / "report.json", report.to_json(facts))
-                write_text(folder / "report.html", report.page(facts))
-        publish(folder, out, option="--out")
-    tables.print_stages(facts["stages"])
-    if not has_data:
-        click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")
-    click.echo(f"wrote {out / 'model.onnx'}; what was done and why: {out / 'report.html'}")
-    _say_worth(model, out)
-
-
-def _say_written(model: Path, out: Path, aside: tuple[str, ...]) -> None:
-    click.echo(f"wrote {out / 'model.onnx'}, and no report")
-    for name in aside:
-        click.echo(f"a report of an earlier model was there: it is {out / name} now")
-    _say_worth(model, out)
-
-
-def _say_worth(model: Path, out: Path) -> None:
-    click.echo(f"what the file is worth: ptqjax evaluate {out / 'model.onnx'} --data TEST.npz --reference {model}")
+    job = Job(
+        model=model,
+        data=Path(calibration) if has_data else None,
+        encodings=encodings_file,
+        out=out,
+        config=config,
+        details=details,
+    )
+    require_files(job)
+    watch = Stopwatch()
+    with staging(out, (*MODEL, *REPORT), option="--out") as folder:  # what is wrong so far is told without JAX
+        say_reading(model, job.data, is_quiet=quiet)
+        with watch("start"):
+            device_name = use_device(device)
+        with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
+            done = job_done(job, folder, device=device_name, watch=watch, follow=follow)
+    say_done(job, done, watch)
 
 
 @commands.command()
@@ -329,12 +289,13 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, qu
     for file, label in ((model, None), (reference, f"the reference '{reference}'")):
         if file is not None:
             require_model(file, label)
+    say_reading(model, data, is_quiet=quiet)
     import ptqjax
     from ptqjax.quantize.batches import checked_batches
     from ptqjax.report import tables
 
     graph = ptqjax.read(model).graph  # ONNX Runtime alone computes: it says where it can
-    samples, batches = _load(data, graph)
+    samples, batches = load(data, graph)
     with progress(is_quiet=quiet) as follow:
         found = ptqjax.evaluate(
             model,
@@ -373,13 +334,15 @@ def validate(model: Path, data: Path, device: str, *, no_cache: bool, quiet: boo
     path = model / "model.onnx" if model.is_dir() else model
     require_model(path)
     require_data(data)
+    say_reading(path, data, is_quiet=quiet)
     import ptqjax
     from ptqjax.report import tables
 
     use_device(device)
     quantized = ptqjax.read(path)
-    _, batches = _load(data, quantized.graph)
-    with kept_programs(is_off=no_cache), progress(is_quiet=quiet) as follow:
+    _, batches = load(data, quantized.graph)
+    watch = Stopwatch()
+    with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
         found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)
         tables.print_validation(path, found)
 
@@ -413,10 +376,3 @@ def inspect(model: Path, target: str, config_file: Path | None) -> None:
 
 commands.add_command(run)
 commands.add_command(replay)
-
-
-def _load(path: Path, graph: Graph) -> tuple[Samples, Batches]:
-    from ptqjax.data import Batches, load_samples
-
-    samples = load_samples(path, graph)
-    return samples, Batches(samples, graph, size=_BATCH)

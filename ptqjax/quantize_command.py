@@ -1,23 +1,29 @@
-"""What `ptqjax quantize` does besides calling public functions: settings from options, provenance."""
+"""What `ptqjax quantize` does: settings from options, the calls of public functions, files and what is said."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqjax.data_option import load
 from ptqjax.errors import ConfigError, OutputError
 from ptqjax.faults import Note
-from ptqjax.publish import stamp
+from ptqjax.places import require_data, require_encodings, require_model
+from ptqjax.progress import Follow
+from ptqjax.publish import publish, stamp, write_text
+from ptqjax.stopwatch import Stopwatch, summary
 
 if TYPE_CHECKING:
     from ptqjax.config import QuantizationConfig
     from ptqjax.ir import Model
+    from ptqjax.pipeline import Result
     from ptqjax.quantize import Encodings
 
 NO_DATA = "none"
@@ -27,6 +33,123 @@ NO_REPORT = "none"
 MODEL, REPORT = ("model.onnx", "model.encodings"), ("report.json", "report.html")
 """The files of a run: what is there first, and what follows."""
 _INTERRUPTED = 130  # the exit code of what SIGINT ended
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is to be quantized, and how."""
+
+    model: Path
+    """The float model."""
+    data: Path | None
+    """The samples; None where batch norms tell."""
+    encodings: Path | None
+    """A file of grids that are kept."""
+    out: Path
+    """Where the files go."""
+    config: QuantizationConfig
+    """The settings."""
+    details: str
+    """What the report holds: "full", "short" or `NO_REPORT`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """What became of it."""
+
+    stages: Sequence[Mapping[str, Any]] = ()
+    """The rows of the table of stages."""
+    aside: tuple[str, ...] = ()
+    """Reports of an earlier model, by their new names."""
+
+
+def require_files(job: Job) -> None:
+    """Checks that all files that are read are there.
+
+    Raises:
+        PtqjaxError: One is not.
+    """
+    require_model(job.model)
+    if job.data is not None:
+        require_data(job.data)
+    if job.encodings is not None:
+        require_encodings(job.encodings)
+
+
+def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: Follow) -> Done:
+    """Quantizes, and puts the files into `job.out` as soon as they exist.
+
+    Args:
+        job: What to do.
+        folder: Where files are written first, a hidden folder of `job.out`.
+        device: What computes, as the report says it.
+        watch: Measures the stages.
+        follow: Shows passes over samples.
+    """
+    import ptqjax
+
+    with watch("read"):
+        source, origin = ptqjax.read(job.model), _provenance(job.model, job.data)
+        frozen = None if job.encodings is None else _frozen_encodings(job.encodings, source)
+        samples, batches = (None, None) if job.data is None else load(job.data, source.graph)
+    data = None if batches is None else follow(batches, "quantizing")
+    result = ptqjax.quantize(source, data, job.config, frozen=frozen, stage=watch)
+    with watch("export"):
+        aside = _exported(job, result, folder)
+    if job.details == NO_REPORT:
+        return Done(aside=aside)
+    with _model_is_written(job.out):
+        with watch("report"):
+            facts = ptqjax.explain(
+                source,
+                result,
+                batches,
+                job.config,
+                labels=None if samples is None else samples.labels,
+                origin=origin,
+                device=device,
+                file=job.out / MODEL[0],
+                full=job.details == "full",
+                follow=follow,
+            )
+        _write_report(folder, facts | {"seconds": [each.as_dict() for each in watch.spent()]})
+    publish(folder, job.out, option="--out")
+    return Done(stages=facts["stages"])
+
+
+def _exported(job: Job, result: Result, folder: Path) -> tuple[str, ...]:
+    """Puts the model into `job.out`; returns the new names of reports that were there, where none follows."""
+    import ptqjax
+    from ptqjax.config import load_target
+
+    written = load_target(job.config.target).exported_weights
+    ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(job.config), weights=written)
+    aside = _set_aside(job.out, folder) if job.details == NO_REPORT else ()
+    publish(folder, job.out, stale=REPORT, option="--out")
+    return aside
+
+
+def _write_report(folder: Path, facts: Mapping[str, Any]) -> None:
+    from ptqjax import report
+
+    write_text(folder / "report.json", report.to_json(facts))
+    write_text(folder / "report.html", report.page(facts))
+
+
+def say_done(job: Job, done: Done, watch: Stopwatch) -> None:
+    """Says what was written, what it is worth, and what it took."""
+    from ptqjax.report import tables
+
+    tables.print_stages(done.stages)
+    model, has_report = job.out / MODEL[0], job.details != NO_REPORT
+    if has_report and job.data is None:
+        click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")
+    what = f"; what was done and why: {job.out / 'report.html'}" if has_report else ", and no report"
+    click.echo(f"wrote {model}{what}")
+    for name in done.aside:
+        click.echo(f"a report of an earlier model was there: it is {job.out / name} now")
+    click.echo(f"what the file is worth: ptqjax evaluate {model} --data TEST.npz --reference {job.model}")
+    click.echo(summary(watch.spent()))
 
 
 def without_equalization(given: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +163,7 @@ def without_equalization(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"equalize": False}
 
 
-def frozen_encodings(file: Path, source: Model) -> Encodings:
+def _frozen_encodings(file: Path, source: Model) -> Encodings:
     """Returns the encodings in a file, which are for the model with folded batch norms."""
     import ptqjax
 
@@ -93,7 +216,7 @@ def require_consistent(calibration: str, config: QuantizationConfig, given: dict
             )
 
 
-def provenance(model: Path, data: Path | None) -> dict[str, Any]:
+def _provenance(model: Path, data: Path | None) -> dict[str, Any]:
     """Returns the names of the files that a run reads, and their SHA-256."""
     files = {"model": model} | ({} if data is None else {"data": data})
     hashes = {f"{key}_sha256": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()}
@@ -101,7 +224,7 @@ def provenance(model: Path, data: Path | None) -> dict[str, Any]:
 
 
 @contextmanager
-def model_is_written(out: Path) -> Iterator[None]:
+def _model_is_written(out: Path) -> Iterator[None]:
     """Says of whatever ends the body early that the model is in `out`, and checks at the end that it still is that one.
 
     Raises:
@@ -123,7 +246,7 @@ def model_is_written(out: Path) -> Iterator[None]:
         )
 
 
-def set_aside(out: Path, folder: Path) -> tuple[str, ...]:
+def _set_aside(out: Path, folder: Path) -> tuple[str, ...]:
     """Copies the reports in `out`, which are of an earlier model, to `folder` under other names; returns these."""
     found = [name for name in REPORT if (out / name).is_file()]
     for name in found:
