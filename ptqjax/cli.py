@@ -10,15 +10,14 @@ from typing import Any
 import click
 
 from ptqjax.cache_option import cache_option, kept_programs
-from ptqjax.data_option import load, say_reading
+from ptqjax.data_option import NO_DATA, data_files, data_option, load, say_reading
 from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
-from ptqjax.places import require_data, require_model
+from ptqjax.places import require_encodings, require_model
 from ptqjax.progress import progress, quiet_option
 from ptqjax.publish import staging
 from ptqjax.quantize_command import (
     MODEL,
-    NO_DATA,
     NO_REPORT,
     REPORT,
     Job,
@@ -26,7 +25,6 @@ from ptqjax.quantize_command import (
     job_done,
     named,
     require_consistent,
-    require_files,
     say_done,
     without_equalization,
 )
@@ -43,13 +41,6 @@ def main() -> None:
 
 
 _model = click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path))
-_data = click.option(
-    "--data",
-    required=True,
-    metavar="DATA.npz",
-    type=click.Path(path_type=Path),
-    help="One array per model input, first axis the samples, and optionally 'labels' (class indices).",
-)
 _config = click.option(
     "--config",
     "config_file",
@@ -94,9 +85,11 @@ def commands() -> None:
 @click.option(
     "--calibration",
     required=True,
+    multiple=True,
     metavar="DATA.npz|none",
-    help="Samples to find ranges on, one array per model input; or 'none': ranges from the model's batch norms, which "
-    "it must still have.",
+    help="Samples to find ranges on, one array per model input. Also a folder of such files, or a pattern in quotes; "
+    "may be given several times: samples of unlike size have files of their own. Or 'none': ranges from the model's "
+    "batch norms, which it must still have.",
 )
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
 @_config
@@ -199,7 +192,7 @@ def commands() -> None:
 @reports_faults
 def quantize(
     model: Path,
-    calibration: str,
+    calibration: tuple[str, ...],
     out: Path,
     device: str,
     *,
@@ -229,27 +222,30 @@ def quantize(
         ptqjax quantize net.onnx --calibration data.npz --out q --exclude 'head/*' --exclude logits
         ptqjax quantize net.onnx --calibration data.npz --out q --encodings earlier/model.encodings
         ptqjax quantize net.onnx --calibration none --out q
+        ptqjax quantize net.onnx --calibration sizes/ --out q
 
     With 'labels' in DATA.npz, the table at the end shows top-1 accuracy as well. Without samples nothing is measured:
     the table is left out.
     """
-    has_data = calibration != NO_DATA
+    has_data = set(calibration) != {NO_DATA}
     given = {name: value for name, value in named().items() if name in settings}
     if encodings_file is not None:
         given = without_equalization(given)
     config = configured(config_file, dict(given))
-    require_consistent(calibration, config, given)
+    require_consistent(config, given, has_data=has_data)
     if not has_data and config.correct == "empirical":
         config = replace(config, correct="analytic")
+    require_model(model)
     job = Job(
         model=model,
-        data=Path(calibration) if has_data else None,
+        data=data_files(calibration, "--calibration"),
         encodings=encodings_file,
         out=out,
         config=config,
         details=details,
     )
-    require_files(job)
+    if encodings_file is not None:
+        require_encodings(encodings_file)
     watch = Stopwatch()
     with staging(out, (*MODEL, *REPORT), option="--out") as folder:  # what is wrong so far is told without JAX
         say_reading(model, job.data, is_quiet=quiet)
@@ -262,7 +258,7 @@ def quantize(
 
 @commands.command()
 @_model
-@_data
+@data_option
 @click.option(
     "--reference",
     metavar="FLOAT.onnx",
@@ -272,7 +268,7 @@ def quantize(
 @device_option
 @quiet_option
 @reports_faults
-def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, quiet: bool) -> None:
+def evaluate(model: Path, data: tuple[str, ...], reference: Path | None, device: str, *, quiet: bool) -> None:
     """Run MODEL.onnx in ONNX Runtime and tell how good it is.
 
     \b
@@ -285,41 +281,41 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, qu
         ptqjax evaluate quantized/model.onnx --data test.npz
         ptqjax evaluate quantized/model.onnx --data test.npz --reference model.onnx
     """
-    require_data(data)
     for file, label in ((model, None), (reference, f"the reference '{reference}'")):
         if file is not None:
             require_model(file, label)
-    say_reading(model, data, is_quiet=quiet)
+    files = data_files(data, "--data")
+    say_reading(model, files, is_quiet=quiet)
     import ptqjax
     from ptqjax.quantize.batches import checked_batches
     from ptqjax.report import tables
 
     graph = ptqjax.read(model).graph  # ONNX Runtime alone computes: it says where it can
-    samples, batches = load(data, graph)
+    labels, batches = load(files, graph)
     with progress(is_quiet=quiet) as follow:
         found = ptqjax.evaluate(
             model,
             checked_batches(graph, follow(batches, "evaluating")),
-            labels=samples.labels,
+            labels=labels,
             reference=reference,
             device=device,
         )
         compared = None
-        if reference is not None and samples.labels is not None:
+        if reference is not None and labels is not None:
             compared = ptqjax.evaluate(
-                reference, follow(batches, "evaluating the reference"), labels=samples.labels, device=device
+                reference, follow(batches, "evaluating the reference"), labels=labels, device=device
             )
     tables.print_evaluation(model, found, compared)
 
 
 @commands.command()
 @click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
-@_data
+@data_option
 @device_option
 @cache_option
 @quiet_option
 @reports_faults
-def validate(model: Path, data: Path, device: str, *, no_cache: bool, quiet: bool) -> None:
+def validate(model: Path, data: tuple[str, ...], device: str, *, no_cache: bool, quiet: bool) -> None:
     """Compare what is simulated with what ONNX Runtime computes from a quantized model.
 
     Each group of operators is recomputed from ONNX Runtime's own integers before it, in steps of its grid: on the CPU,
@@ -333,14 +329,14 @@ def validate(model: Path, data: Path, device: str, *, no_cache: bool, quiet: boo
     """
     path = model / "model.onnx" if model.is_dir() else model
     require_model(path)
-    require_data(data)
-    say_reading(path, data, is_quiet=quiet)
+    files = data_files(data, "--data")
+    say_reading(path, files, is_quiet=quiet)
     import ptqjax
     from ptqjax.report import tables
 
     use_device(device)
     quantized = ptqjax.read(path)
-    _, batches = load(data, quantized.graph)
+    _, batches = load(files, quantized.graph)
     watch = Stopwatch()
     with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
         found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)

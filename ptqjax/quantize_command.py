@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ptqjax.data_option import load
+from ptqjax.data_option import called, load
 from ptqjax.errors import ConfigError, OutputError
 from ptqjax.faults import Note
-from ptqjax.places import require_data, require_encodings, require_model
 from ptqjax.progress import Follow
 from ptqjax.publish import publish, stamp, write_text
 from ptqjax.stopwatch import Stopwatch, summary
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from ptqjax.pipeline import Result
     from ptqjax.quantize import Encodings
 
-NO_DATA = "none"
-"""What stands in place of DATA.npz where there is none."""
 NO_REPORT = "none"
 """What `--report` says where none is wanted."""
 MODEL, REPORT = ("model.onnx", "model.encodings"), ("report.json", "report.html")
@@ -41,8 +38,8 @@ class Job:
 
     model: Path
     """The float model."""
-    data: Path | None
-    """The samples; None where batch norms tell."""
+    data: tuple[Path, ...]
+    """Files of samples; none where batch norms tell."""
     encodings: Path | None
     """A file of grids that are kept."""
     out: Path
@@ -63,19 +60,6 @@ class Done:
     """Reports of an earlier model, by their new names."""
 
 
-def require_files(job: Job) -> None:
-    """Checks that all files that are read are there.
-
-    Raises:
-        PtqjaxError: One is not.
-    """
-    require_model(job.model)
-    if job.data is not None:
-        require_data(job.data)
-    if job.encodings is not None:
-        require_encodings(job.encodings)
-
-
 def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: Follow) -> Done:
     """Quantizes, and puts the files into `job.out` as soon as they exist.
 
@@ -91,7 +75,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
     with watch("read"):
         source, origin = ptqjax.read(job.model), _provenance(job.model, job.data)
         frozen = None if job.encodings is None else _frozen_encodings(job.encodings, source)
-        samples, batches = (None, None) if job.data is None else load(job.data, source.graph)
+        labels, batches = load(job.data, source.graph) if job.data else (None, None)
     data = None if batches is None else follow(batches, "quantizing")
     result = ptqjax.quantize(source, data, job.config, frozen=frozen, stage=watch)
     with watch("export"):
@@ -105,7 +89,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
                 result,
                 batches,
                 job.config,
-                labels=None if samples is None else samples.labels,
+                labels=labels,
                 origin=origin,
                 device=device,
                 file=job.out / MODEL[0],
@@ -142,7 +126,7 @@ def say_done(job: Job, done: Done, watch: Stopwatch) -> None:
 
     tables.print_stages(done.stages)
     model, has_report = job.out / MODEL[0], job.details != NO_REPORT
-    if has_report and job.data is None:
+    if has_report and not job.data:
         click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")
     what = f"; what was done and why: {job.out / 'report.html'}" if has_report else ", and no report"
     click.echo(f"wrote {model}{what}")
@@ -191,19 +175,19 @@ def configured(file: Path | None, given: dict[str, Any]) -> QuantizationConfig:
     return config
 
 
-def require_consistent(calibration: str, config: QuantizationConfig, given: dict[str, Any]) -> None:
+def require_consistent(config: QuantizationConfig, given: dict[str, Any], *, has_data: bool) -> None:
     """Refuses what cannot be done, before any work.
 
     Raises:
         ConfigError: What needs samples is asked for by name, and there are none; or absorption is asked for by name,
             and equalization is off.
     """
-    if calibration == NO_DATA and given.get("correct") == "empirical":
+    if not has_data and given.get("correct") == "empirical":
         raise ConfigError(
             "--correct empirical with --calibration none: the empirical correction is measured on samples; give a "
             "DATA.npz (a hundred will do, no labels needed), or take --correct analytic"
         )
-    if calibration == NO_DATA and config.scaling == "learned":
+    if not has_data and config.scaling == "learned":
         raise ConfigError(
             "--scaling learned with --calibration none: scales are learned on samples; give a DATA.npz, or take "
             "--scaling noise"
@@ -216,11 +200,18 @@ def require_consistent(calibration: str, config: QuantizationConfig, given: dict
             )
 
 
-def _provenance(model: Path, data: Path | None) -> dict[str, Any]:
-    """Returns the names of the files that a run reads, and their SHA-256."""
-    files = {"model": model} | ({} if data is None else {"data": data})
-    hashes = {f"{key}_sha256": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()}
-    return {key: path.name for key, path in files.items()} | hashes
+def _provenance(model: Path, data: tuple[Path, ...]) -> dict[str, Any]:
+    """Returns the names of the files that a run reads, and their SHA-256: of several files, that of their hashes."""
+    found = {"model": model.name, "model_sha256": _digest(model)}
+    if not data:
+        return found
+    digests = [_digest(file) for file in data]
+    digest = digests[0] if len(data) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return found | {"data": called([Path(file.name) for file in data]), "data_sha256": digest}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @contextmanager

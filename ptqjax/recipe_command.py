@@ -66,7 +66,7 @@ def run(recipe: Path, out: Path, *, no_cache: bool, quiet: bool) -> None:
         for data in (read.calibration, read.evaluation):
             if isinstance(data, Path):
                 require_data(data)
-        say_reading(read.model, None, is_quiet=quiet)
+        say_reading(read.model, is_quiet=quiet)
         from ptqjax.experiments.run import run_recipe
 
         _use(read.device)

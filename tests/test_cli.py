@@ -265,7 +265,7 @@ def test_a_model_that_is_quantized_already(place, quantized, tmp_path):
             {"input": np.zeros((4, 3, 6, 6), np.float32), "labels": np.zeros(3, int)},
             ["different numbers", "'labels' 3"],
         ),
-        ({"input": np.array([None])}, ["plain arrays"]),
+        ({"input": np.array([None])}, ["plain arrays", "Python objects"]),
     ],
     ids=["name", "surplus", "shape", "dtype", "empty", "nan", "labels", "pickle"],
 )
