@@ -242,7 +242,8 @@ class Lines:
 
     def beat(self) -> None:
         """Says what is being done, unless something was said a moment ago or there is nothing to say."""
-        stage = f"{self.watch.stage}: {self.watch.stage_seconds:.0f} s" if self.watch.stage else ""
+        seconds = self.watch.stage_seconds
+        stage = f"{self.watch.stage}: {seconds:.0f} s" if seconds >= 1 else ""
         text = ", ".join(filter(None, (stage, _compiling(self.watch))))
         if text and self._is_due():
             self.say(text)

@@ -150,6 +150,20 @@ with progress() as follow:
 """
 
 
+STAGES = """
+import time
+from ptqjax.progress import progress
+from ptqjax.stopwatch import Stopwatch
+watch = Stopwatch()
+with progress(stopwatch=watch) as follow:
+    with watch("calibrate"):
+        watch.hear("/jax/core/compile/jaxpr_to_mlir_module_duration", 0.1, "jit(step)")
+        time.sleep(2.2)
+    with watch("correct"):
+        time.sleep(0.7)
+"""
+
+
 def test_a_pipe_gets_no_control_characters():
     stderr = subprocess.run([sys.executable, "-c", CODE], check=True, capture_output=True, timeout=120).stderr.decode()
     assert stderr.startswith("measuring: done in ")
@@ -157,10 +171,11 @@ def test_a_pipe_gets_no_control_characters():
     assert all(character.isprintable() for character in stderr.removesuffix("\n"))
 
 
-def test_a_terminal_gets_a_bar_with_counts_and_rates():
+def on_a_terminal(code: str) -> str:
+    """What a process writes to stderr where that is a terminal."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
-    with subprocess.Popen([sys.executable, "-c", CODE], stderr=theirs, env=environment) as process:
+    with subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment) as process:
         os.close(theirs)
         shown = b""
         while True:
@@ -173,8 +188,18 @@ def test_a_terminal_gets_a_bar_with_counts_and_rates():
             shown += part
         assert process.wait(120) == 0
     os.close(ours)
-    text = shown.decode()
+    return shown.decode()
+
+
+def test_a_terminal_gets_a_bar_with_counts_and_rates():
+    text = on_a_terminal(CODE)
     assert "measuring" in text
     assert "/5" in text
     assert "samples/s" in text
     assert "\x1b[2K" in text  # and is taken away at the end
+
+
+def test_a_terminal_shows_the_stage_and_what_is_compiled():
+    text = on_a_terminal(STAGES)
+    assert "calibrate: compiling step for 1 s" in text
+    assert "correct: compiling step for" in text  # it still is
