@@ -2,54 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ptqjax.cache_option import cache_option, kept_programs
+from ptqjax.data_option import NO_DATA, data_files, data_option, load, say_reading
 from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
-from ptqjax.places import require_data, require_encodings, require_model
+from ptqjax.places import require_encodings, require_model
 from ptqjax.progress import progress, quiet_option
-from ptqjax.publish import publish, staging, write_text
+from ptqjax.publish import staging
 from ptqjax.quantize_command import (
     MODEL,
-    NO_DATA,
     NO_REPORT,
     REPORT,
+    Job,
     configured,
-    frozen_encodings,
-    model_is_written,
+    job_done,
     named,
-    provenance,
     require_consistent,
-    set_aside,
+    say_done,
     without_equalization,
 )
 from ptqjax.recipe_command import replay, run
+from ptqjax.stopwatch import Stopwatch, listening
 
-if TYPE_CHECKING:
-    from ptqjax.data import Batches, Samples
-    from ptqjax.ir import Graph
-
-_BATCH = 32  # samples at a time
+_NO_ALARMS = "3"  # of XLA: of compilations that take long, of programs compiled elsewhere; errors come as exceptions
 
 
 def main() -> None:
     """Runs the command line; the entry point of the `ptqjax` script."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", _NO_ALARMS)  # is read when JAX is imported
     commands()
 
 
 _model = click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path))
-_data = click.option(
-    "--data",
-    required=True,
-    metavar="DATA.npz",
-    type=click.Path(path_type=Path),
-    help="One array per model input, first axis the samples, and optionally 'labels' (class indices).",
-)
 _config = click.option(
     "--config",
     "config_file",
@@ -94,9 +85,11 @@ def commands() -> None:
 @click.option(
     "--calibration",
     required=True,
+    multiple=True,
     metavar="DATA.npz|none",
-    help="Samples to find ranges on, one array per model input; or 'none': ranges from the model's batch norms, which "
-    "it must still have.",
+    help="Samples to find ranges on, one array per model input. Also a folder of such files, or a pattern in quotes; "
+    "may be given several times: samples of unlike size have files of their own. Or 'none': ranges from the model's "
+    "batch norms, which it must still have.",
 )
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
 @_config
@@ -199,7 +192,7 @@ def commands() -> None:
 @reports_faults
 def quantize(
     model: Path,
-    calibration: str,
+    calibration: tuple[str, ...],
     out: Path,
     device: str,
     *,
@@ -229,80 +222,43 @@ def quantize(
         ptqjax quantize net.onnx --calibration data.npz --out q --exclude 'head/*' --exclude logits
         ptqjax quantize net.onnx --calibration data.npz --out q --encodings earlier/model.encodings
         ptqjax quantize net.onnx --calibration none --out q
+        ptqjax quantize net.onnx --calibration sizes/ --out q
 
     With 'labels' in DATA.npz, the table at the end shows top-1 accuracy as well. Without samples nothing is measured:
     the table is left out.
     """
-    has_data = calibration != NO_DATA
+    has_data = set(calibration) != {NO_DATA}
     given = {name: value for name, value in named().items() if name in settings}
     if encodings_file is not None:
         given = without_equalization(given)
     config = configured(config_file, dict(given))
-    require_consistent(calibration, config, given)
+    require_consistent(config, given, has_data=has_data)
     if not has_data and config.correct == "empirical":
         config = replace(config, correct="analytic")
-    path = Path(calibration) if has_data else None
     require_model(model)
-    for require, file in ((require_data, path), (require_encodings, encodings_file)):
-        if file is not None:
-            require(file)
-    with staging(out, (*MODEL, *REPORT), option="--out") as folder, kept_programs(is_off=no_cache):
-        import ptqjax  # what is wrong so far was told without waiting for JAX
-        from ptqjax import report
-        from ptqjax.config import load_target
-        from ptqjax.report import tables
-
-        device_name, source, origin = use_device(device), ptqjax.read(model), provenance(model, path)
-        frozen = None if encodings_file is None else frozen_encodings(encodings_file, source)
-        samples, batches = (None, None) if path is None else _load(path, source.graph)
-        with progress(is_quiet=quiet) as follow:
-            data = None if batches is None else follow(batches, "quantizing")
-            result = ptqjax.quantize(source, data, config, frozen=frozen)
-            written = load_target(config.target).exported_weights
-            ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(config), weights=written)
-            if details == NO_REPORT:
-                aside = set_aside(out, folder)
-                publish(folder, out, stale=REPORT, option="--out")
-                _say_written(model, out, aside)
-                return
-            publish(folder, out, stale=REPORT, option="--out")
-            with model_is_written(out):
-                facts = ptqjax.explain(
-                    source,
-                    result,
-                    batches,
-                    config,
-                    labels=None if samples is None else samples.labels,
-                    origin=origin,
-                    device=device_name,
-                    file=out / "model.onnx",
-                    full=details == "full",
-                    follow=follow,
-                )
-                write_text(folder / "report.json", report.to_json(facts))
-                write_text(folder / "report.html", report.page(facts))
-        publish(folder, out, option="--out")
-    tables.print_stages(facts["stages"])
-    if not has_data:
-        click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")
-    click.echo(f"wrote {out / 'model.onnx'}; what was done and why: {out / 'report.html'}")
-    _say_worth(model, out)
-
-
-def _say_written(model: Path, out: Path, aside: tuple[str, ...]) -> None:
-    click.echo(f"wrote {out / 'model.onnx'}, and no report")
-    for name in aside:
-        click.echo(f"a report of an earlier model was there: it is {out / name} now")
-    _say_worth(model, out)
-
-
-def _say_worth(model: Path, out: Path) -> None:
-    click.echo(f"what the file is worth: ptqjax evaluate {out / 'model.onnx'} --data TEST.npz --reference {model}")
+    job = Job(
+        model=model,
+        data=data_files(calibration, "--calibration"),
+        encodings=encodings_file,
+        out=out,
+        config=config,
+        details=details,
+    )
+    if encodings_file is not None:
+        require_encodings(encodings_file)
+    watch = Stopwatch()
+    with staging(out, (*MODEL, *REPORT), option="--out") as folder:  # what is wrong so far is told without JAX
+        say_reading(model, job.data, is_quiet=quiet)
+        with watch("start"):
+            device_name = use_device(device)
+        with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
+            done = job_done(job, folder, device=device_name, watch=watch, follow=follow)
+    say_done(job, done, watch)
 
 
 @commands.command()
 @_model
-@_data
+@data_option
 @click.option(
     "--reference",
     metavar="FLOAT.onnx",
@@ -312,7 +268,7 @@ def _say_worth(model: Path, out: Path) -> None:
 @device_option
 @quiet_option
 @reports_faults
-def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, quiet: bool) -> None:
+def evaluate(model: Path, data: tuple[str, ...], reference: Path | None, device: str, *, quiet: bool) -> None:
     """Run MODEL.onnx in ONNX Runtime and tell how good it is.
 
     \b
@@ -325,40 +281,41 @@ def evaluate(model: Path, data: Path, reference: Path | None, device: str, *, qu
         ptqjax evaluate quantized/model.onnx --data test.npz
         ptqjax evaluate quantized/model.onnx --data test.npz --reference model.onnx
     """
-    require_data(data)
     for file, label in ((model, None), (reference, f"the reference '{reference}'")):
         if file is not None:
             require_model(file, label)
+    files = data_files(data, "--data")
+    say_reading(model, files, is_quiet=quiet)
     import ptqjax
     from ptqjax.quantize.batches import checked_batches
     from ptqjax.report import tables
 
     graph = ptqjax.read(model).graph  # ONNX Runtime alone computes: it says where it can
-    samples, batches = _load(data, graph)
+    labels, batches = load(files, graph)
     with progress(is_quiet=quiet) as follow:
         found = ptqjax.evaluate(
             model,
             checked_batches(graph, follow(batches, "evaluating")),
-            labels=samples.labels,
+            labels=labels,
             reference=reference,
             device=device,
         )
         compared = None
-        if reference is not None and samples.labels is not None:
+        if reference is not None and labels is not None:
             compared = ptqjax.evaluate(
-                reference, follow(batches, "evaluating the reference"), labels=samples.labels, device=device
+                reference, follow(batches, "evaluating the reference"), labels=labels, device=device
             )
     tables.print_evaluation(model, found, compared)
 
 
 @commands.command()
 @click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
-@_data
+@data_option
 @device_option
 @cache_option
 @quiet_option
 @reports_faults
-def validate(model: Path, data: Path, device: str, *, no_cache: bool, quiet: bool) -> None:
+def validate(model: Path, data: tuple[str, ...], device: str, *, no_cache: bool, quiet: bool) -> None:
     """Compare what is simulated with what ONNX Runtime computes from a quantized model.
 
     Each group of operators is recomputed from ONNX Runtime's own integers before it, in steps of its grid: on the CPU,
@@ -372,14 +329,16 @@ def validate(model: Path, data: Path, device: str, *, no_cache: bool, quiet: boo
     """
     path = model / "model.onnx" if model.is_dir() else model
     require_model(path)
-    require_data(data)
+    files = data_files(data, "--data")
+    say_reading(path, files, is_quiet=quiet)
     import ptqjax
     from ptqjax.report import tables
 
     use_device(device)
     quantized = ptqjax.read(path)
-    _, batches = _load(data, quantized.graph)
-    with kept_programs(is_off=no_cache), progress(is_quiet=quiet) as follow:
+    _, batches = load(files, quantized.graph)
+    watch = Stopwatch()
+    with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
         found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)
         tables.print_validation(path, found)
 
@@ -413,10 +372,3 @@ def inspect(model: Path, target: str, config_file: Path | None) -> None:
 
 commands.add_command(run)
 commands.add_command(replay)
-
-
-def _load(path: Path, graph: Graph) -> tuple[Samples, Batches]:
-    from ptqjax.data import Batches, load_samples
-
-    samples = load_samples(path, graph)
-    return samples, Batches(samples, graph, size=_BATCH)

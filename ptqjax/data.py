@@ -1,4 +1,4 @@
-"""Samples from a `DATA.npz`: one array per model input, first axis the samples, and optionally `labels`."""
+"""Samples from `.npz` files: one array per model input, first axis the samples, and optionally `labels`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ptqjax.ir import Graph
 from ptqjax.places import require_data
 
 _LABELS = "labels"
+_OBJECTS = "Object arrays"  # begins what NumPy says of them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +63,42 @@ def load_samples(path: str | os.PathLike[str], graph: Graph) -> Samples:
     if labels is not None:
         labels = checked_labels(labels, num_classes=_num_classes(graph), place=f"'{path}': '{_LABELS}'")
     return Samples(inputs={name: arrays[name] for name in wanted}, labels=labels)
+
+
+def load_each(paths: Sequence[str | os.PathLike[str]], graph: Graph) -> tuple[Samples, ...]:
+    """Returns the samples in several files, file by file; those of unlike size have files of their own.
+
+    Raises:
+        DataError: As `load_samples` does; or some files have labels and others have none.
+    """
+    found = tuple(load_samples(path, graph) for path in paths)
+    labelled = [str(path) for path, samples in zip(paths, found, strict=True) if samples.labels is not None]
+    bare = [str(path) for path, samples in zip(paths, found, strict=True) if samples.labels is None]
+    if labelled and bare:
+        raise DataError(
+            f"'{bare[0]}' has no '{_LABELS}', and '{labelled[0]}' has; give labels to the samples of all files, or of "
+            "none"
+        )
+    return found
+
+
+def grouped(parts: Sequence[Samples]) -> tuple[Samples, ...]:
+    """Returns the same samples, those of one size and type together: in the order of the parts, sizes as they come."""
+    groups: dict[Any, list[Samples]] = {}
+    for samples in parts:
+        sizes = tuple((name, array.dtype, array.shape[1:]) for name, array in samples.inputs.items())
+        groups.setdefault(sizes, []).append(samples)
+    return tuple(map(_joined, groups.values()))
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    if len(parts) == 1:
+        return parts[0]
+    labels = [samples.labels for samples in parts if samples.labels is not None]
+    return Samples(
+        inputs={name: np.concatenate([samples.inputs[name] for samples in parts]) for name in parts[0].inputs},
+        labels=np.concatenate(labels) if labels else None,
+    )
 
 
 def checked_labels(labels: Any, *, num_classes: int | None, place: str) -> np.ndarray:
@@ -115,30 +152,37 @@ def _num_classes(graph: Graph) -> int | None:
 class Batches:
     """The samples in order, some at a time, as dicts by input name; can be gone through again and again."""
 
-    def __init__(self, samples: Samples, graph: Graph, *, size: int) -> None:
-        """Takes `size` samples at a time, or as many as the model's fixed batch size asks for.
+    def __init__(self, samples: Samples | Sequence[Samples], graph: Graph, *, size: int) -> None:
+        """Takes `size` samples at a time, or as many as the model's fixed batch size asks for; of one group each.
 
         Raises:
             DataError: The model's batch size is fixed and does not divide the number of samples.
         """
         fixed = {spec.shape[0] for spec in graph.inputs if spec.shape and isinstance(spec.shape[0], int)}
         self._size = min(fixed) if fixed else size
-        self._samples = samples
-        surplus = samples.num_samples % self._size
-        if fixed and surplus:
-            raise DataError(
-                f"the model takes exactly {self._size} samples at a time, which does not divide the "
-                f"{samples.num_samples} given; leave {surplus} out, or export the model with a dynamic first axis"
-            )
+        self._groups = (samples,) if isinstance(samples, Samples) else tuple(samples)
+        for group in self._groups if fixed else ():
+            surplus = group.num_samples % self._size
+            if surplus:
+                of_size = "given" if len(self._groups) == 1 else f"of one size: {_sizes(group)}"
+                raise DataError(
+                    f"the model takes exactly {self._size} samples at a time, which does not divide the "
+                    f"{group.num_samples} {of_size}; leave {surplus} out, or export the model with a dynamic first axis"
+                )
 
     def __len__(self) -> int:
         """Returns the number of batches."""
-        return (self._samples.num_samples + self._size - 1) // self._size
+        return sum(-(-group.num_samples // self._size) for group in self._groups)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the batches; the last one may be smaller."""
-        for start in range(0, self._samples.num_samples, self._size):
-            yield {name: array[start : start + self._size] for name, array in self._samples.inputs.items()}
+        """Yields the batches; the last one of a group may be smaller."""
+        for group in self._groups:
+            for start in range(0, group.num_samples, self._size):
+                yield {name: array[start : start + self._size] for name, array in group.inputs.items()}
+
+
+def _sizes(samples: Samples) -> str:
+    return ", ".join(f"'{name}' {'x'.join(map(str, array.shape[1:]))}" for name, array in samples.inputs.items())
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -153,6 +197,12 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             f"data file '{path}' cannot be opened: {error.strerror or error}; expected an .npz file"
         ) from error
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if _OBJECTS in str(error):
+            raise DataError(
+                f"'{path}' holds an array of Python objects, and reading these may run any code; save plain arrays: "
+                "samples of unlike size in a file for each size, np.savez('a.npz', input=array), and give all of these "
+                "files, or their folder"
+            ) from error
         raise DataError(
             f"'{path}' is not a readable .npz of plain arrays ({error}); write it with np.savez(path, input=array)"
         ) from error

@@ -58,6 +58,7 @@ def quantize(
     config: QuantizationConfig | None = None,
     *,
     frozen: Mapping[str, Encoding] | None = None,
+    stage: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Result:
     """Returns the quantized model: folded, equalized, calibrated and corrected as `config` says.
 
@@ -71,6 +72,7 @@ def quantize(
         config: What to do; None for the defaults.
         frozen: Encodings that are kept, by tensor of the model with folded batch norms; the others are found. Where a
             bias would not fit into int32 otherwise, its weight's scale is raised all the same.
+        stage: Entered around each part of the work, with its name ("transform", "calibrate", "correct").
 
     Raises:
         DataError: The batches do not fit the model.
@@ -79,7 +81,7 @@ def quantize(
         ModelError: The model is quantized already, is not in float32, or its parameters are not finite.
     """
     config = config or QuantizationConfig()
-    return next(_quantized(model, batches, [_Task(config, "", config)], frozen=frozen))[0]
+    return next(_quantized(model, batches, [_Task(config, "", config)], frozen=frozen, stage=stage))[0]
 
 
 def quantize_each(

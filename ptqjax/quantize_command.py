@@ -1,32 +1,139 @@
-"""What `ptqjax quantize` does besides calling public functions: settings from options, provenance."""
+"""What `ptqjax quantize` does: settings from options, the calls of public functions, files and what is said."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqjax.data_option import called, load
 from ptqjax.errors import ConfigError, OutputError
 from ptqjax.faults import Note
-from ptqjax.publish import stamp
+from ptqjax.progress import Follow
+from ptqjax.publish import publish, stamp, write_text
+from ptqjax.stopwatch import Stopwatch, summary
 
 if TYPE_CHECKING:
     from ptqjax.config import QuantizationConfig
     from ptqjax.ir import Model
+    from ptqjax.pipeline import Result
     from ptqjax.quantize import Encodings
 
-NO_DATA = "none"
-"""What stands in place of DATA.npz where there is none."""
 NO_REPORT = "none"
 """What `--report` says where none is wanted."""
 MODEL, REPORT = ("model.onnx", "model.encodings"), ("report.json", "report.html")
 """The files of a run: what is there first, and what follows."""
 _INTERRUPTED = 130  # the exit code of what SIGINT ended
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is to be quantized, and how."""
+
+    model: Path
+    """The float model."""
+    data: tuple[Path, ...]
+    """Files of samples; none where batch norms tell."""
+    encodings: Path | None
+    """A file of grids that are kept."""
+    out: Path
+    """Where the files go."""
+    config: QuantizationConfig
+    """The settings."""
+    details: str
+    """What the report holds: "full", "short" or `NO_REPORT`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """What became of it."""
+
+    stages: Sequence[Mapping[str, Any]] = ()
+    """The rows of the table of stages."""
+    aside: tuple[str, ...] = ()
+    """Reports of an earlier model, by their new names."""
+
+
+def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: Follow) -> Done:
+    """Quantizes, and puts the files into `job.out` as soon as they exist.
+
+    Args:
+        job: What to do.
+        folder: Where files are written first, a hidden folder of `job.out`.
+        device: What computes, as the report says it.
+        watch: Measures the stages.
+        follow: Shows passes over samples.
+    """
+    import ptqjax
+
+    with watch("read"):
+        source, origin = ptqjax.read(job.model), _provenance(job.model, job.data)
+        frozen = None if job.encodings is None else _frozen_encodings(job.encodings, source)
+        labels, batches = load(job.data, source.graph) if job.data else (None, None)
+    data = None if batches is None else follow(batches, "quantizing")
+    result = ptqjax.quantize(source, data, job.config, frozen=frozen, stage=watch)
+    with watch("export"):
+        aside = _exported(job, result, folder)
+    if job.details == NO_REPORT:
+        return Done(aside=aside)
+    with _model_is_written(job.out):
+        with watch("report"):
+            facts = ptqjax.explain(
+                source,
+                result,
+                batches,
+                job.config,
+                labels=labels,
+                origin=origin,
+                device=device,
+                file=job.out / MODEL[0],
+                full=job.details == "full",
+                follow=follow,
+            )
+        _write_report(folder, facts | {"seconds": [each.as_dict() for each in watch.spent()]})
+    publish(folder, job.out, option="--out")
+    return Done(stages=facts["stages"])
+
+
+def _exported(job: Job, result: Result, folder: Path) -> tuple[str, ...]:
+    """Puts the model into `job.out`; returns the new names of reports that were there, where none follows."""
+    import ptqjax
+    from ptqjax.config import load_target
+
+    written = load_target(job.config.target).exported_weights
+    ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(job.config), weights=written)
+    aside = _set_aside(job.out, folder) if job.details == NO_REPORT else ()
+    publish(folder, job.out, stale=REPORT, option="--out")
+    return aside
+
+
+def _write_report(folder: Path, facts: Mapping[str, Any]) -> None:
+    from ptqjax import report
+
+    write_text(folder / "report.json", report.to_json(facts))
+    write_text(folder / "report.html", report.page(facts))
+
+
+def say_done(job: Job, done: Done, watch: Stopwatch) -> None:
+    """Says what was written, what it is worth, and what it took."""
+    from ptqjax.report import tables
+
+    tables.print_stages(done.stages)
+    model, has_report = job.out / MODEL[0], job.details != NO_REPORT
+    if has_report and not job.data:
+        click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")
+    what = f"; what was done and why: {job.out / 'report.html'}" if has_report else ", and no report"
+    click.echo(f"wrote {model}{what}")
+    for name in done.aside:
+        click.echo(f"a report of an earlier model was there: it is {job.out / name} now")
+    click.echo(f"what the file is worth: ptqjax evaluate {model} --data TEST.npz --reference {job.model}")
+    click.echo(summary(watch.spent()))
 
 
 def without_equalization(given: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +147,7 @@ def without_equalization(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"equalize": False}
 
 
-def frozen_encodings(file: Path, source: Model) -> Encodings:
+def _frozen_encodings(file: Path, source: Model) -> Encodings:
     """Returns the encodings in a file, which are for the model with folded batch norms."""
     import ptqjax
 
@@ -68,19 +175,19 @@ def configured(file: Path | None, given: dict[str, Any]) -> QuantizationConfig:
     return config
 
 
-def require_consistent(calibration: str, config: QuantizationConfig, given: dict[str, Any]) -> None:
+def require_consistent(config: QuantizationConfig, given: dict[str, Any], *, has_data: bool) -> None:
     """Refuses what cannot be done, before any work.
 
     Raises:
         ConfigError: What needs samples is asked for by name, and there are none; or absorption is asked for by name,
             and equalization is off.
     """
-    if calibration == NO_DATA and given.get("correct") == "empirical":
+    if not has_data and given.get("correct") == "empirical":
         raise ConfigError(
             "--correct empirical with --calibration none: the empirical correction is measured on samples; give a "
             "DATA.npz (a hundred will do, no labels needed), or take --correct analytic"
         )
-    if calibration == NO_DATA and config.scaling == "learned":
+    if not has_data and config.scaling == "learned":
         raise ConfigError(
             "--scaling learned with --calibration none: scales are learned on samples; give a DATA.npz, or take "
             "--scaling noise"
@@ -93,15 +200,22 @@ def require_consistent(calibration: str, config: QuantizationConfig, given: dict
             )
 
 
-def provenance(model: Path, data: Path | None) -> dict[str, Any]:
-    """Returns the names of the files that a run reads, and their SHA-256."""
-    files = {"model": model} | ({} if data is None else {"data": data})
-    hashes = {f"{key}_sha256": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()}
-    return {key: path.name for key, path in files.items()} | hashes
+def _provenance(model: Path, data: tuple[Path, ...]) -> dict[str, Any]:
+    """Returns the names of the files that a run reads, and their SHA-256: of several files, that of their hashes."""
+    found = {"model": model.name, "model_sha256": _digest(model)}
+    if not data:
+        return found
+    digests = [_digest(file) for file in data]
+    digest = digests[0] if len(data) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return found | {"data": called([Path(file.name) for file in data]), "data_sha256": digest}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @contextmanager
-def model_is_written(out: Path) -> Iterator[None]:
+def _model_is_written(out: Path) -> Iterator[None]:
     """Says of whatever ends the body early that the model is in `out`, and checks at the end that it still is that one.
 
     Raises:
@@ -123,7 +237,7 @@ def model_is_written(out: Path) -> Iterator[None]:
         )
 
 
-def set_aside(out: Path, folder: Path) -> tuple[str, ...]:
+def _set_aside(out: Path, folder: Path) -> tuple[str, ...]:
     """Copies the reports in `out`, which are of an earlier model, to `folder` under other names; returns these."""
     found = [name for name in REPORT if (out / name).is_file()]
     for name in found:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqjax.cache_option import cache_option, kept_programs
+from ptqjax.data_option import say_reading
 from ptqjax.faults import reports_faults
 from ptqjax.places import require_data, require_model, require_run
 from ptqjax.progress import Follow, progress, quiet_option
+from ptqjax.stopwatch import Stopwatch, listening
 
 if TYPE_CHECKING:
     from ptqjax.experiments.replay import Compared, Replay
@@ -64,10 +66,12 @@ def run(recipe: Path, out: Path, *, no_cache: bool, quiet: bool) -> None:
         for data in (read.calibration, read.evaluation):
             if isinstance(data, Path):
                 require_data(data)
+        say_reading(read.model, is_quiet=quiet)
         from ptqjax.experiments.run import run_recipe
 
         _use(read.device)
-        with kept_programs(is_off=no_cache), progress(is_quiet=quiet) as follow:
+        watch = Stopwatch()
+        with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
             done = run_recipe(read, out, follow=_checked(follow, check), told=lambda stage: check(_say_stage(stage)))
         _say_run(done)
 
@@ -97,11 +101,14 @@ def replay(context: click.Context, folder: Path, *, quiet: bool, **places: Any) 
     """
     with _resumable(None) as check:
         require_run(folder)
+        if not quiet:
+            click.echo(f"reading {folder}", err=True)
         import ptqjax
         from ptqjax.experiments.replay import stored_recipe
 
         _use(stored_recipe(folder, places["recipe"]).device)
-        with progress(is_quiet=quiet) as follow:
+        watch = Stopwatch()
+        with listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
             found = ptqjax.replay(folder, **places, follow=_checked(follow, check), told=check)
         _say_replay(found)
     if not found.is_same:

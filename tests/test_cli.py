@@ -1,6 +1,7 @@
 """The command line: what it writes, what it says, and that every fault is one line with a cause and a remedy."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -264,7 +265,7 @@ def test_a_model_that_is_quantized_already(place, quantized, tmp_path):
             {"input": np.zeros((4, 3, 6, 6), np.float32), "labels": np.zeros(3, int)},
             ["different numbers", "'labels' 3"],
         ),
-        ({"input": np.array([None])}, ["plain arrays"]),
+        ({"input": np.array([None])}, ["plain arrays", "Python objects"]),
     ],
     ids=["name", "surplus", "shape", "dtype", "empty", "nan", "labels", "pickle"],
 )
@@ -477,6 +478,40 @@ def test_a_report_that_fails_leaves_the_model_and_no_report_of_an_earlier_one(pl
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.encodings"}
     onnx.checker.check_model(tmp_path / "model.onnx")
     assert json.loads((tmp_path / "model.encodings").read_text())
+
+
+def test_what_the_time_went_into_is_told_and_in_the_report(place, quantized):
+    assert quantized.stderr.startswith(f"reading {place / 'net.onnx'} and {place / 'data.npz'}\n")
+    seconds = json.loads((place / "q" / "report.json").read_text())["seconds"]
+    stages = [each["stage"] for each in seconds]
+    assert stages == ["start", "read", "transform", "calibrate", "correct", "export", "report"]
+    assert all(0 <= each["compiling_seconds"] <= each["seconds"] + 0.001 for each in seconds)
+    assert sum(each["num_compiled"] + each["num_found"] for each in seconds) > 10
+    assert "Where the time went" in (place / "q" / "report.html").read_text()
+    assert " s of it tracing and compiling " in quantized.stdout.splitlines()[-1]
+
+
+def test_two_runs_differ_in_nothing_but_the_time(place, tmp_path):
+    found = []
+    for name in "ab":
+        assert quantize_fast(place, tmp_path / name).stderr == ""
+        facts = json.loads((tmp_path / name / "report.json").read_text())
+        found.append({key: value for key, value in facts.items() if key != "seconds"})
+    assert found[0] == found[1]
+    assert len({(tmp_path / name / "model.onnx").read_bytes() for name in "ab"}) == 1
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_the_command_line_shows_no_alarms_of_xla_unless_asked(monkeypatch, given):
+    name = "TF_CPP_MIN_LOG_LEVEL"
+    monkeypatch.setenv(name, "to be restored")
+    monkeypatch.delenv(name)
+    if given:
+        monkeypatch.setenv(name, given)
+    seen = []
+    monkeypatch.setattr(cli, "commands", lambda: seen.append(os.environ[name]))
+    cli.main()
+    assert seen == [given or "3"]
 
 
 def test_without_a_report_nothing_is_measured_and_an_earlier_one_gets_another_name(place, tmp_path, monkeypatch):

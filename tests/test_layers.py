@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "ptqjax"
 BASIS = {"errors", "places", "pytrees"}
 LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (tuple(sorted(BASIS)), set()),
-    (("kernels", "ir", "config", "targets", "publish", "progress", "faults", "versions", "images"), set()),
+    (("kernels", "ir", "config", "targets", "publish", "faults", "versions", "images", "stopwatch"), set()),
+    (("progress",), {"stopwatch"}),
     (("programs",), {"versions"}),
     (("ops",), {"kernels"}),
     (("onnx_io",), {"ir", "ops"}),
@@ -43,7 +44,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("report",), None),
     (("pipeline",), None),
     (("experiments",), None),
-    (("device_option", "cache_option"), None),
+    (("device_option", "cache_option", "data_option"), None),
     (("quantize_command", "recipe_command"), None),
     (("cli", "__main__"), None),
 ]

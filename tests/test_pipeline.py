@@ -1,5 +1,6 @@
 """The whole flow: stages in order, what is switched off stays off, bad input is refused before any work."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,3 +223,19 @@ def test_bounds_that_are_to_be_left_are_left_by_learning_too(model):
     config = ptqjax.QuantizationConfig(granularity="tensor", scaling="learned", bounds="leave", absorb="off")
     kinds = [node.op_type for node in ptqjax.quantize(model, [{"x": X}], config).model.graph.nodes]
     assert kinds.count("Clip") == 2
+
+
+def test_the_parts_of_the_work_are_entered_in_order_by_their_names(model):
+    entered = []
+
+    @contextmanager
+    def stage(name):
+        entered.append(name)
+        yield
+        entered.append(f"{name} ends")
+
+    config = ptqjax.QuantizationConfig(scaling="off", correct="none", ranges="min-max")
+    ptqjax.quantize(model, [{"x": X}], config, stage=stage)
+    names = [name for name in entered if not name.endswith(" ends")]
+    assert list(dict.fromkeys(names)) == ["transform", "calibrate", "correct"]
+    assert entered == [each for name in names for each in (name, f"{name} ends")]  # none in another

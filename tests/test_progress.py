@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ptqjax.progress import Follow, Lines, nothing, progress
+from ptqjax.stopwatch import Stopwatch
 
 
 class Clock:
@@ -36,7 +37,7 @@ def passed(lines: Lines, clock: Clock, label: str, elements: list, seconds_each:
 
 def lines_of(work: Callable[[Lines, Clock], None]) -> list[str]:
     found, clock = [], Clock()
-    lines = Lines(say=found.append, clock=clock)
+    lines = Lines(say=found.append, watch=Stopwatch(clock=clock))
     work(lines, clock)
     lines.close()
     return found
@@ -88,6 +89,47 @@ def test_another_label_ends_the_work_before_it():
     assert lines_of(work) == ["calibrating: done in 2.0 s, 32 samples/s", "trying: done in 1.5 s, 2 it/s"]
 
 
+def test_what_is_compiled_does_not_count_as_speed_and_says_nothing_where_it_is_most():
+    found, clock = [], Clock()
+    watch = Stopwatch(clock=clock)
+    lines = Lines(say=found.append, watch=watch)
+    for label, compiling in (("measuring", 1.0), ("quantizing", 3.9)):
+        shown = lines.begin(label, 1)
+        clock.now += compiling
+        watch.hear("/jax/core/compile/backend_compile_duration", compiling, "jit(step)")
+        clock.now += 5.0 - compiling - 1.0
+        shown.advance(batches(1)[0])
+        shown.end()
+        clock.now += 1.0  # between passes
+    lines.close()
+    assert found == ["measuring: done in 5.0 s, 10.7 samples/s", "quantizing: done in 5.0 s"]  # 32 in 3 s
+
+
+def test_what_is_compiled_is_said_while_nothing_else_is():
+    found, clock = [], Clock()
+    watch = Stopwatch(clock=clock)
+    lines = Lines(say=found.append, watch=watch)
+
+    def beat(seconds: int) -> None:
+        for _ in range(seconds):
+            clock.now += 1.0
+            lines.beat()
+
+    beat(10)  # no stage is open, nothing is compiled
+    with watch("calibrate"):
+        beat(6)
+        watch.hear("/jax/core/compile/jaxpr_to_mlir_module_duration", 0.1, "jit(step)")
+        beat(10)
+        watch.hear("/jax/core/compile/backend_compile_duration", 10.0, "jit(step)")
+        beat(5)
+    assert found == [
+        "calibrate: 6 s",
+        "calibrate: 11 s, compiling step for 5 s",
+        "calibrate: 16 s, compiling step for 10 s",
+        "calibrate: 21 s",
+    ]
+
+
 def fail_in(follow: Follow) -> None:
     for number in follow([1, 2], "measuring"):
         raise ValueError(number)
@@ -108,6 +150,20 @@ with progress() as follow:
 """
 
 
+STAGES = """
+import time
+from ptqjax.progress import progress
+from ptqjax.stopwatch import Stopwatch
+watch = Stopwatch()
+with progress(stopwatch=watch) as follow:
+    with watch("calibrate"):
+        watch.hear("/jax/core/compile/jaxpr_to_mlir_module_duration", 0.1, "jit(step)")
+        time.sleep(2.2)
+    with watch("correct"):
+        time.sleep(0.7)
+"""
+
+
 def test_a_pipe_gets_no_control_characters():
     stderr = subprocess.run([sys.executable, "-c", CODE], check=True, capture_output=True, timeout=120).stderr.decode()
     assert stderr.startswith("measuring: done in ")
@@ -115,10 +171,11 @@ def test_a_pipe_gets_no_control_characters():
     assert all(character.isprintable() for character in stderr.removesuffix("\n"))
 
 
-def test_a_terminal_gets_a_bar_with_counts_and_rates():
+def on_a_terminal(code: str) -> str:
+    """What a process writes to stderr where that is a terminal."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
-    with subprocess.Popen([sys.executable, "-c", CODE], stderr=theirs, env=environment) as process:
+    with subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment) as process:
         os.close(theirs)
         shown = b""
         while True:
@@ -131,8 +188,18 @@ def test_a_terminal_gets_a_bar_with_counts_and_rates():
             shown += part
         assert process.wait(120) == 0
     os.close(ours)
-    text = shown.decode()
+    return shown.decode()
+
+
+def test_a_terminal_gets_a_bar_with_counts_and_rates():
+    text = on_a_terminal(CODE)
     assert "measuring" in text
     assert "/5" in text
     assert "samples/s" in text
     assert "\x1b[2K" in text  # and is taken away at the end
+
+
+def test_a_terminal_shows_the_stage_and_what_is_compiled():
+    text = on_a_terminal(STAGES)
+    assert "calibrate: compiling step for 1 s" in text
+    assert "correct: compiling step for" in text  # it still is

@@ -236,7 +236,7 @@ def test_a_run_without_data_measures_nothing_and_replays(place, tmp_path):
     text = recipe.replace(f'calibration = "{place / "data.npz"}"', 'calibration = "none"')
     text = text.replace(f'evaluation = "{place / "data.npz"}"\n', "").replace('"short"', '"none"')
     (tmp_path / "none.toml").write_text(text)
-    found = command("run", tmp_path / "none.toml", "--out", tmp_path / "runs")
+    found = command("run", tmp_path / "none.toml", "--out", tmp_path / "runs", "--quiet")
     assert found.exit_code == 0, found.output
     assert "nothing was measured: the recipe has no evaluation data" in found.stdout
     assert (found.stderr, list((tmp_path / "runs").glob("*/report/*.html"))) == ("", [])

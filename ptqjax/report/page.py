@@ -14,7 +14,7 @@ def page(report: Mapping[str, Any]) -> str:
     """Returns the page for `facts(...)` or `ptqjax.explain(...)`, in the order in which a reader asks.
 
     What only `explain` finds (histograms, noise along the depth, sensitivity, what the runtime computes) is left out
-    where the facts do not have it.
+    where the facts do not have it, and so is what the stages took, where "seconds" is not among them.
     """
     title = f"{report['source'].get('model', 'model')}, quantized"
     style = resources.files("ptqjax.report").joinpath("style.css").read_text()
@@ -29,6 +29,7 @@ def page(report: Mapping[str, Any]) -> str:
         sections.transforms(report),
         sections.ranges(report),
         sections.grids(report),
+        sections.seconds(report),
         sections.origin(report),
     )
     return (

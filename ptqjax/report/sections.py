@@ -169,6 +169,39 @@ def grid_type(grid: Mapping[str, Any]) -> str:
     return f"{grid['num_bits']} bits in {grid['dtype']}"
 
 
+def seconds(report: Mapping[str, Any]) -> str:
+    """Returns what each stage of the run took; nothing where that was not measured."""
+    spent = report.get("seconds", [])
+    if not spent:
+        return ""
+    names = ("seconds", "compiling_seconds", "processor_seconds")
+    rows = [
+        [
+            code(each["stage"]),
+            *(f"{each[name]:.1f}" for name in names),
+            str(each["num_compiled"]),
+            str(each["num_found"]),
+        ]
+        for each in spent
+    ]
+    headings = [
+        "stage",
+        "seconds",
+        "of these tracing and compiling",
+        "processor seconds",
+        "programs compiled",
+        "found on disk",
+    ]
+    total = sum(each["seconds"] for each in spent)
+    return section(
+        "seconds",
+        "Where the time went",
+        f"{total:.1f} seconds up to this report, by the clock; processor seconds are those of all threads. What was "
+        "compiled is found on disk by the next run like this one.",
+        table(headings, rows, identity="seconds-table", caption="What each stage took", numbers=range(1, 6)),
+    )
+
+
 def origin(report: Mapping[str, Any]) -> str:
     """Returns where the run comes from: files, hashes, settings, versions."""
     operators = ", ".join(f"{count} {name}" for name, count in report["model"]["operators"].items())
