@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,35 +63,50 @@ def evaluate(
         ModelError: A file cannot be run, an output is not finite, or the first is a single number.
         ConfigError: onnxruntime is missing or has no such device.
     """
-    subject = _runner(model, "the model", device)
+    return evaluate_each([model], batches, labels=labels, reference=reference, device=device)[0]
+
+
+def evaluate_each(
+    models: Sequence[Runnable],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    labels: np.ndarray | None = None,
+    reference: Runnable | None = None,
+    device: str = "cpu",
+) -> tuple[Evaluation, ...]:
+    """Returns what `evaluate` returns for each model, from one pass over the data, in which the reference runs once."""
+    subjects = [_runner(model, "the model", device) for model in models]
     other = None if reference is None else _runner(reference, "the reference", device)
-    total = _Counts()
+    totals = [_Counts() for _ in models]
+    num_samples = 0
     for index, batch in enumerate(batches):
         require_samples(batch, index)
         parts = parts_of(batch, f"batch {index}")
-        measured = partial(_measured, subject, other, parts, labels, total.num_samples)
+        measured = partial(_measured, subjects, other, parts, labels, num_samples)
         found = [each for some in together(measured, is_shared=parts.is_shared) for each in some]
-        for _, counts in sorted(found, key=lambda each: int(each[0])):
-            total = total.plus(counts)
-    num_samples = total.num_samples
+        for _, size, each in sorted(found, key=lambda part: int(part[0])):
+            totals = [total.plus(counts) for total, counts in zip(totals, each, strict=True)]
+            num_samples += int(size)
     num_labels = num_samples if labels is None else len(labels)
     if not num_samples or num_labels != num_samples:
         raise DataError(
             f"there are {num_samples} samples and {num_labels} labels to evaluate on; "
             "expected at least one sample, and a label for each"
         )
-    return Evaluation(
-        num_samples=num_samples,
-        top1=None if labels is None else total.num_right / num_samples,
-        agreement=None if other is None else total.num_same / num_samples,
-        sqnr=None if other is None else decibels(total.signal, total.noise),
+    return tuple(
+        Evaluation(
+            num_samples=num_samples,
+            top1=None if labels is None else total.num_right / num_samples,
+            agreement=None if other is None else total.num_same / num_samples,
+            sqnr=None if other is None else decibels(total.signal, total.noise),
+        )
+        for total in totals
     )
 
 
 class _Counts(NamedTuple):
     """What is counted of some samples."""
 
-    num_samples: int = 0
     num_right: int = 0
     num_same: int = 0
     signal: float = 0.0
@@ -100,7 +115,6 @@ class _Counts(NamedTuple):
     def plus(self, other: _Counts) -> _Counts:
         """Returns the counts of both."""
         return _Counts(
-            num_samples=self.num_samples + int(other.num_samples),
             num_right=self.num_right + int(other.num_right),
             num_same=self.num_same + int(other.num_same),
             signal=self.signal + float(other.signal),
@@ -109,29 +123,48 @@ class _Counts(NamedTuple):
 
 
 def _measured(
-    subject: _Runner, other: _Runner | None, parts: Parts, labels: np.ndarray | None, before: int
-) -> list[tuple[int, _Counts]]:
-    """Returns the first sample and the counts of each part of a batch that this process has; `before`: samples so far.
+    subjects: Sequence[_Runner], other: _Runner | None, parts: Parts, labels: np.ndarray | None, before: int
+) -> list[tuple[int, int, list[_Counts]]]:
+    """Returns the first sample, the size and each model's counts of each part of a batch that this process has.
 
     All devices work before the first is waited for.
+
+    Args:
+        subjects: The models.
+        other: The reference.
+        parts: The batch.
+        labels: Of all samples.
+        before: How many samples came before the batch.
     """
-    running = [(part, subject.started(part), other and other.started(part)) for part in parts.here]
+    running = [
+        (part, [subject.started(part) for subject in subjects], other and other.started(part)) for part in parts.here
+    ]
     counted = []
-    for part, outputs, wanted in running:
-        found = subject.finished(outputs, part)
-        first = first_output(found, f"{subject.label}, {part.place}")
-        classes = predicted(found[first])
-        num_right, num_same, signal, noise = 0, 0, 0.0, 0.0
-        if labels is not None:
-            labels = checked_labels(labels, num_classes=found[first][0].size, place="labels")
-            num_right = _num_right(classes, labels[before + part.start : before + part.start + len(classes)])
-        if other is not None and wanted is not None:
-            reached = other.finished(wanted, part)
-            require_alike(found, reached, f"{other.label} and {subject.label}")
-            num_same = int(np.count_nonzero(classes == predicted(reached[first])))
-            signal, noise = energy(reached), energy(reached, found)
-        counted.append((part.start, _Counts(len(classes), num_right, num_same, signal, noise)))
+    for part, started, wanted in running:
+        reached = None if other is None or wanted is None else other.finished(wanted, part)
+        counts, size = [], 0
+        for subject, outputs in zip(subjects, started, strict=True):
+            found = subject.finished(outputs, part)
+            first = first_output(found, f"{subject.label}, {part.place}")
+            size, num_right = len(found[first]), 0
+            if labels is not None:
+                labels = checked_labels(labels, num_classes=found[first][0].size, place="labels")
+                begin = before + part.start
+                num_right = _num_right(predicted(found[first]), labels[begin : begin + size])
+            if other is not None and reached is not None:
+                require_alike(found, reached, f"{other.label} and {subject.label}")
+            counts.append(_counts(found, reached, first, num_right))
+        counted.append((part.start, size, counts))
     return counted
+
+
+def _counts(
+    found: Mapping[str, np.ndarray], reached: Mapping[str, np.ndarray] | None, first: str, num_right: int
+) -> _Counts:
+    if reached is None:
+        return _Counts(num_right)
+    num_same = int(np.count_nonzero(predicted(found[first]) == predicted(reached[first])))
+    return _Counts(num_right, num_same, energy(reached), energy(reached, found))
 
 
 def predicted(logits: Float[np.ndarray, "n ..."]) -> Int[np.ndarray, " n"]:

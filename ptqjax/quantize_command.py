@@ -56,6 +56,8 @@ class Done:
 
     stages: Sequence[Mapping[str, Any]] = ()
     """The rows of the table of stages."""
+    measured_in: str = ""
+    """What computed them."""
     aside: tuple[str, ...] = ()
     """Reports of an earlier model, by their new names."""
 
@@ -98,7 +100,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
             )
         _write_report(folder, facts | {"seconds": [each.as_dict() for each in watch.spent()]})
     publish(folder, job.out, option="--out")
-    return Done(stages=facts["stages"])
+    return Done(stages=facts["stages"], measured_in=facts["measured_in"])
 
 
 def _exported(job: Job, result: Result, folder: Path) -> tuple[str, ...]:
@@ -124,7 +126,7 @@ def say_done(job: Job, done: Done, watch: Stopwatch) -> None:
     """Says what was written, what it is worth, and what it took."""
     from ptqjax.report import tables
 
-    tables.print_stages(done.stages)
+    tables.print_stages(done.stages, done.measured_in)
     model, has_report = job.out / MODEL[0], job.details != NO_REPORT
     if has_report and not job.data:
         click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")

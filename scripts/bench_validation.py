@@ -171,7 +171,7 @@ def row(finding: Finding) -> list[str]:
         "" if is_exact else f"{farthest.tensor} ({farthest.operator})",
         _percent(found.integer.equal),
         _decibels(found.integer.sqnr),
-        _decibels(found.float.sqnr),
+        "" if found.float is None else _decibels(found.float.sqnr),
         _saturating(found.saturating),
     ]
 

@@ -182,10 +182,10 @@ def test_measure_compares_with_the_float_model():
     batches = [{"x": np.eye(3, dtype=np.float32)}, {"x": -np.eye(3, dtype=np.float32)}]
     labels = np.array([3, 3, 3, 0, 0, 0])
     stage = MeasuredStage(name="fold", model=source, encodings=encodings(), keeps_function=True)
-    first, second = measure(source, [stage], batches, labels)
+    (first, second), _ = measure(source, [stage], batches, labels)
     same = {"float_sqnr_db": np.inf, "sqnr_db": np.inf, "agreement": 1.0}
     assert (first.stage, first.metrics) == ("float", same | {"top1": 1.0})
-    assert measure(source, [], batches, None) == (Row(stage="float", metrics=same),)  # without labels too
+    assert measure(source, [], batches, None).rows == (Row(stage="float", metrics=same),)  # without labels too
     assert second.metrics["float_sqnr_db"] == np.inf
     assert 20 < second.metrics["sqnr_db"] < 70  # 7 bits of weight: 6 dB a bit, x on a coarse grid that holds 0 and 1
 
@@ -201,7 +201,7 @@ def test_classes_are_those_of_the_first_output_whatever_its_name():
         ),
     )
     x = np.array([[-5, 1, 2], [3, -5, 2]], np.float32)
-    (row,) = measure(Model(graph=graph, params={}), [], [{"x": x}], np.array([2, 0]))
+    ((row,), _) = measure(Model(graph=graph, params={}), [], [{"x": x}], np.array([2, 0]))
     assert row.metrics["top1"] == 1.0
 
 

@@ -1,26 +1,29 @@
-"""How far each tensor of a quantized model is from the float model's, and what meets each grid, in one program."""
+"""How far each tensor of a quantized model is from the float model's, and what meets each grid.
+
+One program runs the model and hands out its tensors, once in float and once quantized; sums are taken outside of it, in
+NumPy: a reduction for each sum of each tensor took most of the time, for compilation.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ptqjax.ir import Graph, Model
-from ptqjax.kernels.histogram import Histogram
-from ptqjax.lowering import Intercept, compiled, interpret
-from ptqjax.pytrees import PyTreeNode
+from ptqjax.kernels.histogram import Histogram, histogram_of
+from ptqjax.lowering import compiled, interpret
 from ptqjax.quantize import Encoding, Encodings
 from ptqjax.quantize.batches import checked_batches, num_samples
-from ptqjax.quantize.encodings import along_axis
-from ptqjax.quantize.observers import DISTRIBUTION
+from ptqjax.quantize.encodings import along_axis, concrete, fake_quantize
+from ptqjax.quantize.observers import sampled
 from ptqjax.quantize.qdq import with_own_biases
-from ptqjax.simulate import fake_quantization
+from ptqjax.simulate import fake_quantization, round_parameters
 
 _PIECE = 8  # samples at a time: values of both models are alive together
 _BEYOND = 0.51  # steps from the value that it is rounded to: farther, it lies outside the grid (0.5, and float32)
@@ -28,24 +31,25 @@ _BOUNDS = ("Clip", "Max", "Min", "Relu")
 _IMAGE_RANK = 3  # from which on a channel axis may lie last
 
 
-class Sums(PyTreeNode):
-    """Sums over the values of a tensor that were seen: x of the float model, v of the quantized one.
+class Sums(NamedTuple):
+    """Sums over the values of a tensor that were seen: x of the float model, v of the quantized one."""
 
-    Scalars; inside the program, one for each place along the first axis.
-    """
-
-    signal: Any
+    signal: float
     """Of x^2."""
-    noise: Any
+    noise: float
     """Of (Q(v) - x)^2: all that was rounded up to and with this tensor."""
-    own_noise: Any
+    own_noise: float
     """Of (Q(v) - v)^2: what this tensor's rounding adds."""
-    clip_noise: Any
+    clip_noise: float
     """The part of `own_noise` that is from values outside the grid."""
-    num_clipped: Any
+    num_clipped: int
     """How many values lie outside the grid."""
-    num_values: Any
+    num_values: int
     """How many there are."""
+
+    def plus(self, other: Sums) -> Sums:
+        """Returns the sums of both."""
+        return Sums._make(mine + theirs for mine, theirs in zip(self, other, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +57,7 @@ class Depth:
     """What was measured of the tensors of a quantized model."""
 
     sums: Mapping[str, Sums]
-    """By tensor (activations in the order in which they come into being, then parameters), as float64."""
+    """By tensor: activations in the order in which they come into being, then parameters."""
     histograms: Mapping[str, Histogram]
     """What met the grid of each activation: a histogram each, on NumPy."""
     num_samples: int
@@ -64,16 +68,10 @@ class Depth:
 class _Plan:
     """What is static in the program."""
 
-    reference: Graph
-    """The float model's graph."""
     graph: Graph
-    """The quantized model's, without its encodings."""
-    tensors: tuple[str, ...]
-    """The activations to look at, quantized ones and outputs."""
-    weights: tuple[str, ...]
-    """The parameters to look at."""
-    seen: tuple[str, ...]
-    """The activations of which histograms are kept."""
+    """The graph."""
+    tensors: frozenset[str]
+    """The activations that are handed out."""
 
 
 def measure_depth(
@@ -81,9 +79,10 @@ def measure_depth(
 ) -> Depth:
     """Returns how far each tensor of the quantized model is from the float one, over `samples` samples at most.
 
-    Both models run in one compiled program, a few samples at a time. Tensors are matched by name; those that only one
-    of the models has are left out. So are those that a Clip, Max, Min or Relu alone reads and whose grid is that of its
-    result: what they lose beyond it is lost anyway. Values inside the subgraphs of If, Loop and Scan are not seen.
+    Both models run a few samples at a time, by one program where their graphs are one. Tensors are matched by name;
+    those that only one of the models has are left out. So are those that a Clip, Max, Min or Relu alone reads and whose
+    grid is that of its result: what they lose beyond it is lost anyway. Values inside the subgraphs of If, Loop and
+    Scan are not seen.
 
     Args:
         reference: The float model to compare with: of the same tensors in the same units (scaled as `model` is).
@@ -95,23 +94,40 @@ def measure_depth(
     Raises:
         DataError: The batches do not fit the model.
     """
-    plan = _plan(reference, model, encodings)
-    histograms = DISTRIBUTION.init(len(plan.seen)) if plan.seen else None
-    total: dict[str, Sums] = {}
+    names = _activations(reference, model, encodings)
+    off = {name: encoding.replace(enabled=np.asarray(False)) for name, encoding in encodings.items()}
+    in_float, quantized = _Run(reference, off, names), _Run(model, encodings, names)
+    sums: dict[str, Sums] = {}
+    met: dict[str, list[np.ndarray]] = {name: [] for name in names if name in encodings}
     count = 0
-    params = tuple(jax.device_put(dict(each.params)) for each in (reference, model))
     for piece in pieces(model.graph, batches, samples):
-        sums, histograms = _step(plan, params, encodings, histograms, piece)
-        found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64).sum(), sums)
-        again = {name: each for name, each in found.items() if name in total and name in plan.tensors}  # not weights
-        total = found | total | {name: jax.tree.map(np.add, total[name], each) for name, each in again.items()}
+        floats, pairs = in_float.tensors(piece), quantized.tensors(piece)
+        for name in (name for name in names if name in floats and name in pairs):
+            found = _sums(floats[name][1], *pairs[name], encodings.get(name))
+            sums[name] = sums[name].plus(found) if name in sums else found
+            if name in met:
+                met[name].append(np.asarray(sampled(pairs[name][0], num_samples(piece))))
         count += num_samples(piece)
-    order = [name for name in (*plan.tensors, *plan.weights) if name in total]
+    weights = [name for name in sorted(encodings) if name in model.params]
     return Depth(
-        sums={name: total[name] for name in order},
-        histograms={} if histograms is None else _each(plan.seen, histograms.histogram),
+        sums={name: sums[name] for name in names if name in sums}
+        | {name: _sums_of_weight(np.asarray(model.params[name]), encodings[name]) for name in weights},
+        histograms={name: _histogram(values) for name, values in met.items() if values},
         num_samples=count,
     )
+
+
+class _Run:
+    """A model under encodings, and the program that hands out its tensors."""
+
+    def __init__(self, model: Model, encodings: Encodings, names: Sequence[str]) -> None:
+        rounded, self._encodings = round_parameters(model, encodings)
+        self._plan = _Plan(graph=rounded.graph, tensors=frozenset(names))
+        self._params = jax.device_put(dict(rounded.params))
+
+    def tensors(self, inputs: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Returns each tensor before and after its rounding."""
+        return jax.device_get(_tensors(self._plan, self._params, self._encodings, inputs))
 
 
 def pieces(graph: Graph, batches: Iterable[Any], samples: int) -> Iterator[dict[str, Any]]:
@@ -128,20 +144,14 @@ def pieces(graph: Graph, batches: Iterable[Any], samples: int) -> Iterator[dict[
             left -= size
 
 
-def _plan(reference: Model, model: Model, encodings: Encodings) -> _Plan:
+def _activations(reference: Model, model: Model, encodings: Encodings) -> tuple[str, ...]:
+    """Returns the activations to look at, quantized ones and outputs, in the order in which they come into being."""
     graph = with_own_biases(model, encodings).graph
     known = {name for node in reference.graph.nodes for name in node.outputs}
     known |= {spec.name for spec in reference.graph.inputs}
     wanted = {*encodings, *(spec.name for spec in graph.outputs)}
     order = [*(spec.name for spec in graph.inputs), *(name for node in graph.nodes for name in node.outputs)]
-    tensors = tuple(name for name in order if name in wanted & known and not _is_bounded_next(graph, name, encodings))
-    return _Plan(
-        reference=reference.graph,
-        graph=graph,
-        tensors=tensors,
-        weights=tuple(name for name in sorted(encodings) if name in graph.parameters and name in model.params),
-        seen=tuple(name for name in tensors if name in encodings),
-    )
+    return tuple(name for name in order if name in wanted & known and not _is_bounded_next(graph, name, encodings))
 
 
 def _is_bounded_next(graph: Graph, name: str, encodings: Encodings) -> bool:
@@ -163,75 +173,61 @@ def _is_same_grid(first: Encoding, second: Encoding | None) -> bool:
     return second is not None and all(np.array_equal(getattr(first, f), getattr(second, f)) for f in fields)
 
 
-@compiled
-def _step(
-    plan: _Plan,
-    params: tuple[Mapping[str, Any], ...],
-    encodings: Encodings,
-    histograms: Any,
-    inputs: Mapping[str, Any],
-) -> tuple[dict[str, Sums], Any]:
-    """Returns the sums of one batch and the histograms with it; `params` are those of the reference and the model."""
-    reference_params, own_params = params
-    model = with_own_biases(Model(graph=plan.graph, params=dict(own_params)), encodings)
-    tensors = frozenset(plan.tensors)
-    _, floats = interpret(plan.reference, reference_params, inputs, intercept=_kept(tensors))
-    wanted = tensors | frozenset(plan.weights)
-    rounding = _with_both(wanted, fake_quantization(model, encodings))
-    _, pairs = interpret(model.graph, model.params, inputs, intercept=rounding)
-    sums = {
-        name: _sums(floats.get(name, pairs[name][0]), pairs[name], encodings.get(name))
-        for name in (*plan.tensors, *plan.weights)
-        if name in pairs and (name in floats or name not in tensors)
-    }
-    if histograms is None:
-        return sums, None
-    return sums, DISTRIBUTION.update(histograms, [pairs[name][0] for name in plan.seen], num_samples(inputs))
-
-
-def _kept(tensors: frozenset[str]) -> Intercept:
-    return lambda name, value, axis: (value, _in_onnx_layout(value, axis) if name in tensors else None)
-
-
-def _with_both(tensors: frozenset[str], rounding: Intercept) -> Intercept:
-    """Returns `rounding`, with each value before and after it observed."""
+@partial(compiled, is_brief=True)
+def _tensors(
+    plan: _Plan, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Returns the activations of one piece; in whatever layout, but for those with a scale for each channel."""
+    rounding = fake_quantization(Model(graph=plan.graph, params=dict(params)), encodings)
 
     def intercept(name: str, value: jax.Array, axis: int | None) -> tuple[jax.Array, Any]:
         rounded, _ = rounding(name, value, axis)
-        both = (_in_onnx_layout(value, axis), _in_onnx_layout(rounded, axis))
-        return rounded, both if name in tensors else None
+        if name not in plan.tensors:
+            return rounded, None
+        has_axis = name in encodings and encodings[name].axis is not None
+        both = (_in_onnx_layout(value, axis), _in_onnx_layout(rounded, axis)) if has_axis else (value, rounded)
+        return rounded, both
 
-    return intercept
+    return interpret(plan.graph, params, inputs, intercept=intercept)[1]
 
 
 def _in_onnx_layout(value: jax.Array, axis: int | None) -> jax.Array:
-    """Returns the value with its channels second; the two models need not lie in memory alike."""
     is_last = axis is not None and value.ndim >= _IMAGE_RANK and axis % value.ndim == value.ndim - 1
     return jnp.moveaxis(value, -1, 1) if is_last else value
 
 
-def _sums(x: jax.Array, before_and_after: tuple[jax.Array, jax.Array], encoding: Encoding | None) -> Sums:
-    value, rounded = before_and_after
-    own = jnp.square(rounded - value)
-    clipped = jnp.zeros(value.shape, bool) if encoding is None else _is_clipped(value, rounded, encoding)
-    terms = (jnp.square(x), jnp.square(rounded - x), own, jnp.where(clipped, own, 0), clipped.astype(jnp.float32))
-    # One reduction for all: each by itself would be a kernel of its own, and take most of the time of compilation.
-    # Along the first axis float64 adds, on the host: 24 bits do not hold as many terms as the first layers have.
-    sums = lax.reduce(terms, (np.float32(0),) * len(terms), _added, tuple(range(1, x.ndim)))
-    return Sums(*sums, num_values=jnp.asarray(value.size, jnp.float32))
+def _sums(x: np.ndarray, value: np.ndarray, rounded: np.ndarray, encoding: Encoding | None) -> Sums:
+    own = rounded - value
+    clipped = None if encoding is None else _is_clipped(value, own, concrete(encoding))
+    return Sums(
+        signal=_squared(x),
+        noise=_squared(rounded - x),
+        own_noise=_squared(own),
+        clip_noise=0.0 if clipped is None else _squared(own[clipped]),
+        num_clipped=0 if clipped is None else int(np.count_nonzero(clipped)),
+        num_values=value.size,
+    )
 
 
-def _added(left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a + b for a, b in zip(left, right, strict=True))
+def _sums_of_weight(value: np.ndarray, encoding: Encoding) -> Sums:
+    return _sums(value, value, np.asarray(fake_quantize(value, concrete(encoding))), encoding)
 
 
-def _is_clipped(value: jax.Array, rounded: jax.Array, encoding: Encoding) -> jax.Array:
+def _squared(values: np.ndarray) -> float:
+    """Returns the sum of squares: of a row in the values' precision, of the rows in float64."""
+    rows = values.reshape(len(values), -1) if values.ndim > 1 else values.reshape(1, -1)
+    return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
+
+
+def _is_clipped(value: np.ndarray, own: np.ndarray, encoding: Encoding) -> np.ndarray:
+    if not encoding.enabled:
+        return np.zeros(value.shape, bool)
     scale = along_axis(encoding.scale, encoding, value.shape)
     if encoding.float_format is not None:
-        return encoding.enabled & (jnp.abs(value) > encoding.qmax * scale)
-    return jnp.abs(rounded - value) > _BEYOND * scale
+        return np.abs(value) > encoding.qmax * scale
+    return np.abs(own) > _BEYOND * scale
 
 
-def _each(names: Sequence[str], histogram: Histogram) -> dict[str, Histogram]:
-    counts, exponents = np.asarray(histogram.counts), np.asarray(histogram.exponent)
-    return {name: Histogram(counts=counts[i], exponent=exponents[i]) for i, name in enumerate(names)}
+def _histogram(parts: Sequence[np.ndarray]) -> Histogram:
+    found = histogram_of(np.concatenate(parts)[None].astype(np.float32))
+    return Histogram(counts=found.counts[0], exponent=found.exponent[0])

@@ -28,6 +28,7 @@ from ptqjax.validate import Group, Validation, decibels, validate
 
 _RUNTIME_SAMPLES = 16  # that ONNX Runtime's integers are compared on; each of them is exact
 _WORST_GROUPS = 10  # of the runtime's that are told one by one
+_SCALE = ("scale_channels", "learn_scales")  # the transforms after which a model has other grids
 _CANNOT = (ConfigError, DataDependentError, DataError, ModelError, UnsupportedOperatorError)
 
 
@@ -70,12 +71,13 @@ def explain(
     """
     config, follow = config or QuantizationConfig(), follow or _unseen
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
-    rows = () if batches is None else measured(source, result, follow(batches, "measuring"), labels, config)
+    table = None if batches is None else measured(source, result, follow(batches, "measuring"), labels, config)
     facts = report.facts(
         source={"num_samples": 0 if batches is None else sum(map(num_samples, batches))} | dict(origin or {}),
         settings=asdict(config),
         device=device or str(jax.devices()[0]),
-        rows=rows,
+        rows=() if table is None else table.rows,
+        measured_in="" if table is None else table.by,
         records=[record for records in result.reports.values() for record in records],
         encodings=result.encodings,
         before=result.stages[0].model,
@@ -99,15 +101,22 @@ def measured(
     batches: Iterable[Mapping[str, Any]],
     labels: np.ndarray | None,
     config: QuantizationConfig,
-) -> tuple[report.Row, ...]:
-    """Returns the table of the run; the model without equalization gets grids of its own, to show what that gained."""
+) -> report.Measured:
+    """Returns the table of the run.
+
+    Where channels were scaled, the model before gets grids of its own, to show what that gained; else, what is before
+    is measured in float alone.
+    """
     folded = result.stages[0].model
-    own = {"fold": calibrate(folded, batches, _fitting(config, folded))} if config.equalize else {}
+    encodings: dict[str, Encodings | None] = {stage.name: result.encodings for stage in result.stages}
+    if config.equalize:
+        is_scaled = any(record.done and record.transform in _SCALE for record in result.reports["equalize"])
+        encodings["fold"] = calibrate(folded, batches, _fitting(config, folded)) if is_scaled else None
     stages = [
         report.MeasuredStage(
             name=stage.name,
             model=stage.model,
-            encodings=own.get(stage.name, result.encodings),
+            encodings=encodings[stage.name],
             keeps_function=stage.name != "correct",
         )
         for stage in result.stages
@@ -195,7 +204,7 @@ def _runtime_facts(
             if file is None:
                 written = load_target(config.target).exported_weights
                 export(result.model, result.encodings, folder, "model", weights=written)
-            return _compared(validate(file or Path(folder) / "model.onnx", chosen))
+            return _compared(validate(file or Path(folder) / "model.onnx", chosen, in_float=False))
         except _CANNOT as error:
             return {"compared": False, "reason": str(error)}
 
@@ -209,7 +218,6 @@ def _compared(found: Validation) -> dict[str, Any]:
         "lowest_equal": found.equal,
         "largest": found.largest,
         "integer": asdict(found.integer),
-        "float": asdict(found.float),
         "groups": [_group(group) for group in worst[:_WORST_GROUPS]],
         "unverified": list(found.unverified),
         "warnings": list(found.warnings),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from ptqjax.ir import Graph, Model
 from ptqjax.lowering import compiled, interpret
 from ptqjax.progress import Follow
 from ptqjax.quantize import Encodings
-from ptqjax.simulate import fake_quantization
+from ptqjax.simulate import fake_quantization, round_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +80,9 @@ def estimate_effects(
         injection=injection_of(model.graph, groups, from_float=is_alone),
         estimate=Estimate(is_alone=is_alone, has_loss=labels is not None),
     )
-    params, key = jax.device_put(dict(model.params)), jax.random.key(seed)
+    in_hand = round_parameters(model, encodings)[0].params  # in the program, each would be a branch of its own
+    rounded = {name: in_hand.get(name, value) for name, value in model.params.items()}
+    params, key = jax.device_put(_Params(dict(model.params), rounded)), jax.random.key(seed)
     noise, loss, power, count = np.zeros(len(groups)), np.zeros(len(groups)), 0.0, 0
     shown = follow(batches, "sensitivity") if follow else batches
     for number, (batch, classes) in enumerate(with_labels(model.graph, shown, labels)):
@@ -105,6 +108,15 @@ class _Static:
     """What is asked."""
 
 
+class _Params(NamedTuple):
+    """The parameters on both sides of their rounding."""
+
+    in_float: Mapping[str, Any]
+    """As the model has them."""
+    rounded: Mapping[str, Any]
+    """On their grids."""
+
+
 class _Batch(NamedTuple):
     """What is measured on."""
 
@@ -116,22 +128,24 @@ class _Batch(NamedTuple):
     """What is drawn with."""
 
 
-@compiled
-def _measure(static: _Static, params: Mapping[str, Any], encodings: Encodings, batch: _Batch) -> dict[str, jax.Array]:
+@partial(compiled, is_brief=True)
+def _measure(static: _Static, params: _Params, encodings: Encodings, batch: _Batch) -> dict[str, jax.Array]:
     """Returns by group the sums over a batch's samples of noise and loss, and the power of the outputs."""
     num_samples, num_groups = batch.classes.shape[0], static.injection.num_groups
     amplitudes = (jnp.zeros((num_groups, num_samples)), jnp.zeros(num_groups))
-    fixed = _of_fixed_length(static.graph, params, batch.inputs, num_samples)
+    fixed = _of_fixed_length(static.graph, params.in_float, batch.inputs, num_samples)
     program = _Program(static, params, encodings, num_samples, fixed)
     outputs, pull = jax.vjp(lambda given: floating_outputs(program.run(batch.inputs, *given)), amplitudes)
     outputs = {spec.name: outputs[spec.name] for spec in static.graph.outputs if spec.name in outputs}  # not sorted
     if static.estimate.is_alone:
         wanted, directions = outputs, [_signs(outputs, batch.key)]
     else:
-        wanted = floating_outputs(interpret(static.graph, params, batch.inputs)[0])
+        wanted = floating_outputs(interpret(static.graph, params.in_float, batch.inputs)[0])
         directions = [{name: 2 * (value - wanted[name]) for name, value in outputs.items()}]
     directions += _of_the_loss(static.estimate, outputs, wanted, batch)
-    (found,) = jax.vmap(pull)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions))
+    # One after the other: a product with a batch of one direction compiles twice as long as one without.
+    pulled = [pull(direction)[0] for direction in directions]
+    found = tuple(jnp.stack(each) for each in zip(*pulled, strict=True))
     power = jnp.stack([jnp.sum(value.astype(jnp.float32) ** 2) for value in wanted.values()]).sum()
     noise, *loss = program.by_sample(*found)
     num_classes = jnp.asarray(next(iter(outputs.values()))[0].size)
@@ -203,7 +217,7 @@ class _Program:
     def __init__(
         self,
         static: _Static,
-        params: Mapping[str, Any],
+        params: _Params,
         encodings: Encodings,
         num_samples: int,
         fixed: frozenset[str],
@@ -212,16 +226,15 @@ class _Program:
         self._is_alone = static.estimate.is_alone
         self._num_samples = num_samples
         self._fixed = fixed
-        self._round = fake_quantization(Model(graph=static.graph, params=dict(params)), encodings)
+        self._round = fake_quantization(Model(graph=static.graph, params=dict(params.in_float)), encodings)
         self._params = self._with_other_sides(params)
         self._places: dict[str, list[Place]] = {}
         for place in static.injection.places:
             self._places.setdefault(place.tensor, []).append(place)
         self._of_all_samples: set[int] = set()
 
-    def _with_other_sides(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        rounded = {name: self._round(name, value, None)[0] for name, value in params.items()}
-        here, there = (params, rounded) if self._is_alone else (rounded, params)
+    def _with_other_sides(self, params: _Params) -> dict[str, Any]:
+        here, there = params if self._is_alone else params[::-1]
         return {**here, **{other: there[name] for name, other in self._injection.others}}
 
     def run(self, inputs: Mapping[str, Any], by_sample: jax.Array, common: jax.Array) -> dict[str, Any]:

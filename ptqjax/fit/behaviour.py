@@ -72,7 +72,7 @@ def observe_shares_beyond(model: Model, batches: Iterable[Mapping[str, Any]] | N
     return {name: total / count for name, total in totals.items()}
 
 
-@partial(compiled, num_static=2)
+@partial(compiled, num_static=2, is_brief=True)
 def _beyond(
     graph: Graph, limits: tuple[tuple[str, tuple[str, float]], ...], params: Mapping[str, Any], batch: Any
 ) -> dict[str, jax.Array]:
@@ -108,7 +108,7 @@ def _merged(total: Any, found: Any, size: int) -> Any:
     }
 
 
-@partial(compiled, num_static=2)
+@partial(compiled, num_static=2, is_brief=True)
 def _measure(
     graph: Graph, axes: tuple[tuple[str, int], ...], params: Mapping[str, Any], key: Any, batch: Mapping[str, Any]
 ) -> dict[str, dict[str, jax.Array]]:

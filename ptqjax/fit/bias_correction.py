@@ -316,7 +316,7 @@ def _check_finite(errors: Mapping[str, np.ndarray], place: str) -> None:
         )
 
 
-@partial(compiled, num_static=2)
+@partial(compiled, num_static=2, is_brief=True)
 def _float_means(
     graph: Graph, axes: Axes, params: Mapping[str, Any], batch: Mapping[str, Any]
 ) -> dict[str, Float[Array, " _"]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,10 @@ from ptqjax.errors import ConfigError, DataError
 from ptqjax.fit.behaviour import observe_behaviour
 from ptqjax.fit.samples import can_be_regrouped, first_samples, grouped, joined
 from ptqjax.ir import Model, Record, Report
+from ptqjax.kernels.brief import brief_options
 from ptqjax.lowering import axis_in_layout, interpret
 from ptqjax.quantize import calibrate
+from ptqjax.quantize.batches import num_samples
 from ptqjax.quantize.encodings import Encoding, Encodings
 from ptqjax.quantize.placement import place
 from ptqjax.simulate import fake_quantization
@@ -131,12 +134,14 @@ def learn_scales(
     ties = find_ties(model, left=left)
     if not ties.sets:
         return model, (Record(transform=_NAME, done=False, what="left alone", where=(), reason="nothing is tied"),)
+    batches = first_samples(model.graph, batches)
     used, held = _divided(model, batches, learning)
+    size = max(num_samples(batch) for batch in batches)
     task = _Task(
         model=model,
         ties=ties,
         behaviour=observe_behaviour(model, [sample.inputs for sample in used]),
-        encodings=calibrate(model, [sample.inputs for sample in used], config),
+        encodings=calibrate(model, _regrouped(model, [sample.inputs for sample in used], size), config),
         roots={site.tensor: site.root for site in place(model, config).sites},
         learning=learning,
     )
@@ -147,7 +152,7 @@ def learn_scales(
 
 def _divided(model: Model, batches: Any, learning: Learning) -> tuple[list[_Sample], list[_Sample]]:
     """Returns the samples to learn from and those held back, in batches, with the float model's answers."""
-    found = first_samples(model.graph, batches)
+    found = batches
     axes = _layer_axes(find_ties(model))
     answer = jax.jit(lambda inputs: _answers(model, axes, inputs))
     if can_be_regrouped(model.graph, found):
@@ -163,6 +168,15 @@ def _divided(model: Model, batches: Any, learning: Learning) -> tuple[list[_Samp
         parts = [found[num_held:], found[:num_held]]
     used, held = ([_Sample(batch, *jax.device_get(answer(batch))) for batch in part] for part in parts)
     return used, held
+
+
+def _regrouped(model: Model, batches: list[Any], size: int) -> list[Any]:
+    """Returns the samples in batches of another size where that is possible: a size that programs are there for."""
+    if not can_be_regrouped(model.graph, batches):
+        return batches
+    samples = joined(batches)
+    count = len(next(iter(samples.values())))
+    return grouped(samples, np.arange(count), size) if count >= size else batches
 
 
 def _check_count(left: int, count: int, what: str) -> None:
@@ -312,9 +326,13 @@ def _descended(task: _Task, used: Sequence[_Sample], held: Sequence[_Sample]) ->
 
     learning = task.learning
     optimizer = optax.adam(optax.cosine_decay_schedule(learning.rate, learning.num_steps))
-    loss = jax.jit(lambda variables, sample: _loss(task, variables, sample))
+    brief = brief_options((task.model.params, used[0]))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=brief)
+    def loss(variables: _Variables, sample: _Sample) -> Any:
+        return _loss(task, variables, sample)
+
+    @partial(jax.jit, compiler_options=brief)
     def step(variables: _Variables, state: Any, sample: _Sample) -> tuple[_Variables, Any]:
         slope = jax.grad(lambda found: _loss(task, found, sample))(variables)
         slope = jax.tree.map(lambda value: jnp.where(jnp.isfinite(value), value, 0.0), slope)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -97,7 +98,7 @@ class _Target(NamedTuple):
     """Whether the difference is taken out, boolean scalar."""
 
 
-@compiled
+@partial(compiled, is_brief=True)
 def _run(
     plan: _Plan,
     params: Mapping[str, Any],

@@ -30,9 +30,8 @@ from ptqjax.quantize.tensors import is_floating
 from ptqjax.transforms.behaviour import Behaviour, implied_behaviour
 from ptqjax.transforms.equalize import unscaled
 from ptqjax.transforms.noise import Steps, covers_noise, scale_for_noise
-from ptqjax.transforms.rescale import rescale
+from ptqjax.transforms.rescale import with_free_bounds
 from ptqjax.transforms.scaling import scale_channels
-from ptqjax.transforms.ties import find_ties
 
 _NAME = "choose"
 _CLEARLY = 0.25  # dB by which something must be better than what is simpler
@@ -202,27 +201,31 @@ def _with_data(ways: _Ways, config: QuantizationConfig) -> Choice:
         report = unscaled(model, "no output holds floating numbers, by which ways could be compared")
         return Choice(model=model, report=report, **asked)
     policy = _POLICIES[config.effort]
+    learns = config.granularity == "tensor" and policy.learning_steps > 0
     expected = _expected_gain(ways, config)
     if not policy.trial_samples:
         return _by_prediction(ways, config, expected)
     candidates = _candidates(policy, expected.gain)
-    is_freed = len(candidates) > 1 and _bounds(config) == "exact"
-    judge = _Judge.of(ways, config, policy.trial_samples, is_freed=is_freed)
+    if (learns or len(candidates) > 1) and _bounds(config) == "exact":
+        ways = _Ways(with_free_bounds(model), ways.batches)  # one structure, and so one set of programs, for all
+    judge = _Judge.of(ways, config, policy.trial_samples)
     best = _best([trial for name in candidates for trial in judge.trials(name)])
     best = _best([best, *judge.corrections(best)])
     records = (expected.record, *(_tried(trial, is_chosen=trial is best) for trial in judge.tried))
     scaled, report = ways.scaled(best.name, config)
-    if config.granularity == "tensor" and policy.learning_steps:
+    is_scaled = best.name != "off"
+    if learns:
         samples = judge.used + judge.held
         learning = Learning(seed=config.seed, num_steps=policy.learning_steps)
         scaled, learned = learn_scales(scaled, samples, config, learning, bounds=_bounds(config))
+        is_scaled |= any(record.done for record in learned)
         report = (*report, *learned)
     return Choice(
-        model=scaled,
+        model=scaled if is_scaled else model,
         headroom=best.headroom,
         correct=best.correct,
         report=(*records, *report),
-        scaling=None if config.granularity == "tensor" else best.name,
+        scaling=None if learns else best.name,
     )
 
 
@@ -246,7 +249,7 @@ def _expected_gain(ways: _Ways, config: QuantizationConfig) -> _Expected:
     """Returns what scales of least predicted noise are predicted to gain, from as little data as tells it."""
     steps, bounds = steps_of(config), _bounds(config)
     source = "batch norms"
-    behaviour = implied_behaviour(ways.model)
+    behaviour = implied_behaviour(ways.model) if ways.model.statistics else {}
     if not covers_noise(ways.model, behaviour, per_channel=steps.per_channel):
         source, behaviour = f"{_BATCH} samples", ways.behaviour(config.seed, _BATCH)
     try:
@@ -373,25 +376,20 @@ class _Judge:
     config: QuantizationConfig
     used: list[Batch]
     held: list[Batch]
-    is_freed: bool
-    """Whether the model left as it is gets a bound per channel as scaled ones have: then one program serves all."""
     tried: list[_Trial]
     wanted: list[dict[str, Any]]
     """The float model's outputs on the samples held back, once there are any."""
 
     @staticmethod
-    def of(ways: _Ways, config: QuantizationConfig, num_samples: int, *, is_freed: bool) -> _Judge:
+    def of(ways: _Ways, config: QuantizationConfig, num_samples: int) -> _Judge:
         """Returns a judge on so many of the samples."""
         used, held = divided(ways.model, ways.batches, num_samples)
         half = _Ways(ways.model, used)
-        return _Judge(ways=half, config=config, used=used, held=held, is_freed=is_freed, tried=[], wanted=[])
+        return _Judge(ways=half, config=config, used=used, held=held, tried=[], wanted=[])
 
     def trials(self, name: str) -> list[_Trial]:
         """Returns what a way gives with each headroom."""
         model, report = self.ways.scaled(name, self.config)
-        if name == "off" and self.is_freed:
-            ties = find_ties(model)
-            model = rescale(model, ties, np.zeros(ties.num_scales))
         headrooms = _HEADROOMS if self.config.headroom is None else (self.config.headroom,)
         trial = _Trial(name=name, model=model, report=report, headroom=1.0, correct=self.config.correct)
         return self._measured([replace(trial, headroom=headroom) for headroom in headrooms])

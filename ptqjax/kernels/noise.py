@@ -19,7 +19,6 @@ Source: ours. Meller et al., Same, Same But Different (ICML 2019), and Nagel et 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ptqjax.kernels.brief import SOON, brief_options
 from ptqjax.pytrees import PyTreeNode, static_field
 
 NOTHING = -60.0
@@ -247,20 +247,20 @@ def least_noise(
     *,
     activation_steps: int,
     weight_steps: int,
-    num_steps: int = 150,
-    rate: float = 0.05,
+    num_steps: int = 60,
+    rate: float = 0.1,
 ) -> tuple[np.ndarray, float, float]:
     """Returns log scales of least predicted noise, and the logarithm of the noise before and after.
 
     Adam on the logarithm of the noise, which is convex, with a rate that falls along a cosine. Scale 0 stays at one.
     """
     theta = jnp.asarray(start, jnp.float32)
-    scales, before, after = _descend(theta, terms, (activation_steps, weight_steps), num_steps, rate)
+    descend = _descend_soon if brief_options(terms) else _descend
+    scales, before, after = descend(theta, terms, (activation_steps, weight_steps), num_steps, rate)
     return np.asarray(scales, np.float64), float(before), float(after)
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _descend(start: Any, terms: Any, steps: tuple[int, int], num_steps: int, rate: float) -> tuple[Any, Any, Any]:
+def _descended(start: Any, terms: Any, steps: tuple[int, int], num_steps: int, rate: float) -> tuple[Any, Any, Any]:
     import optax  # noqa: PLC0415  (slow to import, and needed where scales are searched alone)
 
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, num_steps))
@@ -279,3 +279,8 @@ def _descend(start: Any, terms: Any, steps: tuple[int, int], num_steps: int, rat
     (theta, _), values = jax.lax.scan(step, (start, optimizer.init(start)), sharpness)
     theta = theta.at[0].set(0.0)
     return theta, values[0], noise(theta, 200.0)
+
+
+_descend, _descend_soon = (
+    jax.jit(_descended, static_argnums=(2, 3, 4), compiler_options=options) for options in (None, SOON)
+)

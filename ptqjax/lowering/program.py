@@ -14,6 +14,7 @@ import numpy as np
 
 from ptqjax.errors import DataDependentError
 from ptqjax.ir import Graph, captured
+from ptqjax.kernels.brief import SOON, brief_options
 from ptqjax.lowering.inputs import check_params, checked_inputs
 from ptqjax.lowering.interpreter import interpret
 from ptqjax.lowering.partition import cut_before
@@ -43,11 +44,25 @@ def apply(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) ->
         UnsupportedOperatorError: A node has no lowering.
         DataDependentError: A shape depends on data, and the data are traced.
     """
+    return _applied(graph, params, inputs, _program)
+
+
+def apply_few_times(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `apply` returns, by a program that compiles in half the time, for what does not run often.
+
+    The first layers run on the whole batch, not on a few samples at a time: see `lowering.samples`.
+    """
+    return _applied(graph, params, inputs, _plain_program)
+
+
+def _applied(
+    graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any], program: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
     inputs = checked_inputs(graph, inputs)
     check_params(graph, params)
     params = {name: params[name] for name in graph.parameters}
-    with precision(graph, params, inputs):
-        outputs = _outputs(graph, params, inputs)
+    with precision(graph, params, inputs, stacklevel=5):
+        outputs = _outputs(graph, params, inputs, program)
     return {spec.name: _as_given(outputs[spec.name]) for spec in graph.outputs}  # `jit` had sorted the names
 
 
@@ -59,7 +74,7 @@ def _as_given(output: Any) -> Any:
 
 
 def compiled(
-    program: Callable[..., _T], *, num_static: int = 1, donated: int | tuple[int, ...] = ()
+    program: Callable[..., _T], *, num_static: int = 1, donated: int | tuple[int, ...] = (), is_brief: bool = False
 ) -> Callable[..., _T]:
     """Returns `program(*static, *arrays)` compiled, or, where a shape depends on concrete data, uncompiled.
 
@@ -67,12 +82,15 @@ def compiled(
         program: A pure function of positional arguments, the static (hashable) ones first.
         num_static: How many of them are static.
         donated: Positions of the arguments whose memory the results may take.
+        is_brief: Whether it runs a few times only, so that on few numbers compiling is most of the work, see
+            `brief_options`. Not for what is to equal another program to the bit.
 
     Raises (when called):
         DataDependentError: A shape depends on data, and some of the arrays are traced.
     """
     positions = (donated,) if isinstance(donated, int) else donated
     jitted = _jitted(program, num_static=num_static, donated=positions)
+    soon = _jitted(program, num_static=num_static, donated=positions, options=SOON) if is_brief else jitted
     in_vain: set[Any] = set()  # what was traced without success, so that it is not traced again
 
     @wraps(program)
@@ -81,7 +99,7 @@ def compiled(
         key = (revision(), static, _shapes(arrays)) if in_vain else None
         if key not in in_vain or not is_concrete(*arrays):
             try:
-                return jitted(revision(), *arguments)
+                return (soon if is_brief and brief_options(arrays) else jitted)(revision(), *arguments)
             except DataDependentError:
                 if not is_concrete(*arrays):
                     raise
@@ -95,7 +113,13 @@ def _shapes(arrays: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(np.shape(leaf) for leaf in jax.tree.leaves(arrays))
 
 
-def _jitted(program: Callable[..., _T], *, num_static: int, donated: tuple[int, ...] = ()) -> Callable[..., _T]:
+def _jitted(
+    program: Callable[..., _T],
+    *,
+    num_static: int,
+    donated: tuple[int, ...] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., _T]:
     """Returns (revision, *arguments) -> program(*arguments), compiled once for each revision of the operators."""
 
     def run(_: int, *arguments: Any) -> _T:
@@ -106,6 +130,7 @@ def _jitted(program: Callable[..., _T], *, num_static: int, donated: tuple[int, 
         run,
         static_argnums=tuple(range(num_static + 1)),
         donate_argnums=tuple(position + 1 for position in donated),
+        compiler_options=None if options is None else dict(options),
     )
 
 
@@ -113,12 +138,14 @@ _cuts: dict[Any, frozenset[str]] = {}
 """Where graphs were cut, by graph and input shapes: what was traced without success is not traced again."""
 
 
-def _outputs(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+def _outputs(
+    graph: Graph, params: dict[str, Any], inputs: dict[str, Any], program: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
     """Returns the outputs; where a shape depends on concrete data, all that does not depend on it is compiled."""
     key = (revision(), graph, _shapes(inputs))
     if key not in _cuts or not is_concrete(params, inputs):
         try:
-            return _compiled(graph, params, inputs)
+            return program(revision(), graph, params, inputs)
         except DataDependentError as error:
             if not is_concrete(params, inputs):
                 raise
@@ -127,7 +154,7 @@ def _outputs(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> di
         while True:
             first, second = cut_before(graph, _cuts[key])
             try:
-                reached = _compiled(first, {name: params[name] for name in first.parameters}, inputs)
+                reached = program(revision(), first, {name: params[name] for name in first.parameters}, inputs)
             except DataDependentError as error:
                 if error.tensor in _cuts[key]:
                     raise  # by our own fault: without that node the graph cannot fail at it
@@ -136,15 +163,18 @@ def _outputs(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> di
                 return interpret(second, params, reached)[0]
 
 
+def _interpret_whole(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    return interpret(graph, params, inputs)[0]
+
+
 _program = _jitted(interpret_by_samples, num_static=1)
-
-
-def _compiled(graph: Graph, params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    return _program(revision(), graph, params, inputs)
+_plain_program = _jitted(_interpret_whole, num_static=1)
 
 
 @contextmanager
-def precision(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]) -> Iterator[None]:
+def precision(
+    graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any], *, stacklevel: int = 4
+) -> Iterator[None]:
     """Returns a context in which 64-bit tensors keep their width, if no value is traced; else a warning says so."""
     wide = _wide_tensor(graph, params)
     traced = not is_concrete(params, inputs)
@@ -152,7 +182,7 @@ def precision(graph: Graph, params: Mapping[str, Any], inputs: Mapping[str, Any]
         warnings.warn(
             f"tensor '{wide}' is of a 64-bit type and is computed in 32 bits under the caller's transformation; "
             "set jax_enable_x64 to keep its width",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     with jax.enable_x64(True) if (wide or _casts_widely(graph)) and not traced else nullcontext():
         yield

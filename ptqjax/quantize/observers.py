@@ -105,7 +105,9 @@ class RangeScheme:
     """(matrices, grids) -> scale and zero point of each row of each matrix; one grid for each row."""
 
 
-def sampled(value: Float[Array, "..."], num_samples: int, limit: int = SAMPLES) -> Float[Array, " k"]:
+def sampled(
+    value: Float[Array | np.ndarray, "..."], num_samples: int, limit: int = SAMPLES
+) -> Float[Array | np.ndarray, " k"]:
     """Returns at most `limit` values of each of `num_samples` samples: always the same places, spread over all.
 
     The places are i * s modulo the sample's size n, with s coprime to n and near n times the golden ratio: evenly
@@ -116,7 +118,7 @@ def sampled(value: Float[Array, "..."], num_samples: int, limit: int = SAMPLES) 
     return rows.reshape(-1) if size <= wanted else rows[:, _places(size, wanted)].reshape(-1)
 
 
-def _by_samples(value: Float[Array, "..."], num_samples: int) -> Float[Array, "n k"]:
+def _by_samples(value: Any, num_samples: int) -> Any:
     return value.reshape(num_samples if num_samples and value.size % num_samples == 0 else 1, -1)
 
 

@@ -200,7 +200,7 @@ def _places(graph: Graph) -> dict[str, int]:
     return {name: place for place, name in enumerate(names)}
 
 
-@compiled
+@partial(compiled, is_brief=True)
 def _look(plan: _Plan, params: dict[str, Any], inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
     """Returns what each observer is to keep of one batch, and channel means; the forward pass, and little beside it."""
     tensors, wanted, axes = plan.tensors, frozenset(plan.tensors), dict(plan.measured)
@@ -231,7 +231,7 @@ def channel_means(value: jax.Array, axis: int, channel_axis: int | None) -> Floa
     return jnp.mean(value, axis=tuple(i for i in range(value.ndim) if i != kept))
 
 
-@partial(compiled, donated=1)
+@partial(compiled, donated=1, is_brief=True)
 def _absorb(observers: tuple[Observer, ...], states: Any, looked: Any) -> tuple[Any, jax.Array]:
     """Returns the states after one batch, and which tensors were finite so far."""
     updated = tuple(each.absorb(*pair) for each, *pair in zip(observers, states, looked, strict=True))

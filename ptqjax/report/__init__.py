@@ -2,13 +2,14 @@
 
 from ptqjax.report.facts import Row, contents, facts, to_json
 from ptqjax.report.inspection import Inspection, inspect
-from ptqjax.report.measure import MeasuredStage, measure
+from ptqjax.report.measure import Measured, MeasuredStage, measure
 from ptqjax.report.page import page
 from ptqjax.report.recommendations import Recommendation, as_facts, recommendations
 from ptqjax.report.texts import metric_headings, metric_text
 
 __all__ = [
     "Inspection",
+    "Measured",
     "MeasuredStage",
     "Recommendation",
     "Row",

@@ -168,7 +168,7 @@ def runtime(report: Mapping[str, Any]) -> str:
     title = "Disagreement with ONNX Runtime"
     if not found["compared"]:
         return section("runtime", title, f"Not compared: {escape(found['reason'])}", "")
-    programs = [("integer program", found["integer"]), ("float program", found["float"])]
+    programs = [(f"{name} program", found[name]) for name in ("integer", "float") if found.get(name)]
     rows = [
         [name, decibels(each["sqnr"]), percent(each["agreement"]), percent(each["equal"])] for name, each in programs
     ]
@@ -191,8 +191,8 @@ def runtime(report: Mapping[str, Any]) -> str:
     return section(
         "runtime",
         title,
-        f"The exported file on {found['num_samples']} samples. {_exactness(found)} The float program, which the "
-        "figures above are from, rounds at the same places and adds in another order, so that some roundings differ.",
+        f"The exported file on {found['num_samples']} samples. {_exactness(found)} The float program, which noise and "
+        "sensitivities are from, rounds at the same places and adds in another order, so that some roundings differ.",
         outputs
         + folded("The tensors that differ most", f"{len(found['groups'])} of {found['num_groups']}", worst)
         + (f'<ul class="warnings">{warnings}</ul>' if warnings else ""),

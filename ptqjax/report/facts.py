@@ -37,6 +37,7 @@ def facts(
     device: str,
     rows: Sequence[Row],
     records: Iterable[Record],
+    measured_in: str = "the simulation",
     encodings: Mapping[str, Encoding],
     before: Model,
     after: Model,
@@ -48,6 +49,7 @@ def facts(
         settings: The configuration, by field.
         device: The device that computed.
         rows: The table, in order.
+        measured_in: What computed it; "" where nothing was measured.
         records: What every transform did and left alone.
         encodings: The chosen grids, by tensor.
         before: The model before equalization (batch norms folded): its weights are compared with those of `after`.
@@ -59,6 +61,7 @@ def facts(
         "device": device,
         "versions": versions(),
         "model": contents(after),
+        "measured_in": measured_in,
         "stages": [{"stage": row.stage, "metrics": numbers(row.metrics)} for row in rows],
         "records": [_record(record) for record in records],
         "encodings": {name: encoding_facts(name, encodings[name], after) for name in sorted(encodings)},

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 
-from ptqjax.evaluate import Evaluation, evaluate
+from ptqjax.errors import PtqjaxError
+from ptqjax.evaluate import Evaluation, evaluate_each
+from ptqjax.export import quantized_model
 from ptqjax.ir import Model
-from ptqjax.lowering import apply
+from ptqjax.lowering import apply_few_times
 from ptqjax.quantize import Encodings
+from ptqjax.quantize.batches import num_samples
 from ptqjax.report.facts import Row
 from ptqjax.simulate import simulate
+from ptqjax.validate import run, session
 
 Function: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+RUNTIME = "ONNX Runtime"
+"""What computes the table where it can: what the user's file is worth, and nothing has to be compiled."""
+SIMULATION = "the simulation"
+"""What computes it elsewhere: on a GPU, without onnxruntime, and where that does not take one of the models."""
+
+_IN_FLOAT = 32  # samples that show whether a stage keeps the function; float rounding is the same on all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,51 +38,118 @@ class MeasuredStage:
     """As the table has it."""
     model: Model
     """The float model after the stage."""
-    encodings: Encodings
-    """Grids that were calibrated for it."""
+    encodings: Encodings | None
+    """Grids that were calibrated for it; None: it is not measured quantized."""
     keeps_function: bool
     """Whether the stage promises the same function in float (a bias correction does not: it anticipates rounding)."""
 
 
+class Measured(NamedTuple):
+    """The table of a run."""
+
+    rows: tuple[Row, ...]
+    """"float" first, then the stages in order."""
+    by: str
+    """What computed it: `RUNTIME` or `SIMULATION`."""
+
+
 def measure(
-    source: Model, stages: Iterable[MeasuredStage], batches: Iterable[Mapping[str, Any]], labels: np.ndarray | None
-) -> tuple[Row, ...]:
+    source: Model, stages: Sequence[MeasuredStage], batches: Iterable[Mapping[str, Any]], labels: np.ndarray | None
+) -> Measured:
     """Returns the table, "float" first: that row agrees with itself by definition, so it is there without labels too.
 
-    The quantized models are simulated, and on `batches`, which they may have been calibrated on: a table to compare
-    stages by, no estimate of what the exported file is worth (`evaluate` gives that).
+    Computed in ONNX Runtime where that runs all of the models, else simulated; on `batches`, which they may have been
+    calibrated on: a table to compare stages by, no estimate of what the exported file is worth (`evaluate` gives that).
+    Whether stages keep the function is told by the first batches, 32 samples or one batch.
 
     Args:
         source: The float model as it was read, which all are compared with.
         stages: The models to measure.
-        batches: Inputs by name, samples along the first axis; gone through once or twice for each row.
+        batches: Inputs by name, samples along the first axis; gone through twice.
         labels: The classes of the samples, in the order of the batches; None where unknown.
     """
-    reference = _in_float(source)
-    itself = {"float_sqnr_db": float("inf"), "sqnr_db": float("inf"), "agreement": 1.0}
-    known = {} if labels is None else _metrics(evaluate(reference, batches, labels=labels))
-    rows = [Row(stage="float", metrics=itself | known)]
+    programs = _in_runtime(source, stages) or _simulated(source, stages)
+    compared = list(programs.quantized)
+    itself = [] if labels is None else [programs.reference]
+    every = [*itself, *(programs.quantized[name] for name in compared)]
+    reference = programs.reference if compared else None
+    found = evaluate_each(every, batches, labels=labels, reference=reference) if every else ()
+    of_float = {"float_sqnr_db": float("inf"), "sqnr_db": float("inf"), "agreement": 1.0}
+    of_float |= _metrics(next(iter(found))) if itself else {}
+    quantized = dict(zip(compared, found[len(itself) :], strict=True))
+    in_float = {}
+    if programs.in_float:
+        kept = evaluate_each(list(programs.in_float.values()), _first(batches), reference=programs.reference)
+        in_float = dict(zip(programs.in_float, kept, strict=True))
+    rows = [Row(stage="float", metrics=of_float)]
     for stage in stages:
-        metrics = _metrics(evaluate(_quantized(stage), batches, labels=labels, reference=reference))
-        if stage.keeps_function:
-            in_float = evaluate(_in_float(stage.model), batches, reference=reference)
-            metrics |= {"float_sqnr_db": _metrics(in_float)["sqnr_db"]}
+        metrics = _metrics(quantized[stage.name]) if stage.name in quantized else {}
+        if stage.name in in_float:
+            metrics |= {"float_sqnr_db": _metrics(in_float[stage.name])["sqnr_db"]}
         rows.append(Row(stage=stage.name, metrics=metrics))
-    return tuple(rows)
+    return Measured(rows=tuple(rows), by=programs.by)
 
 
-def _in_float(model: Model) -> Function:
-    return lambda batch: _in_order(model, apply(model.graph, model.params, batch))
+def _first(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    count = 0
+    for batch in batches:
+        yield batch
+        count += num_samples(batch)
+        if count >= _IN_FLOAT:
+            return
 
 
-def _quantized(stage: MeasuredStage) -> Function:
-    program = simulate(stage.model, stage.encodings)
-    return lambda batch: _in_order(stage.model, program(stage.model.params, stage.encodings, batch))
+class _Programs(NamedTuple):
+    """The models as functions of a batch, by stage."""
+
+    reference: Function
+    in_float: Mapping[str, Function]
+    quantized: Mapping[str, Function]
+    by: str
 
 
-def _in_order(model: Model, outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the outputs in the order of the graph, the first of which has the classes; jit sorts them by name."""
-    return {spec.name: outputs[spec.name] for spec in model.graph.outputs}
+def _in_runtime(source: Model, stages: Sequence[MeasuredStage]) -> _Programs | None:
+    """Returns the models in ONNX Runtime; None where JAX computes on another device, or one of them does not run."""
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        return _Programs(
+            reference=_session(source),
+            in_float={stage.name: _session(stage.model) for stage in stages if stage.keeps_function},
+            quantized={
+                stage.name: _session(quantized_model(stage.model, stage.encodings))
+                for stage in stages
+                if stage.encodings is not None
+            },
+            by=RUNTIME,
+        )
+    except (PtqjaxError, ValueError):  # a ValueError: more than protobuf holds
+        return None
+
+
+def _session(model: Model) -> Function:
+    runtime = session(model)
+    return lambda batch: run(runtime, batch)
+
+
+def _simulated(source: Model, stages: Sequence[MeasuredStage]) -> _Programs:
+    return _Programs(
+        reference=_applied(source),
+        in_float={stage.name: _applied(stage.model) for stage in stages if stage.keeps_function},
+        quantized={
+            stage.name: _simulation(stage.model, stage.encodings) for stage in stages if stage.encodings is not None
+        },
+        by=SIMULATION,
+    )
+
+
+def _applied(model: Model) -> Function:
+    return lambda batch: apply_few_times(model.graph, model.params, batch)
+
+
+def _simulation(model: Model, encodings: Encodings) -> Function:
+    program = simulate(model, encodings)
+    return lambda batch: program(model.params, encodings, batch)
 
 
 def _metrics(found: Evaluation) -> dict[str, float]:

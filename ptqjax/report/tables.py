@@ -26,15 +26,13 @@ _NODES = 5  # named of each operator without a lowering
 _WIDTH = 120  # characters of a line where no terminal says otherwise
 
 
-def print_stages(stages: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the table of a run: what each stage kept; nothing where nothing was measured."""
+def print_stages(stages: Sequence[Mapping[str, Any]], by: str) -> None:
+    """Prints the table of a run: what each stage kept, and what computed it; nothing where nothing was measured."""
     if not stages:
         return
     headings = metric_headings(stages)
     rows = [[stage["stage"], *(metric_text(name, stage["metrics"].get(name)) for name in headings)] for stage in stages]
-    _table(
-        "After each stage: the simulation, on the calibration samples", ["", *headings.values()], rows, numbers_from=1
-    )
+    _table(f"After each stage: in {by}, on the calibration samples", ["", *headings.values()], rows, numbers_from=1)
 
 
 def print_validation(path: Path, found: Validation) -> None:
@@ -54,6 +52,7 @@ def print_validation(path: Path, found: Validation) -> None:
     rows = [
         [name, f"{likeness.sqnr:.1f}", f"{100 * likeness.agreement:.2f}", f"{100 * likeness.equal:.2f}"]
         for name, likeness in (("integer program", found.integer), ("float program", found.float))
+        if likeness is not None
     ]
     _table("Outputs, end to end", ["", "SQNR, dB", "agreement, %", "equal, %"], rows, numbers_from=1)
     _print_saturating(found.saturating)

@@ -94,6 +94,8 @@ def places_of(model: Model) -> dict[str, tuple[int, ...]]:
         found[spec.name] = tuple(size if isinstance(size, int) and size > 0 else _INPUT_SIDE for size in sizes)
     for node in model.graph.nodes:
         before = next((found[name] for name in node.inputs if name in found), ())
+        if (kernel := _kernel(model, node)) and len(kernel) != len(before):  # behind a Reshape, say
+            before = found[node.inputs[0]] = (_SIDE,) * len(kernel)
         rank = ranks.get(node.output, 2)
         after = _places_behind(model, node, before) if rank >= _IMAGE else ()
         after = after if len(after) == max(rank - 2, 0) else (_SIDE,) * max(rank - 2, 0)
@@ -104,7 +106,7 @@ def places_of(model: Model) -> dict[str, tuple[int, ...]]:
 def _places_behind(model: Model, node: Node, sizes: tuple[int, ...]) -> tuple[int, ...]:
     if node.op_type.startswith("Global") or node.op_type == "ReduceMean":
         return (1,) * len(sizes)
-    if node.op_type in {"Conv", "AveragePool", "MaxPool"}:
+    if _kernel(model, node):
         kernel, strides, dilations, padding = _window(model, node, sizes)
         ceil = bool(node.attribute("ceil_mode", 0))
         behind = output_sizes(
@@ -118,6 +120,14 @@ def _places_behind(model: Model, node: Node, sizes: tuple[int, ...]) -> tuple[in
     return sizes
 
 
+def _kernel(model: Model, node: Node) -> tuple[int, ...]:
+    """Returns the sizes of a window that moves over the input; () for other nodes, and where they are not known."""
+    if node.domain or node.op_type not in {"Conv", "AveragePool", "MaxPool"}:
+        return ()
+    weight = model.params.get(node.inputs[1]) if node.op_type == "Conv" else None
+    return tuple(node.attribute("kernel_shape") or (() if weight is None else weight.shape[2:]))
+
+
 def _setting(node: Node, name: str, rank: int) -> tuple[int, ...]:
     return tuple(node.attribute(name) or (1,) * rank)
 
@@ -125,7 +135,7 @@ def _setting(node: Node, name: str, rank: int) -> tuple[int, ...]:
 def _window(model: Model, node: Node, sizes: Sequence[int]) -> tuple[Any, Any, Any, Any]:
     """Returns kernel, strides, dilations and padding of a convolution or pool."""
     rank = len(sizes)
-    kernel = node.attribute("kernel_shape") or model.params[node.inputs[1]].shape[2:]
+    kernel = _kernel(model, node)
     strides, dilations = (_setting(node, name, rank) for name in ("strides", "dilations"))
     padding = explicit_padding(
         sizes, kernel=kernel, strides=strides, dilations=dilations, pads=node.attribute("pads") or (0,) * 2 * rank,

@@ -134,7 +134,7 @@ def noise_optimal_scales(
     weight_steps: int,
     activation_steps: int,
     start: Any | None = None,
-    num_steps: int = 150,
+    num_steps: int = 60,
 ) -> tuple[np.ndarray, float, float]:
     """Returns log scales [num_scales], and the predicted noise before and after in dB below the output's power.
 

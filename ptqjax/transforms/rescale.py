@@ -13,7 +13,7 @@ from ptqjax.kernels.precision import widened
 from ptqjax.transforms.activations import limits_of, with_limits
 from ptqjax.transforms.linear import Edit, edited
 from ptqjax.transforms.scale_numbers import FIXED
-from ptqjax.transforms.ties import Limited, Ties
+from ptqjax.transforms.ties import Limited, Ties, find_ties
 from ptqjax.transforms.weights import WeightAndBias, weights_of, write_back
 
 
@@ -40,6 +40,12 @@ def rescale(model: Model, ties: Ties, log_scales: Any) -> Model:
     edits = [*_limits(model, ties, scale), *_shifts(model, ties, scale)]
     edits += write_back(model, {output: tied.layer for output, tied in ties.layers.items()}, changed)
     return edited(model, edits, _statistics(model, ties, scale))
+
+
+def with_free_bounds(model: Model) -> Model:
+    """Returns the model with a bound per channel wherever scaling would need one: the structure of all scaled ones."""
+    ties = find_ties(model)
+    return rescale(model, ties, np.zeros(ties.num_scales))
 
 
 def _limits(model: Model, ties: Ties, scale: Any) -> list[Edit]:

@@ -16,7 +16,7 @@ import numpy as np
 from ptqjax import onnx_io
 from ptqjax.errors import ModelError
 from ptqjax.ir import Model, Node, Report, TensorSpec, rebuild, value_of
-from ptqjax.lowering import apply
+from ptqjax.lowering import apply_few_times
 from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.transforms.fuse_quantized import fuse_quantized
 from ptqjax.transforms.saturation import saturating_weights, warn_of_saturation
@@ -27,14 +27,22 @@ from ptqjax.validate.totals import NO_DISTANCE, Sums, with_elements
 
 
 def validate(
-    model: Model | str | os.PathLike[str] | bytes, batches: Iterable[Mapping[str, Any]], *, device: str = "cpu"
+    model: Model | str | os.PathLike[str] | bytes,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    device: str = "cpu",
+    in_float: bool = True,
 ) -> Validation:
     """Returns how an exported QDQ model in ONNX Runtime compares with what is simulated.
+
+    Where all integers of a batch are equal all the way from the inputs, each group has been computed from ONNX
+    Runtime's own integers already, and is not computed again.
 
     Args:
         model: The QDQ model: its file, the folder that `ptqjax quantize` wrote, its bytes, or the model as read.
         batches: Inputs by name, samples along the first axis; one batch at a time is held.
         device: Where ONNX Runtime computes: "cpu", "cuda" or "auto".
+        in_float: Whether the float program is compared as well.
 
     Raises:
         ModelError: The model cannot be read or run, or is not quantized.
@@ -51,19 +59,22 @@ def validate(
     runtimes, fusions = _runtimes(programs, tensors, device)
     tally = _Tally(alone=dict.fromkeys(tensors, NO_DISTANCE), end_to_end=dict.fromkeys(tensors, NO_DISTANCE))
     for batch in checked_batches(quantized.graph, batches):
-        tally = tally.plus(programs, runtimes, batch)
+        tally = tally.plus(programs, runtimes, batch, in_float=in_float)
     groups = tuple(_group(fusions, quantized, name, tally) for name in tensors)
     unverified = [group.tensor for group in groups if not group.is_verified]
     saturating = saturating_weights(programs.fused)
     return Validation(
         groups=groups,
         integer=tally.integer.likeness(),
-        float=tally.floating.likeness(),
+        float=tally.floating.likeness() if in_float else None,
         num_samples=tally.num_samples,
         fusion=programs.report,
         saturating=saturating,
         warnings=(*otherwise_fused(fusions, unverified), *warn_of_saturation(saturating)),
     )
+
+
+_AGAIN = " recomputed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,24 +133,35 @@ class _Tally:
     floating: Sums = field(default_factory=Sums)
     num_samples: int = 0
 
-    def plus(self, programs: _Programs, runtimes: _Runtimes, batch: Mapping[str, Any]) -> _Tally:
+    def plus(self, programs: _Programs, runtimes: _Runtimes, batch: Mapping[str, Any], *, in_float: bool) -> _Tally:
         """Returns the tally with one batch more."""
-        quantized, fused = programs.quantized, programs.fused
+        quantized = programs.quantized
         found = run(runtimes.exposed, batch)
         whole = found if runtimes.plain is runtimes.exposed else run(runtimes.plain, batch)
         outputs = {spec.name: whole[spec.name] for spec in quantized.graph.outputs}
+        whole_way = _computed(programs.exposed, batch)
+        is_equal = all(np.array_equal(found[name], whole_way[name]) for name in self.alone)
         given = {**batch, **{name: found[name] for name in self.alone}}
-        again = apply(programs.cut.graph, programs.cut.params, given)
-        whole_way = apply(programs.exposed.graph, programs.exposed.params, batch)
+        again = found if is_equal else _recomputed(programs.cut, given)
+        floating = self.floating.plus(outputs, _computed(quantized, batch)) if in_float else self.floating
         return _Tally(
-            alone={name: with_elements(each, found[name], again[_again(name)]) for name, each in self.alone.items()},
+            alone={name: with_elements(each, found[name], again[name]) for name, each in self.alone.items()},
             end_to_end={
                 name: with_elements(each, found[name], whole_way[name]) for name, each in self.end_to_end.items()
             },
-            integer=self.integer.plus(outputs, apply(fused.graph, fused.params, batch)),
-            floating=self.floating.plus(outputs, apply(quantized.graph, quantized.params, batch)),
+            integer=self.integer.plus(outputs, whole_way),
+            floating=floating,
             num_samples=self.num_samples + num_samples(batch),
         )
+
+
+def _computed(model: Model, batch: Mapping[str, Any]) -> dict[str, Any]:
+    return apply_few_times(model.graph, model.params, batch)
+
+
+def _recomputed(cut: Model, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns each quantized tensor, by its own name, computed from those before it."""
+    return {name.removesuffix(_AGAIN): value for name, value in _computed(cut, given).items()}
 
 
 def _quantized_tensors(model: Model) -> dict[str, np.dtype]:
@@ -163,7 +185,7 @@ def _with_outputs(model: Model, tensors: Mapping[str, np.dtype]) -> Model:
 
 
 def _again(tensor: str) -> str:
-    return f"{tensor} recomputed"
+    return f"{tensor}{_AGAIN}"
 
 
 def _cut(fused: Model, tensors: Mapping[str, np.dtype]) -> Model:

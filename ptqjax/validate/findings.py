@@ -108,8 +108,8 @@ class Validation:
     """Every quantized tensor, in the order of the graph."""
     integer: Likeness
     """The integer program against ONNX Runtime."""
-    float: Likeness
-    """The float program against ONNX Runtime."""
+    float: Likeness | None
+    """The float program against ONNX Runtime; None where it was not compared."""
     num_samples: int
     """How many samples were compared."""
     fusion: Report

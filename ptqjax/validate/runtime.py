@@ -43,6 +43,7 @@ def session(source: Model | str | os.PathLike[str] | bytes, *, device: str = "cp
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors only
     settings.add_session_config_entry("session.x64quantprecision", "1")
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a third of the processor's time else
     for name, value in options.items():
         setattr(settings, name, value)
     providers = _providers(device, onnxruntime.get_available_providers())

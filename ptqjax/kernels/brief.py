@@ -1,0 +1,18 @@
+"""Compiler options for programs that run a few times on few numbers: there, optimizing takes longer than running."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+SOON = {"xla_backend_optimization_level": 0}
+"""Options under which LLVM does not optimize: half the time to compile, several times that to run."""
+_FEW = 2**17  # elements of all arguments
+
+
+def brief_options(arrays: Any) -> dict[str, Any]:
+    """Returns the compiler's options for a program that runs a few times on these arrays; {} for the usual ones."""
+    sizes = (int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(arrays))
+    return dict(SOON) if jax.default_backend() == "cpu" and sum(sizes) <= _FEW else {}
