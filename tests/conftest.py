@@ -3,7 +3,9 @@
 import importlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,19 @@ def pytest_warning_recorded(warning_message: warnings.WarningMessage) -> None:
     """Forgets all programs where one was damaged, which JAX compiles anew with this warning, and never writes."""
     if str(warning_message.message).startswith("Error reading persistent compilation cache"):
         programs.forget(*_own_programs, programs.folder())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says what all tests took, and the files of tests that took the most: the slowest tests alone do not show it."""
+    seconds: Counter[str] = Counter()
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.location[0]] += report.duration
+    if terminalreporter.config.option.durations:
+        terminalreporter.section("slowest files")
+        for name, duration in seconds.most_common(30):
+            terminalreporter.line(f"{duration:.1f}s {name}")
+        terminalreporter.line(f"{seconds.total():.1f}s in all")
 
 
 @pytest.fixture(scope="session")
