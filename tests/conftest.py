@@ -26,10 +26,15 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = programs.own_folder(programs.folder())
     _own_programs.append(folder.__enter__())
     config.add_cleanup(lambda: folder.__exit__(None, None, None))
-    jax.config.update("jax_compilation_cache_dir", str(_own_programs[0]))
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "")  # by default keys hold the folder's name
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    settings = {
+        "jax_compilation_cache_dir": str(_own_programs[0]),
+        "jax_persistent_cache_enable_xla_caches": "",  # by default keys hold the folder's name
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for processes that tests start
 
 
 def pytest_warning_recorded(warning_message: warnings.WarningMessage) -> None:
