@@ -2,25 +2,58 @@
 
 import importlib
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+
+from tests import programs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _programs_are_kept(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps what this process compiles for tests that compile it again, in a folder that no other process writes."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # what was compiled while tests were collected has decided that there is none
+_own_programs: list[Path] = []  # this process's folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps what this process compiles, for itself, for other processes and for later runs."""
+    folder = programs.own_folder(programs.folder())
+    _own_programs.append(folder.__enter__())
+    config.add_cleanup(lambda: folder.__exit__(None, None, None))
+    settings = {
+        "jax_compilation_cache_dir": str(_own_programs[0]),
+        "jax_persistent_cache_enable_xla_caches": "",  # by default keys hold the folder's name
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for processes that tests start
+
+
+def pytest_warning_recorded(warning_message: warnings.WarningMessage) -> None:
+    """Forgets all programs where one was damaged, which JAX compiles anew with this warning, and never writes."""
+    if str(warning_message.message).startswith("Error reading persistent compilation cache"):
+        programs.forget(*_own_programs, programs.folder())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says what all tests took, and the files of tests that took the most: the slowest tests alone do not show it."""
+    seconds: Counter[str] = Counter()
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.location[0]] += report.duration
+    if terminalreporter.config.option.durations:
+        terminalreporter.section("slowest files")
+        for name, duration in seconds.most_common(30):
+            terminalreporter.line(f"{duration:.1f}s {name}")
+        terminalreporter.line(f"{seconds.total():.1f}s in all")
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +70,7 @@ def _without_programs_of_other_files() -> Iterator[None]:
     """Frees compiled programs: some thousands reach the system's limit of memory mappings, and XLA then crashes."""
     yield
     jax.clear_caches()
+    programs.exchange(*_own_programs, programs.folder())
 
 
 @pytest.fixture

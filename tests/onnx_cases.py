@@ -1,14 +1,17 @@
 """ONNX's own test cases, their kinds, and how one is run here: what the tests and `scripts/coverage.py` share."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
+import jax
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from ptqjax.lowering import apply
+from ptqjax.errors import PtqjaxError
+from ptqjax.lowering import apply, precision
 from ptqjax.onnx_io import read
 
 KINDS = ("node", "simple", "pytorch-operator", "pytorch-converted")
@@ -18,6 +21,7 @@ _STRING = onnx.TensorProto.STRING
 _FIRST_NARROW = onnx.TensorProto.FLOAT8E4M3FN  # all element types from here on have 8 bits or fewer
 
 
+@cache
 def load(kind: str) -> list[Any]:
     """Returns ONNX's cases of one kind: "node", "simple", "pytorch-operator" or "pytorch-converted"."""
     with warnings.catch_warnings():
@@ -55,10 +59,69 @@ def run(case: Any) -> None:
     """
     model = model_of(case)
     graph = read(model)
-    for inputs, outputs in data_sets(case, model):
-        results = apply(graph.graph, graph.params, inputs)
-        for name, expected in outputs.items():
-            assert_same(results[name], expected, rtol=case.rtol, atol=case.atol)
+    check(case, [apply(graph.graph, graph.params, inputs) for inputs, _ in data_sets(case, model)])
+
+
+def check(case: Any, results: Sequence[dict[str, Any]]) -> None:
+    """Holds the results of a case, those of a data set after another, to its own tolerance.
+
+    Raises:
+        AssertionError: One has another type or shape, or is too far away.
+    """
+    for outputs, (_, wanted) in zip(results, data_sets(case, model_of(case)), strict=True):
+        for name, expected in wanted.items():
+            assert_same(outputs[name], expected, rtol=case.rtol, atol=case.atol)
+
+
+def results_together(cases: Sequence[Any]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the results of cases by name, computed in two programs: those that need 64 bits, and the rest.
+
+    Left out are cases that do not run as a part of a program: shapes depend on data, or there is an error. Optimized
+    for compiling fast: nothing is computed twice.
+    """
+    found = {}
+    for wide in (False, True):
+        chosen = {
+            case.name: arguments for case in cases if (arguments := _arguments(case)) and _is_wide(arguments) == wide
+        }
+        with jax.enable_x64(wide):
+            found |= _results(chosen)
+    return {name: results for name, results in found.items() if results is not None}
+
+
+def _arguments(case: Any) -> tuple[Any, Any, list[dict[str, Any]]] | None:
+    model = model_of(case)
+    try:
+        graph = read(model)
+    except PtqjaxError:
+        return None
+    return graph.graph, graph.params, [inputs for inputs, _ in data_sets(case, model)]
+
+
+def _is_wide(arguments: tuple[Any, Any, list[dict[str, Any]]]) -> bool:
+    graph, params, inputs = arguments
+    with precision(graph, params, inputs[0]):
+        return jax.config.jax_enable_x64
+
+
+def _results(chosen: dict[str, tuple[Any, Any, list[dict[str, Any]]]]) -> dict[str, Any]:
+    """Returns the results by name; None for what could not be traced."""
+
+    def program(arrays: dict[str, Any]) -> dict[str, Any]:
+        return {name: _traced(chosen[name][0], *arrays[name]) for name in chosen}
+
+    compiled = jax.jit(program, compiler_options={"xla_backend_optimization_level": 0})
+    try:
+        return compiled({name: (params, inputs) for name, (_, params, inputs) in chosen.items()})
+    except jax.errors.JaxRuntimeError:
+        return {}
+
+
+def _traced(graph: Any, params: Any, inputs: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    try:
+        return [apply(graph, params, each) for each in inputs]
+    except Exception:  # noqa: BLE001 (whatever it is, the case shows it alone)
+        return None
 
 
 def assert_same(result: Any, expected: Any, *, rtol: float, atol: float) -> None:

@@ -18,13 +18,14 @@ QUICK = {"granularity": "tensor", "scaling": "noise"}  # the default goes on to 
 
 
 class Bar(NamedTuple):
-    """What is asked for. Top-1 may lie two standard errors of the paired difference below float."""
+    """What is asked for. Top-1 may lie `lost` and two standard errors of the paired difference below float."""
 
     network: str
     settings: dict
     has_data: bool
     agreement: float
     decibels: float
+    lost: float = 0.0
 
 
 BARS = [
@@ -65,9 +66,17 @@ def pictures(shared):
     )
 
 
-def logits(path, pictures):
+def logits(path, batches):
     runtime = session(path)
-    return np.concatenate([run(runtime, batch)["output"] for batch in pictures.evaluation])
+    return np.concatenate([run(runtime, batch)["output"] for batch in batches])
+
+
+def assert_keeps(bar, exact, rounded, labels):
+    assert np.mean(exact.argmax(1) == rounded.argmax(1)) >= bar.agreement
+    assert 10 * np.log10(np.sum(exact**2) / np.sum((exact - rounded) ** 2)) >= bar.decibels
+    right, kept = exact.argmax(1) == labels, rounded.argmax(1) == labels
+    lost = right.astype(float) - kept
+    assert lost.mean() <= bar.lost + 2 * lost.std(ddof=1) / np.sqrt(len(lost))
 
 
 @pytest.mark.parametrize("bar", [_case(bar) for bar in BARS])
@@ -76,17 +85,44 @@ def test_the_exported_file_keeps_the_accuracy_and_is_what_is_simulated(shared, p
     batches = pictures.calibration if bar.has_data else None
     result = ptqjax.quantize(ptqjax.read(path), batches, ptqjax.QuantizationConfig(**bar.settings))
     ptqjax.export(result.model, result.encodings, tmp_path, "model")
-    exact, rounded = logits(path, pictures), logits(tmp_path / "model.onnx", pictures)
-    assert np.mean(exact.argmax(1) == rounded.argmax(1)) >= bar.agreement
-    assert 10 * np.log10(np.sum(exact**2) / np.sum((exact - rounded) ** 2)) >= bar.decibels
-    right, kept = exact.argmax(1) == pictures.labels, rounded.argmax(1) == pictures.labels
-    lost = right.astype(float) - kept
-    assert lost.mean() <= 2 * lost.std(ddof=1) / np.sqrt(len(lost))
+    exact, rounded = logits(path, pictures.evaluation), logits(tmp_path / "model.onnx", pictures.evaluation)
+    assert_keeps(bar, exact, rounded, pictures.labels)
     few = [{"input": pictures.evaluation[0]["input"][:2]}]
     found = ptqjax.validate(tmp_path / "model.onnx", few)
     assert sum(group.integer for group in found.groups) >= 29
     assert found.largest <= 1
     assert found.equal >= 0.999
+
+
+SMALL = [
+    # found: 98.4 % and 24.3 dB with top-1 0.3 points lower; 89.9 % and 12.7 dB, 2.7 points
+    Bar(
+        "resnet20_cifar10", {"granularity": "tensor", "scaling": "noise"}, has_data=True, agreement=0.97, decibels=22.5
+    ),
+    Bar(
+        "resnet20_cifar10",
+        {"weights": "int4", "scaling": "noise"},
+        has_data=True,
+        agreement=0.87,
+        decibels=11.5,
+        lost=0.02,
+    ),
+]
+
+
+@pytest.mark.parametrize("bar", SMALL, ids=["8 bits", "4 bits"])
+def test_a_small_network_keeps_its_accuracy(shared, tmp_path, bar):
+    """What runs always of the bars above: two batches of pictures to choose on, and a thousand to judge."""
+    path = shared / "models" / f"{bar.network}.onnx"
+    calibration, evaluation = (
+        np.load(shared / "data/cifar10" / f"{part}.npz") for part in ("calibration", "evaluation")
+    )
+    batches = [{"input": part} for part in np.split(calibration["input"][:64], 2)]
+    result = ptqjax.quantize(ptqjax.read(path), batches, ptqjax.QuantizationConfig(**bar.settings))
+    ptqjax.export(result.model, result.encodings, tmp_path, "model")
+    samples = [{"input": evaluation["input"]}]
+    exact, rounded = (logits(file, samples) for file in (path, tmp_path / "model.onnx"))
+    assert_keeps(bar, exact, rounded, evaluation["labels"])
 
 
 @pytest.mark.parametrize("network", [pytest.param(V2, marks=pytest.mark.slow), V1])

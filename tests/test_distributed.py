@@ -62,7 +62,8 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def launched(*arguments: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    # Several processes at once would read what another is writing.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [*LAUNCHER, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -1,22 +1,25 @@
 """One layer at a time, on every kind of grid: the file loads in ONNX Runtime and equals the simulation."""
 
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import onnx
 import pytest
 
 from ptqjax import apply, export, read, simulate
 from ptqjax.errors import ConfigError
-from ptqjax.ir import Node, TensorSpec
+from ptqjax.ir import Graph, Model, Node, TensorSpec, verify
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.kernels.ranges import grid_kind, grid_of_range, scale_of_float_range
 from ptqjax.quantize import make_encoding
-from ptqjax.quantize.encodings import fake_quantize
+from ptqjax.quantize.encodings import Encoding, fake_quantize
 from ptqjax.quantize.low_power import low_power_encoding, low_power_scales
 from ptqjax.validate import run, session
-from tests.models import build, node
+from tests.models import node
 
 
 def normal(*shape, seed=0):
@@ -64,6 +67,11 @@ def matmul_add():
 def behind_a_transpose():
     nodes = [node("Transpose", ["w"], "t", perm=(1, 0)), node("MatMul", ["x", "t"], "y")]
     return Layer(nodes, {"w": normal(6, 8, seed=1)}, (4, 8), 0, 1)
+
+
+def wide(trans_b):
+    w = normal(*((24, 64) if trans_b else (64, 24)), seed=1)
+    return Layer([node("Gemm", ["x", "w"], "y", transB=trans_b)], {"w": w}, (4, 64), 1 - trans_b, trans_b)
 
 
 LAYERS = {
@@ -180,96 +188,6 @@ def encode(value, grid, *, axis, summed, block):
     return make_encoding(scale, zero_point, dtype=grid.dtype, symmetric=grid.symmetric, **settings)
 
 
-def encoded(layer, case, *, block=4):
-    """The model with all its tensors on grids, and inputs that reach beyond them."""
-    model = build(layer.nodes, layer.params, input_shape=layer.input_shape, outputs=["y"], opset=10)
-    x = normal(*layer.input_shape, seed=3)
-    y = np.asarray(apply(model.graph, model.params, {"x": x})["y"])
-    outputs = (TensorSpec(name="y", dtype=np.dtype(np.float32), shape=y.shape),)
-    model = model.replace(graph=replace(model.graph, outputs=outputs))
-    values = {"x": x, "w": layer.params["w"], "y": y}
-    grids = {"x": case.activation, "w": case.weight, "y": case.activation}
-    encodings = {
-        name: encode(values[name], grid, axis=layer.axis, summed=layer.summed, block=block)
-        for name, grid in grids.items()
-    }
-    return model, encodings, {"x": 1.2 * x}
-
-
-FRACTION_BITS = {"float8_e4m3fn": 3, "float8_e5m2": 2, "float16": 10, "bfloat16": 7}
-
-
-def in_steps(difference, y, encoding):
-    """Returns the difference in steps of the grid; those of floats grow with the number."""
-    if encoding.float_format is None:
-        return difference / encoding.scale
-    return difference / np.maximum(np.abs(y) * 2.0 ** -FRACTION_BITS[encoding.float_format], 1e-3)
-
-
-def assert_equals_the_simulation(model, encodings, batch, y):
-    """One step is a sum that falls the other way, in float32 or in another order; few do."""
-    for arithmetic in ("float", "integer"):
-        (simulated,) = simulate(model, encodings, arithmetic=arithmetic)(model.params, encodings, batch).values()
-        steps = np.abs(in_steps(np.asarray(simulated) - y, y, encodings["y"]))
-        assert steps.max() <= 1.01, arithmetic
-        assert np.mean(steps < 0.5) >= 0.97, arithmetic
-
-
-def runs(names, cases):
-    return [pytest.param(name, case, id=f"{name}: {case}") for name in names for case in cases]
-
-
-ALL = runs(LAYERS, EVERYWHERE) + runs(
-    ["Conv, groups", "MatMul + Add"], [name for name in CASES if name not in EVERYWHERE]
-)
-
-
-@pytest.mark.parametrize(("name", "case"), ALL)
-def test_the_file_equals_the_simulation(tmp_path, name, case):
-    model, encodings, batch = encoded(LAYERS[name], CASES[case])
-    export(model, encodings, tmp_path, "layer")
-    proto = onnx.load(tmp_path / "layer.onnx")
-    onnx.checker.check_model(proto, full_check=True)
-    assert {entry.domain: entry.version for entry in proto.opset_import} == {"": CASES[case].opset}
-    (y,) = run(session(tmp_path / "layer.onnx"), batch).values()
-    np.testing.assert_array_equal(fake_quantize(y, encodings["y"]), y)
-    assert_equals_the_simulation(model, encodings, batch, y)
-
-
-IN_FLOAT = runs(LAYERS, ["bytes per tensor", "bytes per channel"]) + runs(
-    ["Conv, groups", "MatMul + Add"],
-    ["weights with zero points", "weights of 6 bits", "weights of 2 bits", "blocks of 4 bits", "e4m3", "float16"],
-)
-
-
-@pytest.mark.parametrize(("name", "case"), IN_FLOAT)
-def test_weights_as_rounded_floats_equal_the_simulation(tmp_path, name, case):
-    """Parameters in float alone, on their grids; both operators behind weights, none behind biases."""
-    model, encodings, batch = encoded(LAYERS[name], CASES[case])
-    export(model, encodings, tmp_path, "layer", weights="float")
-    onnx.checker.check_model(onnx.load(tmp_path / "layer.onnx"), full_check=True)
-    written = read(tmp_path / "layer.onnx")
-    if case != "float16":  # which reading folds
-        np.testing.assert_array_equal(written.params["w_rounded"], fake_quantize(model.params["w"], encodings["w"]))
-        kinds = [written.graph.producers[name].op_type for name in ("w_quantized", "w")]
-        assert kinds == ["QuantizeLinear", "DequantizeLinear"]
-    assert "b" not in model.params or written.params["b"].dtype == np.float32
-    (y,) = run(session(tmp_path / "layer.onnx"), batch).values()
-    assert_equals_the_simulation(model, encodings, batch, y)
-
-
-def test_how_weights_are_written_is_one_of_two(tmp_path):
-    model, encodings, _ = encoded(LAYERS["Gemm"], CASES["bytes per tensor"])
-    with pytest.raises(ConfigError, match="weights='int8' is unknown; expected one of integer, float"):
-        export(model, encodings, tmp_path, "layer", weights="int8")
-    assert not list(tmp_path.iterdir())
-
-
-def wide(trans_b):
-    w = normal(*((24, 64) if trans_b else (64, 24)), seed=1)
-    return Layer([node("Gemm", ["x", "w"], "y", transB=trans_b)], {"w": w}, (4, 64), 1 - trans_b, trans_b)
-
-
 WIDE = {
     "Gemm": wide(0),
     "Gemm, transB": wide(1),
@@ -283,21 +201,162 @@ WIDE = {
         1,
     ),
 }
+GROUPS = {"all": LAYERS, "two": {name: LAYERS[name] for name in ("Conv, groups", "MatMul + Add")}, "wide": WIDE}
+"""The layers that stand in one model, side by side: one program, and one file, for all of them."""
+
+
+def named(layer, tensor):
+    """The name of a layer's tensor in a model of many layers."""
+    return f"{layer}: {tensor}"
+
+
+def renamed(layer, found):
+    names = {"inputs": found.inputs, "outputs": found.outputs}
+    return replace(found, **{key: tuple(named(layer, tensor) for tensor in values) for key, values in names.items()})
+
+
+@cache
+def side_by_side(group):
+    """The layers of a group as one model, the inputs, and the values of all x, w and y."""
+    layers = GROUPS[group]
+    params = {named(name, key): value for name, layer in layers.items() for key, value in layer.params.items()}
+    inputs = {named(name, "x"): normal(*layer.input_shape, seed=3) for name, layer in layers.items()}
+    graph = Graph(
+        name=group,
+        inputs=tuple(TensorSpec(name=name, dtype=x.dtype, shape=x.shape) for name, x in inputs.items()),
+        outputs=tuple(TensorSpec(name=named(name, "y"), dtype=np.dtype(np.float32), shape=None) for name in layers),
+        nodes=tuple(renamed(name, found) for name, layer in layers.items() for found in layer.nodes),
+        parameters=tuple(sorted(params)),
+        opsets=(("", 10),),
+    )
+    outputs = {name: np.asarray(y) for name, y in apply(graph, params, inputs).items()}
+    specs = tuple(TensorSpec(name=name, dtype=y.dtype, shape=y.shape) for name, y in outputs.items())
+    return verify(Model(graph=replace(graph, outputs=specs), params=params)), inputs, params | inputs | outputs
+
+
+def encodings_of(group, case, *, block=4):
+    """The grids of all x, w and y."""
+    grids = {"x": case.activation, "w": case.weight, "y": case.activation}
+    _, _, values = side_by_side(group)
+    return {
+        named(name, tensor): encode(
+            values[named(name, tensor)], grid, axis=layer.axis, summed=layer.summed, block=block
+        )
+        for name, layer in GROUPS[group].items()
+        for tensor, grid in grids.items()
+    }
+
+
+class Exported(NamedTuple):
+    """A model of many layers as a file, and what the file and its simulations compute."""
+
+    file: Path
+    model: Model
+    encodings: dict[str, Encoding]
+    y: dict[str, np.ndarray]
+    """By ONNX Runtime."""
+    rounded: dict[str, np.ndarray]
+    """Those `y` whose tensor has a grid, rounded to it."""
+    simulated: dict[str, dict[str, np.ndarray]]
+    """By arithmetic: float and integer."""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Returns a function that exports a group of layers on the grids of a case, once."""
+
+    @cache
+    def export_once(group, case, *, weights="integer", block=4, activations=True):
+        model, inputs, _ = side_by_side(group)
+        encodings = encodings_of(group, case, block=block)
+        if not activations:
+            encodings = {name: encoding for name, encoding in encodings.items() if name in model.params}
+        folder = tmp_path_factory.mktemp("layers")
+        export(model, encodings, folder, "layers", weights=weights)
+        file = folder / "layers.onnx"
+        onnx.checker.check_model(onnx.load(file), full_check=True)
+        batch = {name: 1.2 * x for name, x in inputs.items()}  # reaches beyond the grids
+        y = run(session(file), batch)
+        simulated = {
+            arithmetic: simulate(model, encodings, arithmetic=arithmetic)(model.params, encodings, batch)
+            for arithmetic in ("float", "integer")
+        }
+        on_grids = {name: encodings[name] for name in y if name in encodings}
+        rounded = jax.jit(lambda y: {name: fake_quantize(y[name], grid) for name, grid in on_grids.items()})(y)
+        return Exported(file, model, encodings, y, rounded, simulated)
+
+    return export_once
+
+
+FRACTION_BITS = {"float8_e4m3fn": 3, "float8_e5m2": 2, "float16": 10, "bfloat16": 7}
+
+
+def in_steps(difference, y, encoding):
+    """Returns the difference in steps of the grid; those of floats grow with the number."""
+    if encoding.float_format is None:
+        return difference / encoding.scale
+    return difference / np.maximum(np.abs(y) * 2.0 ** -FRACTION_BITS[encoding.float_format], 1e-3)
+
+
+def assert_equals_the_simulation(found, name):
+    """One step is a sum that falls the other way, in float32 or in another order; few do."""
+    y = found.y[named(name, "y")]
+    for arithmetic, simulated in found.simulated.items():
+        difference = np.asarray(simulated[named(name, "y")]) - y
+        steps = np.abs(in_steps(difference, y, found.encodings[named(name, "y")]))
+        assert steps.max() <= 1.01, arithmetic
+        assert np.mean(steps < 0.5) >= 0.97, arithmetic
+
+
+def runs(group, cases):
+    return [pytest.param(group, name, case, id=f"{name}: {case}") for name in GROUPS[group] for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "case"),
+    runs("all", EVERYWHERE) + runs("two", [name for name in CASES if name not in EVERYWHERE]),
+)
+def test_the_file_equals_the_simulation(exported, group, name, case):
+    found = exported(group, CASES[case])
+    assert {entry.domain: entry.version for entry in onnx.load(found.file).opset_import} == {"": CASES[case].opset}
+    np.testing.assert_array_equal(found.rounded[named(name, "y")], found.y[named(name, "y")])
+    assert_equals_the_simulation(found, name)
+
+
+IN_FLOAT = runs("all", ["bytes per tensor", "bytes per channel"]) + runs(
+    "two", ["weights with zero points", "weights of 6 bits", "weights of 2 bits", "blocks of 4 bits", "e4m3", "float16"]
+)
+
+
+@pytest.mark.parametrize(("group", "name", "case"), IN_FLOAT)
+def test_weights_as_rounded_floats_equal_the_simulation(exported, group, name, case):
+    """Parameters in float alone, on their grids; both operators behind weights, none behind biases."""
+    found = exported(group, CASES[case], weights="float")
+    written, w, b = read(found.file), named(name, "w"), named(name, "b")
+    if case != "float16":  # which reading folds
+        expected = fake_quantize(found.model.params[w], found.encodings[w])
+        np.testing.assert_array_equal(written.params[f"{w}_rounded"], expected)
+        kinds = [written.graph.producers[name].op_type for name in (f"{w}_quantized", w)]
+        assert kinds == ["QuantizeLinear", "DequantizeLinear"]
+    assert b not in found.model.params or written.params[b].dtype == np.float32
+    assert_equals_the_simulation(found, name)
+
+
+def test_how_weights_are_written_is_one_of_two(tmp_path):
+    model, _, _ = side_by_side("two")
+    with pytest.raises(ConfigError, match="weights='int8' is unknown; expected one of integer, float"):
+        export(model, encodings_of("two", CASES["bytes per tensor"]), tmp_path, "layers", weights="int8")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("per", ["channel", "block", "low-power block"])
 @pytest.mark.parametrize("dtype", ["int4", "int8", "uint4"])
 @pytest.mark.parametrize("activation", [UINT8, UINT16, None], ids=["uint8", "uint16", "float"])
-def test_wide_products_in_few_bits_equal_the_simulation(tmp_path, name, per, dtype, activation):
+def test_wide_products_in_few_bits_equal_the_simulation(exported, name, per, dtype, activation):
     """Blocks of 16 and more are what ONNX Runtime has MatMulNBits for, which rounds activations to 8 bits."""
-    weight = Grid(dtype, dtype[0] == "i", per)
-    model, encodings, batch = encoded(WIDE[name], Case(weight, activation or UINT16), block=16)
-    grid = encodings["y"]
-    if activation is None:
-        encodings = {"w": encodings["w"]}
-    export(model, encodings, tmp_path, "layer")
-    (y,) = run(session(tmp_path / "layer.onnx"), batch).values()
-    for arithmetic in ("float", "integer"):
-        (simulated,) = simulate(model, encodings, arithmetic=arithmetic)(model.params, encodings, batch).values()
-        assert np.abs(in_steps(np.asarray(simulated) - y, y, grid)).max() <= 1.01
+    case = Case(Grid(dtype, dtype[0] == "i", per), activation or UINT16)
+    found = exported("wide", case, block=16, activations=activation is not None)
+    y, grid = found.y[named(name, "y")], encodings_of("wide", case, block=16)[named(name, "y")]
+    for simulated in found.simulated.values():
+        assert np.abs(in_steps(np.asarray(simulated[named(name, "y")]) - y, y, grid)).max() <= 1.01

@@ -1,6 +1,7 @@
 """ONNX's own cases: the oracle of what each operator means, in every group but strings and training."""
 
 import re
+from functools import cache
 
 import pytest
 
@@ -33,9 +34,30 @@ def _is_training(case):
     return any("training" in node.domain for node in onnx_cases.model_of(case).graph.node)
 
 
+_TOGETHER = 40  # cases in a program
+
+
+@pytest.fixture(scope="module")
+def results_of(request):
+    """Returns a function from a case to its results, which are computed together with those of its neighbours."""
+    items = [item for item in request.session.items if item.function is test_the_case_passes]
+    cases = [item.callspec.params["case"] for item in items]
+    places = {case.name: place // _TOGETHER for place, case in enumerate(cases)}
+
+    @cache
+    def results(place):
+        return onnx_cases.results_together(cases[place * _TOGETHER : (place + 1) * _TOGETHER])
+
+    return lambda case: results(places[case.name]).get(case.name)
+
+
 @pytest.mark.parametrize("case", _cases())
-def test_the_case_passes(case):
-    onnx_cases.run(case)
+def test_the_case_passes(case, results_of):
+    results = results_of(case)
+    if results is None:
+        onnx_cases.run(case)
+    else:
+        onnx_cases.check(case, results)
 
 
 def test_each_reason_is_one_of_a_case():
