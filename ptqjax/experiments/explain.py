@@ -26,6 +26,7 @@ from ptqjax.quantize.rules import matches_name
 from ptqjax.report.histograms import histogram_facts, weight_histogram
 from ptqjax.validate import Group, Validation, decibels, validate
 
+_SAMPLES = {"fast": 8, "balanced": 16, "thorough": 32}
 _RUNTIME_SAMPLES = 16  # that ONNX Runtime's integers are compared on; each of them is exact
 _WORST_GROUPS = 10  # of the runtime's that are told one by one
 _SCALE = ("scale_channels", "learn_scales")  # the transforms after which a model has other grids
@@ -39,7 +40,7 @@ def explain(
     config: QuantizationConfig | None = None,
     *,
     labels: np.ndarray | None = None,
-    samples: int = 32,
+    samples: int | None = None,
     origin: Mapping[str, Any] | None = None,
     device: str | None = None,
     file: str | Path | None = None,
@@ -59,7 +60,8 @@ def explain(
         batches: The samples that it was calibrated on; gone through several times.
         config: What `quantize` was told.
         labels: The classes of the samples, in the order of the batches; None where unknown.
-        samples: How many samples, at most, the parts look at that come after the table of stages.
+        samples: How many samples, at most, the parts look at that come after the table of stages; None: as many as
+            `config.effort` says, 8, 16 or 32.
         origin: Where model and data come from, as the page is to say it: "model", "num_samples" and the like.
         device: What computed, as the page is to say it; None: JAX's first device.
         file: The exported model; None: it is exported, to compare it with ONNX Runtime, and removed.
@@ -84,7 +86,7 @@ def explain(
         after=result.model,
     )
     if full and batches is not None:
-        first = tuple(pieces(result.model.graph, batches, samples))
+        first = tuple(pieces(result.model.graph, batches, samples or _SAMPLES[config.effort]))
         facts |= _depth_facts(result, follow(first, "explaining"))
         facts |= {"sensitivity": _sensitivity_facts(result, first, follow)}
         facts |= {"runtime": _runtime_facts(result, config, file, first)}
