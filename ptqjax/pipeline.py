@@ -101,7 +101,7 @@ def quantize_each(
 
     What `scaling` "auto" and "learned" choose depends on all settings, and takes a search each. With `choose="shared"`
     one search serves all configurations that are alike in `equalize`, `scaling`, `bounds`, `absorb`, `correct`,
-    `headroom`, `seed`, `target`, and in whether a weight has one scale or several: that for the middle one of them, by
+    `headroom`, `effort`, `seed`, `target`, and in whether a weight has one scale or several: that for the middle one of them, by
     the bits of weights and activations together (of an even number the coarser of the two; equal ones in the order of
     their text), whatever order they are given in.
 
@@ -309,7 +309,7 @@ def middle_ones(configs: Sequence[QuantizationConfig]) -> tuple[int, ...]:
 def _what_choices_share(config: QuantizationConfig) -> Any:
     if not config.equalize or config.scaling not in {"auto", "learned"}:
         return config  # nothing is chosen: its own
-    names = ("scaling", "bounds", "absorb", "correct", "headroom", "seed", "target")
+    names = ("scaling", "bounds", "absorb", "correct", "headroom", "effort", "seed", "target")
     return (*(getattr(config, name) for name in names), config.granularity == "tensor")
 
 
