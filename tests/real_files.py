@@ -16,6 +16,8 @@ from ptqjax.onnx_io import read, to_proto
 Arrays = Mapping[str, np.ndarray]
 
 FILES: Mapping[str, float] = {
+    "efficientnet_lite0": 1.0,
+    "minilm_l6_sentiment": 1.0,
     "mlperf_ad01_autoencoder": 1.0,
     "mlperf_resnet8_cifar10": 1.0,
     "mlperf_vww_mobilenet_v1_0.25_96": 1.0,
@@ -23,6 +25,7 @@ FILES: Mapping[str, float] = {
     "mobilenet_v2_1.0_224": 1.0,
     "resnet20_cifar10": 1.0,
     "squeezenet_v1.1": 1.0,
+    "stories260k": 1.0,
     "tiny_vit_cifar10": 1.0,
     "other/dnsmos_model_v8": 1.0,
     "other/dtln_1": 1.0,
@@ -35,8 +38,9 @@ FILES: Mapping[str, float] = {
 }
 """The real models, with the standard deviation of the values to feed."""
 
-_SIZES = {"sequence": 576, "H": 24, "W": 32}  # of open axes that are not the batch
+_SIZES = {"sequence": 576, "H": 24, "W": 32, "T": 12}  # of open axes that are not the batch
 _VALUES = {"sr": np.int64(16000)}  # inputs that choose a path through the graph
+_TOKENS = 500  # ids below are in every vocabulary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,14 +105,20 @@ def random_inputs(graph: Graph, deviation: float = 1.0) -> Callable[[int], Array
     def inputs(batch: int) -> Arrays:
         random = np.random.default_rng(batch)
         return {
-            spec.name: np.asarray(
-                _VALUES.get(spec.name, random.normal(scale=deviation, size=_sizes(spec, batch))),
-                dtype=np.dtype(spec.dtype),
-            )
+            spec.name: np.asarray(_VALUES.get(spec.name, _drawn(spec, random, deviation, batch)), np.dtype(spec.dtype))
             for spec in graph.inputs
         }
 
     return inputs
+
+
+def _drawn(spec: TensorSpec, random: np.random.Generator, deviation: float, batch: int) -> np.ndarray:
+    sizes = _sizes(spec, batch)
+    if spec.name == "attention_mask":
+        return np.ones(sizes)
+    if np.dtype(spec.dtype).kind in "iu":
+        return random.integers(0, _TOKENS, sizes)
+    return random.normal(scale=deviation, size=sizes)
 
 
 def batches_of(graph: Graph) -> tuple[int, ...]:

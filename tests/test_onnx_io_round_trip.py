@@ -94,8 +94,8 @@ def _random(value, random):
     sizes = [size if isinstance(size, int) else 1 for size in value.shape]
     if sizes == [1, 1]:
         sizes = [1, 512]  # sound: a voice detector needs more than one sample of it
-    if value.type == "tensor(int64)":
-        return np.full(sizes, 16000, np.int64)
+    if value.type == "tensor(int64)":  # ids and masks of text, or the rate of sound
+        return np.full(sizes, 1 if sizes else 16000, np.int64)
     return random.uniform(0, 1, sizes).astype(np.float32)
 
 
