@@ -101,9 +101,9 @@ def quantize_each(
 
     What `scaling` "auto" and "learned" choose depends on all settings, and takes a search each. With `choose="shared"`
     one search serves all configurations that are alike in `equalize`, `scaling`, `bounds`, `absorb`, `correct`,
-    `headroom`, `effort`, `seed`, `target`, and in whether a weight has one scale or several: that for the middle one of them, by
-    the bits of weights and activations together (of an even number the coarser of the two; equal ones in the order of
-    their text), whatever order they are given in.
+    `headroom`, `effort`, `seed`, `target`, and in whether a weight has one scale or several: that for the middle one of
+    them, by the bits of weights and activations together (of an even number the coarser of the two; equal ones in the
+    order of their text), whatever order they are given in.
 
     Args:
         model: A float model, as `read` returns it.

@@ -376,7 +376,7 @@ def test_excluded_tensors_stay_in_float(place, tmp_path):
 
 
 def test_the_table_says_what_it_is_and_where_to_go_on(place, quantized):
-    assert "the simulation, on the calibration samples" in quantized.stdout
+    assert "in ONNX Runtime, on the calibration samples" in quantized.stdout
     assert f"ptqjax evaluate {place / 'q' / 'model.onnx'} --data" in quantized.stdout
 
 

@@ -125,7 +125,8 @@ def test_the_lowest_opset_that_has_the_types(tmp_path, settings, opset, domain):
     y = np.asarray(session.run(None, batch)[0])
     (simulated,) = simulate(model, encodings)(model.params, encodings, batch).values()
     step = float(encodings[model.graph.outputs[0].name].scale)
-    np.testing.assert_allclose(y, simulated, atol=max(3 * step, 1e-3))
+    # Sums in another order; a rounding that falls the other way in 16 bits before them moves the result by a few steps.
+    np.testing.assert_allclose(y, simulated, atol=max(8 * step, 1e-3))
 
 
 def test_a_higher_opset_stays():

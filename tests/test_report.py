@@ -101,6 +101,7 @@ def test_json_is_the_same_for_the_same_run_and_holds_everything(found):
         "device",
         "versions",
         "model",
+        "measured_in",
         "stages",
         "records",
         "encodings",

@@ -215,14 +215,14 @@ def test_rows_are_written_before_the_next_ones_are_made_and_searches_serve_all(m
     configs = {str(bits): Config(weights=f"int{bits}") for bits in (4, 5, 6)}
     expected = ptqjax.sweep(model, CALIBRATION, configs, evaluation=EVALUATION)
     path, lines, searched = tmp_path / "rows.jsonl", [], []
-    calibrate_each, with_data = pipeline.calibrate_each, selection._with_data
+    calibrate, with_data = pipeline.calibrate_and_measure, selection._with_data
 
     def calibrated(*arguments, **settings):
         lines.append(len(path.read_text().splitlines()))
-        return calibrate_each(*arguments, **settings)
+        return calibrate(*arguments, **settings)
 
     monkeypatch.setattr(module, "_TOGETHER", 1)
-    monkeypatch.setattr(pipeline, "calibrate_each", calibrated)
+    monkeypatch.setattr(pipeline, "calibrate_and_measure", calibrated)
     monkeypatch.setattr(selection, "_with_data", lambda *a: (searched.append(1), with_data(*a))[1])
     found = ptqjax.sweep(model, CALIBRATION, configs, evaluation=EVALUATION, journal=path)
     assert lines == [0, 1, 2]

@@ -66,12 +66,12 @@ def test_a_difference_is_found_where_it_is(quantized, monkeypatch):
     model, batch = quantized
     module = importlib.import_module("ptqjax.validate.comparison")
     name = next(name for name in model.params if name.startswith("b") and name.endswith("_quantized"))
-    apply = module.apply
+    apply = module.apply_few_times
 
     def wrong(graph, params, inputs):
         return apply(graph, {**params, name: params[name] + 500} if name in params else params, inputs)
 
-    monkeypatch.setattr(module, "apply", wrong)
+    monkeypatch.setattr(module, "apply_few_times", wrong)
     groups = validate(model, [batch]).groups
     differing = [i for i, group in enumerate(groups) if group.largest > 0]
     assert len(differing) == 1

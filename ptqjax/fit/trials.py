@@ -1,0 +1,154 @@
+"""Ways to scale, headrooms and corrections, tried on some calibration samples and judged on others.
+
+Half of the samples stand for calibration data, the others for data to come: what is chosen is chosen on calibration
+data alone, and judged on samples that neither ranges nor corrections have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ptqjax.config import QuantizationConfig
+from ptqjax.fit.bias_correction import correct_each, corrected_axes, layer_axes
+from ptqjax.fit.quantized_pass import QuantizedPass
+from ptqjax.fit.samples import Batch, can_be_regrouped, first_samples, grouped, joined
+from ptqjax.fit.ways import Ways, bounds_of
+from ptqjax.ir import Model, Record, Report
+from ptqjax.lowering import apply
+from ptqjax.quantize import Encodings
+from ptqjax.quantize.calibrate import Calibrated, calibrate_and_measure
+from ptqjax.quantize.headroom import widened
+from ptqjax.quantize.tensors import is_floating
+
+_CLEARLY = 0.25  # dB by which something must be better than what is simpler
+_HEADROOMS = (1.0, 1.2)  # tried; beyond, a coarser step costs more than clipping did (MobileNetV2: 1.3 as good as 1.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A candidate and what it gave."""
+
+    name: str
+    model: Model
+    report: Report
+    headroom: float
+    correct: str
+    decibels: float = -np.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Samples divided into those that calibrate and those that judge, and all that was tried on them."""
+
+    ways: Ways
+    """The ways, on the samples that calibrate."""
+    config: QuantizationConfig
+    used: list[Batch]
+    held: list[Batch]
+    tried: list[Trial]
+    wanted: list[dict[str, Any]]
+    """The float model's outputs on the samples held back, once there are any."""
+
+    @staticmethod
+    def of(ways: Ways, config: QuantizationConfig, num_samples: int) -> Judge:
+        """Returns a judge on so many of the samples."""
+        used, held = divided(ways.model, ways.batches, num_samples)
+        half = Ways(ways.model, used)
+        return Judge(ways=half, config=config, used=used, held=held, tried=[], wanted=[])
+
+    def trials(self, name: str) -> list[Trial]:
+        """Returns what a way gives with each headroom."""
+        model, report = self.ways.scaled(name, self.config)
+        headrooms = _HEADROOMS if self.config.headroom is None else (self.config.headroom,)
+        trial = Trial(name=name, model=model, report=report, headroom=1.0, correct=self.config.correct)
+        return self._measured([replace(trial, headroom=headroom) for headroom in headrooms])
+
+    def corrections(self, best: Trial) -> list[Trial]:
+        """Returns what the best way gives with simpler corrections than the one asked for."""
+        return self._measured([replace(best, correct="none")] if best.correct != "none" else [])
+
+    def _measured(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Returns the trials, all of the same model, with what they gave."""
+        if not trials:
+            return []
+        model = trials[0].model
+        found = calibrate_and_measure(model, self.used, [self.config], labels=[""], measured=layer_axes(model))
+        measured = [replace(trial, decibels=self._outcome(trial, found)) for trial in trials]
+        self.tried.extend(measured)
+        return measured
+
+    def _outcome(self, trial: Trial, found: Calibrated) -> float:
+        encodings = widened(trial.model, found.each[0][0], trial.headroom, self.config)
+        model = trial.model
+        if trial.correct != "none":
+            data = self.used if trial.correct == "empirical" else None
+            ((model, _),) = correct_each(model, (encodings,), data, method=trial.correct, means=found.means)
+        return self._decibels(model, encodings, next(iter((found.means or {}).values()), {}))
+
+    def _decibels(self, model: Model, encodings: Encodings, means: Mapping[str, Any]) -> float:
+        """Returns the mean over outputs of noise over signal on the samples held back, by the program that corrects."""
+        axes = corrected_axes(model, encodings) if means else ()
+
+        def outputs(encodings: Encodings) -> list[dict[str, Any]]:
+            quantized = QuantizedPass(model, encodings, axes, biases=True)
+            return [quantized.run(batch, means, is_corrected=False).outputs for batch in self.held]
+
+        if not self.wanted and bounds_of(self.config) == "exact":  # scaling keeps the function
+            off = {name: encoding.replace(enabled=np.asarray(False)) for name, encoding in encodings.items()}
+            self.wanted.extend(outputs(off))
+        elif not self.wanted:
+            self.wanted.extend(apply(self.ways.model.graph, self.ways.model.params, batch) for batch in self.held)
+        return _signal_to_noise(self.wanted, outputs(encodings))
+
+
+def _signal_to_noise(wanted: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the signal of the outputs over their noise in dB, of the mean over outputs of noise over signal."""
+    ratios = []
+    for name in (name for name, value in wanted[0].items() if is_floating(np.asarray(value).dtype)):
+        exact, rounded = ([np.asarray(batch[name], np.float64) for batch in batches] for batches in (wanted, found))
+        power = sum(np.sum(each**2) for each in exact)
+        noise = sum(np.sum((one - other) ** 2) for one, other in zip(exact, rounded, strict=True))
+        ratios.extend([noise / power] if power > 0 else [])
+    ratio = float(np.mean(ratios)) if ratios else np.inf
+    return -np.inf if np.isnan(ratio) else float(-10 * np.log10(max(ratio, np.finfo(float).tiny)))
+
+
+def divided(model: Model, batches: Iterable[Mapping[str, Any]], num_samples: int) -> tuple[list[Batch], list[Batch]]:
+    """Returns two halves of the first `num_samples` samples; a single sample is in both.
+
+    In batches as large as those given where there are enough samples, since programs are compiled for a size.
+    """
+    found = first_samples(model.graph, batches, num_samples)
+    if not can_be_regrouped(model.graph, found):
+        return (found[::2], found[1::2]) if len(found) > 1 else (found, found)
+    samples = joined(found)
+    count = min(len(next(iter(samples.values()))), num_samples)
+    if count == 1:
+        return found, found
+    size = min(max(len(next(iter(batch.values()))) for batch in found), count // 2)
+    return grouped(samples, np.arange(0, count, 2), size), grouped(samples, np.arange(1, count, 2), size)
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """Returns the first trial that none of the later ones clearly beats."""
+    best = trials[0]
+    for trial in trials[1:]:
+        if trial.decibels > best.decibels + _CLEARLY:
+            best = trial
+    return best
+
+
+def record_of(trial: Trial, *, is_chosen: bool) -> Record:
+    """Returns what a trial gave, for the report."""
+    return Record(
+        transform="choose",
+        done=is_chosen,
+        what=f"scaling {trial.name}, headroom {trial.headroom:g}, correction {trial.correct}",
+        where=(),
+        reason="chosen: best on calibration samples held back" if is_chosen else "tried, and not clearly better",
+        after={"SQNR on samples held back, dB": float(trial.decibels)},
+    )

@@ -1,0 +1,110 @@
+"""The choice among ways to scale: the closed form says what is tried, and what is tried shares its programs."""
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ptqjax
+from ptqjax.config import QuantizationConfig
+from ptqjax.fit import scale_as_configured
+from ptqjax.fit.ways import steps_of
+from ptqjax.transforms import prepare
+from ptqjax.transforms.rescale import with_free_bounds
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PER_CHANNEL = QuantizationConfig(granularity="channel")
+
+
+@pytest.fixture(scope="module")
+def unequal():
+    """The network of the quickstart, whose channels differ by orders of magnitude: 27 dB are predicted to be won."""
+    return prepare(ptqjax.read(EXAMPLES / "digits.onnx"))[0]
+
+
+@pytest.fixture(scope="module")
+def alike(unequal):
+    """The same, scaled as its batch norms say: by them nothing is left to be won."""
+    return ptqjax.equalize(unequal, scaling="noise", steps=steps_of(QuantizationConfig(granularity="tensor")))[0]
+
+
+def batches():
+    samples = np.load(EXAMPLES / "digits_calibration.npz")["input"]
+    return [{"input": samples[start : start + 16]} for start in range(0, 64, 16)]
+
+
+def tried(report):
+    return [
+        record.what.split(",")[0].removeprefix("scaling ") for record in report if record.what.startswith("scaling")
+    ]
+
+
+def predicted(report):
+    (record,) = [record for record in report if "predicted gain, dB" in record.after]
+    return record.after["predicted gain, dB"]
+
+
+def test_what_is_predicted_to_win_clearly_is_tried_without_what_it_beats(unequal):
+    choice = scale_as_configured(unequal, batches(), PER_CHANNEL)
+    assert predicted(choice.report) > 20
+    assert set(tried(choice.report)) == {"ranges", "noise"}
+    assert choice.scaling in {"ranges", "noise"}
+
+
+def test_nothing_but_the_model_as_it_is_is_tried_where_little_is_predicted(alike):
+    choice = scale_as_configured(alike, batches(), PER_CHANNEL)
+    assert predicted(choice.report) < 3
+    assert set(tried(choice.report)) == {"off"}
+    assert choice.model.graph == alike.graph
+
+
+def test_thorough_tries_all_whatever_is_predicted(alike):
+    choice = scale_as_configured(alike, batches(), replace(PER_CHANNEL, effort="thorough"))
+    assert set(tried(choice.report)) == {"off", "ranges", "noise"}
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_fast_takes_the_word_of_the_prediction(unequal, alike, granularity):
+    config = QuantizationConfig(granularity=granularity, effort="fast")
+    for model, name, headroom in ((unequal, "noise", 1.2), (alike, "off", 1.0)):
+        choice = scale_as_configured(model, batches(), config)
+        assert not tried(choice.report)
+        assert not [record for record in choice.report if record.transform == "learn_scales"]
+        assert (choice.scaling, choice.headroom) == (name, headroom)
+
+
+def test_eight_samples_predict_a_clear_win_as_batch_norms_do(unequal):
+    """Without statistics the gain is measured."""
+    without = unequal.replace(statistics={})
+    gains = [predicted(scale_as_configured(each, batches(), replace(PER_CHANNEL, effort="fast")).report)
+             for each in (unequal, without)]  # fmt: skip
+    assert min(gains) > 20
+
+
+def test_all_candidates_share_the_programs_that_look_and_judge(unequal, monkeypatch):
+    """One trace of each for the trial's shape: the model left as it is has a bound per channel there, too."""
+    traces = {"ptqjax.quantize.observing": 0, "ptqjax.fit.quantized_pass": 0}
+    for name in traces:
+        module = importlib.import_module(name)
+        original = module.interpret
+
+        def counted(*arguments, original=original, name=name, **settings):
+            traces[name] += 1
+            return original(*arguments, **settings)
+
+        monkeypatch.setattr(module, "interpret", counted)
+    # another graph than other tests have: what they traced does not count here
+    model = unequal.replace(graph=replace(unequal.graph, name="shared programs"))
+    scale_as_configured(model, batches(), replace(PER_CHANNEL, effort="thorough"))
+    assert set(traces.values()) == {1}
+
+
+def test_free_bounds_keep_the_function_and_the_structure_of_scaled_models(unequal):
+    free = with_free_bounds(unequal)
+    scaled = scale_as_configured(unequal, batches(), replace(PER_CHANNEL, scaling="noise")).model
+    assert free.graph == scaled.graph
+    x = batches()[0]
+    wanted, found = (ptqjax.apply(model.graph, model.params, x)["output"] for model in (unequal, free))
+    np.testing.assert_array_equal(found, wanted)
