@@ -71,7 +71,7 @@ class Observer:
     name: str
     """What is kept, in words."""
     init: Callable[[int], Any]
-    """(number of tensors) -> state before any data."""
+    """(number of tensors) -> state before any data, its leaves NumPy arrays, each with memory of its own."""
     look: Callable[[Sequence[Any], int], Any]
     """(one array per tensor, samples in this batch) -> what is to be kept of them, a pytree of arrays. Traced as part
     of the program that runs the model, so it is to be little, and quick to compile for each tensor."""
@@ -130,7 +130,7 @@ def _places(size: int, wanted: int) -> np.ndarray:
 
 
 def _init_extremes(num_tensors: int) -> Extremes:
-    nothing = jnp.full((num_tensors,), jnp.inf, dtype=jnp.float32)
+    nothing = np.full((num_tensors,), np.inf, dtype=np.float32)
     return Extremes(lowest=nothing, highest=-nothing)
 
 
@@ -168,7 +168,7 @@ def _init_mean_extremes(num_tensors: int) -> MeanExtremes:
     return MeanExtremes(
         extremes=_init_extremes(num_tensors),
         sums=empty_sums(num_tensors, 2),
-        counts=jnp.zeros((num_tensors,), dtype=jnp.int32),
+        counts=np.zeros((num_tensors,), dtype=np.int32),
     )
 
 

@@ -8,14 +8,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.config import COMPATIBILITIES
 from ptqjax.config.checks import check_choice, check_ranges
 from ptqjax.kernels.entropy import Magnitudes, least_divergent_threshold
 from ptqjax.kernels.exact_sums import means_of
-from ptqjax.kernels.histogram import Histogram, histogram_of, power_of_two
+from ptqjax.kernels.histogram import Histogram, histogram_of
 from ptqjax.kernels.ranges import GridKind, grid_of_range
 from ptqjax.kernels.search import BOTH_ENDS, SATURATION_WEIGHT, TOGETHER, Rows, rows_of, rows_of_bins, search_fractions
 from ptqjax.quantize.aimet_schemes import find_aimet_scheme
@@ -93,11 +92,12 @@ def _grid_of_means(state: MeanExtremes, kind: GridKind) -> _Grids:
 
 
 def _best_of_distribution(saturation_weight: float, state: Distribution, kind: GridKind) -> _Grids:
-    low, high = jnp.minimum(state.extremes.lowest, 0), jnp.maximum(state.extremes.highest, 0)
-    unit = power_of_two(-state.histogram.exponent)
-    rows = rows_of_bins(state.histogram.counts.astype(jnp.float32), low * unit, high * unit)
+    low, high = np.minimum(state.extremes.lowest, 0), np.maximum(state.extremes.highest, 0)
+    exponent = -np.asarray(state.histogram.exponent)
+    counts = np.asarray(state.histogram.counts).astype(np.float32)
+    rows = rows_of_bins(counts, np.ldexp(low, exponent), np.ldexp(high, exponent))
     fractions = _searched(rows, jax.tree.map(partial(_spread, len(low)), kind), saturation_weight)
-    return grid_of_range(np.asarray(low) * fractions[:, 0], np.asarray(high) * fractions[:, 1], kind)
+    return grid_of_range(low * fractions[:, 0], high * fractions[:, 1], kind)
 
 
 def _best_in_hand(saturation_weight: float, matrices: list[np.ndarray], kind: GridKind) -> _Grids:

@@ -1,0 +1,65 @@
+"""How many programs are compiled: few, whatever the lengths of what comes, and none for a single operator."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ptqjax.config import QuantizationConfig
+from ptqjax.experiments.explain import explain
+from ptqjax.kernels.draws import Draw
+from ptqjax.onnx_io import read
+from ptqjax.pipeline import quantize
+from tests.models import mobile_block
+
+PROGRAMS = {"measure", "look", "absorb", "run", "search_fractions", "_descended", "tensors", "interpret_whole"}
+"""What `quantize` and `explain` compile: each a whole model, or a whole search."""
+
+_heard: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hears() -> None:
+    def hear(event: str, _: float, **details: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            _heard.append(str(details["fun_name"]).removeprefix("jit(").removesuffix(")"))
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """The names of the programs that the test compiles, which has none to begin with."""
+    jax.clear_caches()
+    _heard.clear()
+    yield _heard
+    _heard.clear()
+
+
+def test_small_convolutions_compile_whole_programs_alone(compilations: list[str]) -> None:
+    model = mobile_block(dtype=np.float32)
+    shape = [4, *model.graph.inputs[0].shape[1:]]
+    batches = [{"x": np.random.default_rng(seed).normal(size=shape).astype(np.float32)} for seed in range(3)]
+    quantize(model, batches)
+    assert set(compilations) <= PROGRAMS
+
+
+@pytest.mark.slow
+def test_a_real_network_with_its_report_takes_fifteen_programs_at_most(compilations: list[str], shared: Path) -> None:
+    model = read(shared / "models" / "mobilenet_v2_1.0_224.onnx")
+    name = model.graph.inputs[0].name
+    rng = np.random.default_rng(0)
+    batches = [{name: rng.normal(size=(2, 3, 224, 224)).astype(np.float32)} for _ in range(2)]
+    config = QuantizationConfig(granularity="channel")
+    explain(model, quantize(model, batches, config), batches, config)
+    assert set(compilations) <= PROGRAMS
+    assert len(compilations) <= 15
+
+
+@pytest.mark.parametrize(("seed", "number"), [(0, 0), (7, 3), (2**32 - 1, 2)])
+def test_a_draw_is_the_key_that_jax_makes(seed: int, number: int) -> None:
+    expected = jax.random.fold_in(jax.random.key(seed), number)
+    found = jax.jit(Draw.key)(Draw.of(seed, number))
+    np.testing.assert_array_equal(jax.random.key_data(found), jax.random.key_data(expected))
