@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from ptqjax.experiments.explain import explain
 from ptqjax.kernels.draws import Draw
 from ptqjax.onnx_io import read
 from ptqjax.pipeline import quantize
+from ptqjax.quantize.observers import DISTRIBUTION, SAMPLES
 from tests.models import mobile_block
 
 PROGRAMS = {"measure", "look", "absorb", "run", "search_fractions", "_descended", "tensors", "interpret_whole"}
@@ -56,6 +58,31 @@ def test_a_real_network_with_its_report_takes_fifteen_programs_at_most(compilati
     explain(model, quantize(model, batches, config), batches, config)
     assert set(compilations) <= PROGRAMS
     assert len(compilations) <= 15
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_rows_filled_up_leave_the_state_as_it_were_to_the_bit(num_samples: int) -> None:
+    rng = np.random.default_rng(0)
+    values = [jnp.asarray(rng.normal(size=(num_samples, size)) * size, jnp.float32) for size in (5, 700)]
+    looked = DISTRIBUTION.look(values, num_samples)
+    assert {row.shape for row in looked.values} == {(SAMPLES,)}
+    longest = int(max(looked.sizes))
+    bare = looked.replace(values=[row[:longest] for row in looked.values])
+    start = DISTRIBUTION.init(2)
+    for filled, alone in zip(
+        *(jax.tree.leaves(DISTRIBUTION.absorb(start, each)) for each in (looked, bare)), strict=True
+    ):
+        np.testing.assert_array_equal(filled, alone)
+    assert int(np.sum(DISTRIBUTION.absorb(start, looked).histogram.counts)) == num_samples * 705
+
+
+@pytest.mark.parametrize(("num_samples", "size"), [(1, 3), (1, 10**5), (3, 4096), (3, 2000), (8, 10**4), (7, 1)])
+def test_rows_are_of_few_lengths_and_never_longer_than_what_is_sampled(num_samples: int, size: int) -> None:
+    values = jax.ShapeDtypeStruct((num_samples, size), np.float32)
+    (row,) = jax.eval_shape(lambda value: DISTRIBUTION.look([value], num_samples), values).values
+    (length,) = row.shape
+    assert min(size, SAMPLES) * num_samples <= length <= SAMPLES * num_samples
+    assert length == SAMPLES * num_samples or length.bit_count() == 1
 
 
 @pytest.mark.parametrize(("seed", "number"), [(0, 0), (7, 3), (2**32 - 1, 2)])

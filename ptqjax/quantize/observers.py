@@ -224,12 +224,17 @@ class _SampledValues(PyTreeNode):
 
 def _look_at_values(values: Sequence[Any], num_samples: int) -> _SampledValues:
     chosen = [sampled(value, num_samples) for value in values]
-    longest = max(value.shape[0] for value in chosen)
+    length = _row_length(max(value.shape[0] for value in chosen), num_samples)
     return _SampledValues(
         extremes=_batch_extremes(values),
-        values=[jnp.pad(value, (0, longest - value.shape[0])) for value in chosen],
+        values=[jnp.pad(value, (0, length - value.shape[0])) for value in chosen],
         sizes=jnp.asarray([value.shape[0] for value in chosen], dtype=jnp.int32),
     )
+
+
+def _row_length(longest: int, num_samples: int) -> int:
+    """Returns the length of rows that hold `longest` values: one of few, for `absorb` is compiled for each."""
+    return min(max(SAMPLES, 1 << max(longest - 1, 0).bit_length()), SAMPLES * max(num_samples, 1))
 
 
 def _absorb_values(state: Distribution, batch: _SampledValues) -> Distribution:
