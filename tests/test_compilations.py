@@ -1,5 +1,6 @@
 """How many programs are compiled: few, whatever the lengths of what comes, and none for a single operator."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 
 from ptqjax.config import QuantizationConfig
 from ptqjax.experiments.explain import explain
+from ptqjax.fit.samples import of_few_shapes
+from ptqjax.ir import Graph, Model, TensorSpec, verify
 from ptqjax.kernels.draws import Draw
 from ptqjax.onnx_io import read
 from ptqjax.pipeline import quantize
 from ptqjax.quantize.observers import DISTRIBUTION, SAMPLES
-from tests.models import mobile_block
+from tests.models import mobile_block, node
 
 PROGRAMS = {"measure", "look", "absorb", "run", "search_fractions", "_descended", "tensors", "interpret_whole"}
 """What `quantize` and `explain` compile: each a whole model, or a whole search."""
@@ -38,6 +41,45 @@ def compilations() -> Iterator[list[str]]:
     _heard.clear()
     yield _heard
     _heard.clear()
+
+
+def text_model(vocabulary: int = 50, width: int = 16) -> Model:
+    """An embedding and a layer, for token numbers [N, T]."""
+    rng = np.random.default_rng(0)
+    shapes = {"table": (vocabulary, width), "w": (width, width), "b": (width,), "scale": (width,), "shift": (width,)}
+    graph = Graph(
+        name="text",
+        inputs=(TensorSpec(name="ids", dtype=np.dtype(np.int64), shape=("N", "T")),),
+        outputs=(TensorSpec(name="y", dtype=np.dtype(np.float32), shape=None),),
+        nodes=(
+            node("Gather", ["table", "ids"], "e", axis=0),
+            node("MatMul", ["e", "w"], "m"),
+            node("Add", ["m", "b"], "a"),
+            node("Relu", ["a"], "r"),
+            node("LayerNormalization", ["r", "scale", "shift"], "y", axis=-1, epsilon=1e-5),
+        ),
+        parameters=tuple(sorted(shapes)),
+        opsets=(("", 17),),
+    )
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return verify(Model(graph=graph, params=params))
+
+
+def texts(*lengths: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    return [{"ids": rng.integers(0, 50, size=(1, length))} for length in lengths]
+
+
+def test_a_length_more_compiles_two_programs_more(compilations: list[str]) -> None:
+    lengths = range(3, 27, 2)
+    result = quantize(text_model(), texts(*lengths))
+    assert set(compilations) <= PROGRAMS
+    found = Counter(compilations)
+    assert found["absorb"] == 1
+    assert found["measure"] <= 2
+    assert found["look"] <= len(lengths) + 4
+    assert found["run"] <= len(lengths) + 4
+    assert "without 6 batches of other shapes than the 2" in result.reports["equalize"][0].reason  # of the first 8
 
 
 def test_small_convolutions_compile_whole_programs_alone(compilations: list[str]) -> None:
@@ -83,6 +125,13 @@ def test_rows_are_of_few_lengths_and_never_longer_than_what_is_sampled(num_sampl
     (length,) = row.shape
     assert min(size, SAMPLES) * num_samples <= length <= SAMPLES * num_samples
     assert length == SAMPLES * num_samples or length.bit_count() == 1
+
+
+def test_of_few_shapes_those_that_hold_most_are_kept_in_order() -> None:
+    batches = texts(9, 4, 5, 4, 12, 4, 5)  # 4 holds 12 numbers in three batches, as 12 does in one
+    assert [batch["ids"].shape[1] for batch in of_few_shapes(batches, 2)] == [4, 4, 12, 4]
+    assert [batch["ids"].shape[1] for batch in of_few_shapes(batches, 3)] == [4, 5, 4, 12, 4, 5]
+    assert of_few_shapes(batches, 9) == batches
 
 
 @pytest.mark.parametrize(("seed", "number"), [(0, 0), (7, 3), (2**32 - 1, 2)])

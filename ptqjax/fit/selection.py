@@ -18,7 +18,7 @@ from ptqjax.fit.behaviour import observe_behaviour, observe_shares_beyond
 from ptqjax.fit.bias_correction import correct_each, corrected_axes, layer_axes
 from ptqjax.fit.learned_scales import Learning, learn_scales
 from ptqjax.fit.quantized_pass import QuantizedPass
-from ptqjax.fit.samples import Batch, can_be_regrouped, first_samples, grouped, joined
+from ptqjax.fit.samples import Batch, can_be_regrouped, first_samples, grouped, joined, of_few_shapes
 from ptqjax.ir import Model, Record, Report
 from ptqjax.kernels.grid import integer_range
 from ptqjax.lowering import apply
@@ -37,6 +37,10 @@ _NAME = "choose"
 _CLEARLY = 0.25  # dB by which something must be better than what is simpler
 _PREDICTED = 1.5  # dB that scales must be predicted to gain where nothing can be measured
 _BATCH = 8  # samples a backward pass holds
+
+# Shapes of batches that cannot be regrouped (text of unlike lengths): each is compiled for. A program that measures
+# behaviour takes four times as long to compile as one that runs the model, and what it predicts is off by 1 to 3 dB.
+_BEHAVIOUR_SHAPES, _TRIAL_SHAPES = 2, 4
 
 # dB that scales must be predicted to gain before they are tried. With a scale per channel the MobileNets, ResNet-20 and
 # EfficientNet-Lite0 are predicted to gain 0.6 to 1.8, and lose when they are scaled; SqueezeNet (4) and a network for
@@ -211,7 +215,8 @@ def _with_data(ways: _Ways, config: QuantizationConfig) -> Choice:
     judge = _Judge.of(ways, config, policy.trial_samples)
     best = _best([trial for name in candidates for trial in judge.trials(name)])
     best = _best([best, *judge.corrections(best)])
-    records = (expected.record, *(_tried(trial, is_chosen=trial is best) for trial in judge.tried))
+    less = _less(judge.left_out, _TRIAL_SHAPES)
+    records = (expected.record, *(_tried(trial, less, is_chosen=trial is best) for trial in judge.tried))
     scaled, report = ways.scaled(best.name, config)
     is_scaled = best.name != "off"
     if learns:
@@ -251,7 +256,8 @@ def _expected_gain(ways: _Ways, config: QuantizationConfig) -> _Expected:
     source = "batch norms"
     behaviour = implied_behaviour(ways.model) if ways.model.statistics else {}
     if not covers_noise(ways.model, behaviour, per_channel=steps.per_channel):
-        source, behaviour = f"{_BATCH} samples", ways.behaviour(config.seed, _BATCH)
+        behaviour = ways.behaviour(config.seed, _BATCH)
+        source = f"{_BATCH} samples{_less(ways.left_out(_BATCH), _BEHAVIOUR_SHAPES)}"
     try:
         _, report = scale_for_noise(ways.model, behaviour, steps=steps, bounds=bounds)
     except ConfigError:
@@ -330,6 +336,7 @@ class _Ways:
         self.model = model
         self.batches = batches
         self._behaviour: dict[tuple[int, int | None], dict[str, Behaviour]] = {}
+        self._left_out: dict[int, int] = {}
         self._beyond: dict[str, float] | None = None
 
     def scaled(self, name: str, config: QuantizationConfig) -> tuple[Model, Report]:
@@ -351,15 +358,25 @@ class _Ways:
         return learned, (*report, *more)
 
     def behaviour(self, seed: int, num_samples: int) -> dict[str, Behaviour]:
-        """Returns how channels behave on the first samples, a few at a time: a backward pass holds much."""
+        """Returns how channels behave on the first samples, a few at a time: a backward pass holds much.
+
+        Of batches of unlike shapes, those of the two shapes that hold most of the first samples.
+        """
         if (seed, num_samples) not in self._behaviour:
             found = first_samples(self.model.graph, self.batches, num_samples)
             if can_be_regrouped(self.model.graph, found):
                 samples = joined(found)
                 count = min(len(next(iter(samples.values()))), num_samples)
                 found = grouped(samples, np.arange(count), min(_BATCH, count))
+            else:
+                few = of_few_shapes(found, _BEHAVIOUR_SHAPES)
+                self._left_out[num_samples], found = len(found) - len(few), few
             self._behaviour[seed, num_samples] = observe_behaviour(self.model, found, seed=seed)
         return self._behaviour[seed, num_samples]
+
+    def left_out(self, num_samples: int) -> int:
+        """Returns how many of the batches of the first samples `behaviour` did not look at, for their shapes."""
+        return self._left_out.get(num_samples, 0)
 
     def _shares_beyond(self) -> dict[str, float]:
         if self._beyond is None:
@@ -376,6 +393,8 @@ class _Judge:
     config: QuantizationConfig
     used: list[Batch]
     held: list[Batch]
+    left_out: int
+    """How many batches are in neither, for their shapes."""
     tried: list[_Trial]
     wanted: list[dict[str, Any]]
     """The float model's outputs on the samples held back, once there are any."""
@@ -383,9 +402,9 @@ class _Judge:
     @staticmethod
     def of(ways: _Ways, config: QuantizationConfig, num_samples: int) -> _Judge:
         """Returns a judge on so many of the samples."""
-        used, held = divided(ways.model, ways.batches, num_samples)
+        used, held, left_out = divided(ways.model, ways.batches, num_samples)
         half = _Ways(ways.model, used)
-        return _Judge(ways=half, config=config, used=used, held=held, tried=[], wanted=[])
+        return _Judge(ways=half, config=config, used=used, held=held, left_out=left_out, tried=[], wanted=[])
 
     def trials(self, name: str) -> list[_Trial]:
         """Returns what a way gives with each headroom."""
@@ -444,20 +463,34 @@ def _signal_to_noise(wanted: Sequence[Mapping[str, Any]], found: Sequence[Mappin
     return -np.inf if np.isnan(ratio) else float(-10 * np.log10(max(ratio, np.finfo(float).tiny)))
 
 
-def divided(model: Model, batches: Iterable[Mapping[str, Any]], num_samples: int) -> tuple[list[Batch], list[Batch]]:
+class _Divided(NamedTuple):
+    """Samples in two parts."""
+
+    used: list[Batch]
+    """Those to work with."""
+    held: list[Batch]
+    """Those held back."""
+    left_out: int
+    """How many batches are in neither."""
+
+
+def divided(model: Model, batches: Iterable[Mapping[str, Any]], num_samples: int) -> _Divided:
     """Returns two halves of the first `num_samples` samples; a single sample is in both.
 
-    In batches as large as those given where there are enough samples, since programs are compiled for a size.
+    In batches as large as those given where there are enough samples, since programs are compiled for a size. Of
+    batches of unlike shapes, which stay whole, those of the four shapes that hold most of these samples.
     """
     found = first_samples(model.graph, batches, num_samples)
     if not can_be_regrouped(model.graph, found):
-        return (found[::2], found[1::2]) if len(found) > 1 else (found, found)
+        few = of_few_shapes(found, _TRIAL_SHAPES)
+        return _Divided(few[::2], few[1::2] or few, len(found) - len(few))
     samples = joined(found)
     count = min(len(next(iter(samples.values()))), num_samples)
     if count == 1:
-        return found, found
+        return _Divided(found, found, 0)
     size = min(max(len(next(iter(batch.values()))) for batch in found), count // 2)
-    return grouped(samples, np.arange(0, count, 2), size), grouped(samples, np.arange(1, count, 2), size)
+    used, held = (grouped(samples, np.arange(start, count, 2), size) for start in range(2))
+    return _Divided(used, held, 0)
 
 
 def _best(trials: Sequence[_Trial]) -> _Trial:
@@ -469,12 +502,18 @@ def _best(trials: Sequence[_Trial]) -> _Trial:
     return best
 
 
-def _tried(trial: _Trial, *, is_chosen: bool) -> Record:
+def _less(left_out: int, num_shapes: int) -> str:
+    """Returns what is said of batches that were left out."""
+    return f", without {left_out} batches of other shapes than the {num_shapes} that hold most" if left_out else ""
+
+
+def _tried(trial: _Trial, less: str, *, is_chosen: bool) -> Record:
     return Record(
         transform=_NAME,
         done=is_chosen,
         what=f"scaling {trial.name}, headroom {trial.headroom:g}, correction {trial.correct}",
         where=(),
-        reason="chosen: best on calibration samples held back" if is_chosen else "tried, and not clearly better",
+        reason=("chosen: best on calibration samples held back" if is_chosen else "tried, and not clearly better")
+        + less,
         after={"SQNR on samples held back, dB": float(trial.decibels)},
     )
