@@ -12,6 +12,7 @@ import numpy as np
 
 from ptqjax.config import COMPATIBILITIES
 from ptqjax.config.checks import check_choice, check_ranges
+from ptqjax.kernels.brief import FEW, SOON, brief_options
 from ptqjax.kernels.entropy import Magnitudes, least_divergent_threshold
 from ptqjax.kernels.exact_sums import means_of
 from ptqjax.kernels.histogram import Histogram, histogram_of
@@ -29,6 +30,7 @@ from ptqjax.quantize.observers import (
 )
 
 _Grids = tuple[np.ndarray, np.ndarray]
+_FEW_IN_BINS = 2**20  # 85 histograms: they are searched no sooner by a program that takes 0.5 s longer to compile
 _ROWS_AT_ONCE = 512  # histograms of constants in hand: 8 MB
 FEWEST_FOR_ENTROPY = 8192
 """Values that a distribution needs, four a bin on average; with fewer, the scheme "entropy" takes the whole range. What
@@ -111,11 +113,15 @@ def _best_in_hand(saturation_weight: float, matrices: list[np.ndarray], kind: Gr
 def _searched(rows: Rows, kind: GridKind, saturation_weight: float) -> np.ndarray:
     """Returns the best fractions in float64; symmetric grids and others try different candidates."""
     weight, symmetric = np.float32(saturation_weight), np.asarray(kind.symmetric)
+    search = _search_soon if brief_options(rows, few=FEW if rows.uppers is None else _FEW_IN_BINS) else search_fractions
     found = np.ones((len(symmetric), 2), dtype=np.float64)
     for candidates, chosen in ((TOGETHER, symmetric), (BOTH_ENDS, ~symmetric)):
         if chosen.any():
-            found[chosen] = np.asarray(search_fractions(rows, kind, weight, candidates))[chosen]
+            found[chosen] = np.asarray(search(rows, kind, weight, candidates))[chosen]
     return found
+
+
+_search_soon = jax.jit(search_fractions, compiler_options=SOON)
 
 
 def _spread(length: int, leaf: Any) -> np.ndarray:
