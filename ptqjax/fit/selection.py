@@ -126,7 +126,9 @@ def scale_as_configured(
     "auto" asks the closed form of predicted noise first what scales may gain. What may win of nothing, "ranges" and
     "noise" is tried, each with and without headroom, on one half of some samples against the other; the best is
     repeated on more of them and, where a weight has one scale for all channels, gone on with by learning, which judges
-    itself on samples held back. `effort` "fast" tries and learns nothing: the prediction decides; "thorough" tries all.
+    itself on samples held back. Of batches that cannot be regrouped, such as text of unlike lengths, trials look at
+    four shapes and predictions at two, which the report says. `effort` "fast" tries and learns nothing: the prediction
+    decides; "thorough" tries all.
     Without data the scales of least predicted noise are taken, where the prediction is clearly better.
 
     Args:
