@@ -17,6 +17,7 @@ from ptqjax.experiments.effects import Effects, Labels, floating_outputs, with_l
 from ptqjax.experiments.groups import Group
 from ptqjax.experiments.injection import Injection, Place, injection_of
 from ptqjax.ir import Graph, Model
+from ptqjax.kernels.draws import Draw
 from ptqjax.lowering import compiled, interpret
 from ptqjax.progress import Follow
 from ptqjax.quantize import Encodings
@@ -82,11 +83,11 @@ def estimate_effects(
     )
     in_hand = round_parameters(model, encodings)[0].params  # in the program, each would be a branch of its own
     rounded = {name: in_hand.get(name, value) for name, value in model.params.items()}
-    params, key = jax.device_put(_Params(dict(model.params), rounded)), jax.random.key(seed)
+    params = jax.device_put(_Params(dict(model.params), rounded))
     noise, loss, power, count = np.zeros(len(groups)), np.zeros(len(groups)), 0.0, 0
     shown = follow(batches, "sensitivity") if follow else batches
     for number, (batch, classes) in enumerate(with_labels(model.graph, shown, labels)):
-        given = _Batch(inputs=batch, classes=classes, key=jax.random.fold_in(key, number))
+        given = _Batch(inputs=batch, classes=classes, draw=Draw.of(seed, number))
         found = jax.device_get(_measure(static, params, encodings, given))
         if isinstance(labels, np.ndarray):
             checked_labels(labels, num_classes=int(found["num_classes"]), place="labels")
@@ -124,7 +125,7 @@ class _Batch(NamedTuple):
     """The samples."""
     classes: Any
     """The label of each sample; -1 for the class that the float model names."""
-    key: Any
+    draw: Draw
     """What is drawn with."""
 
 
@@ -138,7 +139,7 @@ def _measure(static: _Static, params: _Params, encodings: Encodings, batch: _Bat
     outputs, pull = jax.vjp(lambda given: floating_outputs(program.run(batch.inputs, *given)), amplitudes)
     outputs = {spec.name: outputs[spec.name] for spec in static.graph.outputs if spec.name in outputs}  # not sorted
     if static.estimate.is_alone:
-        wanted, directions = outputs, [_signs(outputs, batch.key)]
+        wanted, directions = outputs, [_signs(outputs, batch.draw.key())]
     else:
         wanted = floating_outputs(interpret(static.graph, params.in_float, batch.inputs)[0])
         directions = [{name: 2 * (value - wanted[name]) for name, value in outputs.items()}]
@@ -201,7 +202,7 @@ def _of_the_loss(
     logits = outputs[name].reshape(len(batch.classes), -1)
     predicted = jnp.argmax(wanted[name].reshape(logits.shape), axis=1)
     classes = jnp.where(batch.classes < 0, predicted, batch.classes)
-    drawn = jax.random.categorical(jax.random.fold_in(batch.key, 1), logits, axis=1)
+    drawn = jax.random.categorical(jax.random.fold_in(batch.draw.key(), 1), logits, axis=1)
 
     def gradient(classes: jax.Array) -> dict[str, jax.Array]:
         by_logits = jax.nn.softmax(logits, axis=1) - jax.nn.one_hot(classes, logits.shape[1], dtype=logits.dtype)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ptqjax.errors import ModelError
 from ptqjax.ir import Graph, Model
+from ptqjax.kernels.draws import Draw
 from ptqjax.lowering import axis_in_layout, compiled, interpret
 from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.transforms.activations import limits_of
@@ -38,10 +39,10 @@ def observe_behaviour(
     names += [name for node in model.graph.nodes for name in node.outputs if name]
     channels = find_ties(model).channels
     axes = tuple((name, channels[name].axis if name in channels else 1) for name in names)
-    key, count = jax.random.key(seed), 0
+    count = 0
     total: dict[str, Any] = {}
     for index, batch in enumerate(checked_batches(model.graph, batches)):
-        found = jax.device_get(_measure(model.graph, axes, params, jax.random.fold_in(key, index), batch))
+        found = jax.device_get(_measure(model.graph, axes, params, Draw.of(seed, index), batch))
         size = num_samples(batch)
         total, count = _merged(total, found, size), count + size
     return {
@@ -110,8 +111,9 @@ def _merged(total: Any, found: Any, size: int) -> Any:
 
 @partial(compiled, num_static=2, is_brief=True)
 def _measure(
-    graph: Graph, axes: tuple[tuple[str, int], ...], params: Mapping[str, Any], key: Any, batch: Mapping[str, Any]
+    graph: Graph, axes: tuple[tuple[str, int], ...], params: Mapping[str, Any], draw: Draw, batch: Mapping[str, Any]
 ) -> dict[str, dict[str, jax.Array]]:
+    key = draw.key()
     counts = jax.eval_shape(lambda: _forward(graph, axes, params, batch, None)[1])
 
     def run(probes: Mapping[str, Any]) -> Any:

@@ -29,6 +29,23 @@ def first_samples(graph: Graph, batches: Iterable[Mapping[str, Any]] | None, mos
     return found
 
 
+def of_few_shapes(batches: Sequence[Batch], most: int) -> list[Batch]:
+    """Returns the batches of the `most` shapes that hold most numbers, in their order; others are left out.
+
+    Programs are compiled for a shape, which takes longer than to run them: a part of text of every length tells about
+    as much as the whole.
+    """
+    sizes: dict[Any, int] = {}
+    for batch in batches:
+        sizes[_shape(batch)] = sizes.get(_shape(batch), 0) + sum(value.size for value in batch.values())
+    kept = sorted(sizes, key=sizes.__getitem__, reverse=True)[:most]  # of equal ones the first
+    return [batch for batch in batches if _shape(batch) in kept]
+
+
+def _shape(batch: Batch) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, value.shape) for name, value in batch.items())
+
+
 def can_be_regrouped(graph: Graph, batches: Sequence[Batch]) -> bool:
     """Tells whether samples can be taken out of their batches: all inputs have them on a free first axis, alike."""
     free = all(spec.shape is None or (spec.shape and not isinstance(spec.shape[0], int)) for spec in graph.inputs)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError
 from ptqjax.fit.learned_scales import Learning, learn_scales
-from ptqjax.fit.trials import Judge, best_of, record_of
-from ptqjax.fit.ways import BATCH, POLICIES, Policy, Ways, bounds_of, steps_of
+from ptqjax.fit.trials import TRIAL_SHAPES, Judge, best_of, record_of
+from ptqjax.fit.ways import BATCH, BEHAVIOUR_SHAPES, POLICIES, Policy, Ways, bounds_of, steps_of, without
 from ptqjax.ir import Model, Record, Report
 from ptqjax.quantize.tensors import is_floating
 from ptqjax.transforms.behaviour import implied_behaviour
@@ -53,7 +53,9 @@ def scale_as_configured(
     "auto" asks the closed form of predicted noise first what scales may gain. What may win of nothing, "ranges" and
     "noise" is tried, each with and without headroom, on one half of some samples against the other; the best is
     repeated on more of them and, where a weight has one scale for all channels, gone on with by learning, which judges
-    itself on samples held back. `effort` "fast" tries and learns nothing: the prediction decides; "thorough" tries all.
+    itself on samples held back. Of batches that cannot be regrouped, such as text of unlike lengths, trials look at
+    four shapes and predictions at two, which the report says. `effort` "fast" tries and learns nothing: the prediction
+    decides; "thorough" tries all.
     Without data the scales of least predicted noise are taken, where the prediction is clearly better.
 
     Args:
@@ -142,7 +144,8 @@ def _with_data(ways: Ways, config: QuantizationConfig) -> Choice:
     judge = Judge.of(ways, config, policy.trial_samples)
     best = best_of([trial for name in candidates for trial in judge.trials(name)])
     best = best_of([best, *judge.corrections(best)])
-    records = (expected.record, *(record_of(trial, is_chosen=trial is best) for trial in judge.tried))
+    less = without(judge.left_out, TRIAL_SHAPES)
+    records = (expected.record, *(record_of(trial, less, is_chosen=trial is best) for trial in judge.tried))
     scaled, report = ways.scaled(best.name, config)
     is_scaled = best.name != "off"
     if learns:
@@ -182,7 +185,8 @@ def _expected_gain(ways: Ways, config: QuantizationConfig) -> _Expected:
     source = "batch norms"
     behaviour = implied_behaviour(ways.model) if ways.model.statistics else {}
     if not covers_noise(ways.model, behaviour, per_channel=steps.per_channel):
-        source, behaviour = f"{BATCH} samples", ways.behaviour(config.seed, BATCH)
+        behaviour = ways.behaviour(config.seed, BATCH)
+        source = f"{BATCH} samples{without(ways.left_out(BATCH), BEHAVIOUR_SHAPES)}"
     try:
         _, report = scale_for_noise(ways.model, behaviour, steps=steps, bounds=bounds)
     except ConfigError:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptqjax.config import QuantizationConfig
 from ptqjax.fit.bias_correction import correct_each, corrected_axes, layer_axes
 from ptqjax.fit.quantized_pass import QuantizedPass
-from ptqjax.fit.samples import Batch, can_be_regrouped, first_samples, grouped, joined
+from ptqjax.fit.samples import Batch, can_be_regrouped, first_samples, grouped, joined, of_few_shapes
 from ptqjax.fit.ways import Ways, bounds_of
 from ptqjax.ir import Model, Record, Report
 from ptqjax.lowering import apply
@@ -24,6 +24,8 @@ from ptqjax.quantize.calibrate import Calibrated, calibrate_and_measure
 from ptqjax.quantize.headroom import widened
 from ptqjax.quantize.tensors import is_floating
 
+TRIAL_SHAPES = 4
+"""Shapes of batches that cannot be regrouped that ways are tried on; each is compiled for."""
 _CLEARLY = 0.25  # dB by which something must be better than what is simpler
 _HEADROOMS = (1.0, 1.2)  # tried; beyond, a coarser step costs more than clipping did (MobileNetV2: 1.3 as good as 1.2)
 
@@ -49,6 +51,8 @@ class Judge:
     config: QuantizationConfig
     used: list[Batch]
     held: list[Batch]
+    left_out: int
+    """How many batches are in neither, for their shapes."""
     tried: list[Trial]
     wanted: list[dict[str, Any]]
     """The float model's outputs on the samples held back, once there are any."""
@@ -56,9 +60,9 @@ class Judge:
     @staticmethod
     def of(ways: Ways, config: QuantizationConfig, num_samples: int) -> Judge:
         """Returns a judge on so many of the samples."""
-        used, held = divided(ways.model, ways.batches, num_samples)
+        used, held, left_out = divided(ways.model, ways.batches, num_samples)
         half = Ways(ways.model, used)
-        return Judge(ways=half, config=config, used=used, held=held, tried=[], wanted=[])
+        return Judge(ways=half, config=config, used=used, held=held, left_out=left_out, tried=[], wanted=[])
 
     def trials(self, name: str) -> list[Trial]:
         """Returns what a way gives with each headroom."""
@@ -117,20 +121,34 @@ def _signal_to_noise(wanted: Sequence[Mapping[str, Any]], found: Sequence[Mappin
     return -np.inf if np.isnan(ratio) else float(-10 * np.log10(max(ratio, np.finfo(float).tiny)))
 
 
-def divided(model: Model, batches: Iterable[Mapping[str, Any]], num_samples: int) -> tuple[list[Batch], list[Batch]]:
+class _Divided(NamedTuple):
+    """Samples in two parts."""
+
+    used: list[Batch]
+    """Those to work with."""
+    held: list[Batch]
+    """Those held back."""
+    left_out: int
+    """How many batches are in neither."""
+
+
+def divided(model: Model, batches: Iterable[Mapping[str, Any]], num_samples: int) -> _Divided:
     """Returns two halves of the first `num_samples` samples; a single sample is in both.
 
-    In batches as large as those given where there are enough samples, since programs are compiled for a size.
+    In batches as large as those given where there are enough samples, since programs are compiled for a size. Of
+    batches of unlike shapes, which stay whole, those of the four shapes that hold most of these samples.
     """
     found = first_samples(model.graph, batches, num_samples)
     if not can_be_regrouped(model.graph, found):
-        return (found[::2], found[1::2]) if len(found) > 1 else (found, found)
+        few = of_few_shapes(found, TRIAL_SHAPES)
+        return _Divided(few[::2], few[1::2] or few, len(found) - len(few))
     samples = joined(found)
     count = min(len(next(iter(samples.values()))), num_samples)
     if count == 1:
-        return found, found
+        return _Divided(found, found, 0)
     size = min(max(len(next(iter(batch.values()))) for batch in found), count // 2)
-    return grouped(samples, np.arange(0, count, 2), size), grouped(samples, np.arange(1, count, 2), size)
+    used, held = (grouped(samples, np.arange(start, count, 2), size) for start in range(2))
+    return _Divided(used, held, 0)
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
@@ -142,13 +160,14 @@ def best_of(trials: Sequence[Trial]) -> Trial:
     return best
 
 
-def record_of(trial: Trial, *, is_chosen: bool) -> Record:
-    """Returns what a trial gave, for the report."""
+def record_of(trial: Trial, less: str, *, is_chosen: bool) -> Record:
+    """Returns what a trial gave, for the report; `less`: what is said of batches that were left out."""
     return Record(
         transform="choose",
         done=is_chosen,
         what=f"scaling {trial.name}, headroom {trial.headroom:g}, correction {trial.correct}",
         where=(),
-        reason="chosen: best on calibration samples held back" if is_chosen else "tried, and not clearly better",
+        reason=("chosen: best on calibration samples held back" if is_chosen else "tried, and not clearly better")
+        + less,
         after={"SQNR on samples held back, dB": float(trial.decibels)},
     )

@@ -24,12 +24,12 @@ _SIGNIFICAND_BITS = 23
 _SMALLEST = Fraction(1, 2**149)  # the unit of the significands of subnormal numbers
 
 
-def empty_sums(*shape: int) -> Int[Array, "*shape e p"]:
-    """Returns sums without a term; two of the same shape are merged by addition."""
-    return jnp.zeros((*shape, _EXPONENTS, _PARTS), dtype=jnp.int32)
+def empty_sums(*shape: int) -> Int[np.ndarray, "*shape e p"]:
+    """Returns sums without a term, on NumPy; two of the same shape are merged by addition."""
+    return np.zeros((*shape, _EXPONENTS, _PARTS), dtype=np.int32)
 
 
-def add_terms(sums: Int[Array, "t e p"], terms: Float[Array, "t n"]) -> Int[Array, "t e p"]:
+def add_terms(sums: Int[Array | np.ndarray, "t e p"], terms: Float[Array, "t n"]) -> Int[Array, "t e p"]:
     """Returns the sums with n terms more each, which are finite."""
     bits = jax.lax.bitcast_convert_type(terms.astype(jnp.float32), jnp.int32)
     exponent = (bits >> _SIGNIFICAND_BITS) & (_EXPONENTS - 1)
@@ -37,7 +37,7 @@ def add_terms(sums: Int[Array, "t e p"], terms: Float[Array, "t n"]) -> Int[Arra
     significand = jnp.where(exponent > 0, fraction | 2**_SIGNIFICAND_BITS, fraction)
     parts = jnp.stack([(significand >> (_PART_BITS * i)) & (2**_PART_BITS - 1) for i in range(_PARTS)], axis=-1)
     rows = jnp.arange(terms.shape[0], dtype=jnp.int32)[:, None]
-    return sums.at[rows, exponent].add(jnp.where(bits[..., None] < 0, -parts, parts))
+    return jnp.asarray(sums).at[rows, exponent].add(jnp.where(bits[..., None] < 0, -parts, parts))
 
 
 def means_of(sums: Any, counts: Any) -> np.ndarray:

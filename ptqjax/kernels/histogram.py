@@ -35,10 +35,10 @@ class Histogram(PyTreeNode):
 
 
 def empty_histogram(num_tensors: int, num_bins: int = NUM_BINS) -> Histogram:
-    """Returns histograms without a value, with the narrowest bins."""
+    """Returns histograms without a value, with the narrowest bins, on NumPy."""
     return Histogram(
-        counts=jnp.zeros((num_tensors, num_bins), dtype=jnp.int32),
-        exponent=jnp.full((num_tensors,), _LOWEST_EXPONENT, dtype=jnp.int32),
+        counts=np.zeros((num_tensors, num_bins), dtype=np.int32),
+        exponent=np.full((num_tensors,), _LOWEST_EXPONENT, dtype=np.int32),
     )
 
 
@@ -102,7 +102,7 @@ def _exponent_holding(magnitude: Float[Array, " t"]) -> Int[Array, " t"]:
 
 
 def _scatter_add(
-    counts: Int[Array, "t b"], bins: Int[Array, "t k"], increments: Int[Array, "t k"]
+    counts: Int[Array, "t b"], bins: Int[Array, "t k"], increments: Int[Array | np.ndarray, "t k"]
 ) -> Int[Array, "t b"]:
     rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
     return counts.at[rows, bins].add(increments)

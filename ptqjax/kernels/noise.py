@@ -254,7 +254,7 @@ def least_noise(
 
     Adam on the logarithm of the noise, which is convex, with a rate that falls along a cosine. Scale 0 stays at one.
     """
-    theta = jnp.asarray(start, jnp.float32)
+    theta = np.asarray(start, np.float32)
     descend = _descend_soon if brief_options(terms) else _descend
     scales, before, after = descend(theta, terms, (activation_steps, weight_steps), num_steps, rate)
     return np.asarray(scales, np.float64), float(before), float(after)

@@ -83,21 +83,23 @@ def rows_of(arrays: list[np.ndarray]) -> Rows:
     )
 
 
-def rows_of_bins(counts: Float[Array, "t b"], lowest: Float[Array, " t"], highest: Float[Array, " t"]) -> Rows:
+def rows_of_bins(
+    counts: Float[np.ndarray, "t b"], lowest: Float[np.ndarray, " t"], highest: Float[np.ndarray, " t"]
+) -> Rows:
     """Returns a row for each histogram, whose bins have the width 1 and 0 in the middle, cut off at the extremes.
 
     The two bins next to 0 count as empty: they hold zeros, the most frequent value of an activation, which lie on every
     grid and must not seem to be rounded.
     """
     num_tensors, num_bins = counts.shape
-    edges = jnp.arange(num_bins, dtype=jnp.float32)[None, :] - num_bins // 2
-    lowers = jnp.clip(edges, lowest[:, None], highest[:, None])
+    edges = np.arange(num_bins, dtype=np.float32)[None, :] - num_bins // 2
+    lowers = np.clip(edges, lowest[:, None], highest[:, None])
     is_zero = (edges == 0) | (edges == -1)
     return Rows(
         values=lowers,
-        uppers=jnp.maximum(jnp.clip(edges + 1, lowest[:, None], highest[:, None]), lowers + _NARROWEST),
-        counts=jnp.where(is_zero, 0, counts),
-        ranges=jnp.arange(num_tensors, dtype=jnp.int32),
+        uppers=np.maximum(np.clip(edges + 1, lowest[:, None], highest[:, None]), lowers + np.float32(_NARROWEST)),
+        counts=np.where(is_zero, np.float32(0), counts),
+        ranges=np.arange(num_tensors, dtype=np.int32),
         lowest=lowest,
         highest=highest,
     )

@@ -174,12 +174,11 @@ def _as_integers(step: np.ndarray, offset: np.ndarray, qmin: Any) -> _Grids:
 
 
 def _init(num_tensors: int) -> BatchDensity:
-    zeros = jnp.zeros((num_tensors,), dtype=jnp.float32)
     return BatchDensity(
         extremes=EXTREMES.init(num_tensors),
-        first=Extremes(lowest=zeros, highest=zeros),
-        mass=jnp.zeros((num_tensors, aimet.NUM_BINS, 2), dtype=jnp.uint32),
-        batches=jnp.zeros((num_tensors,), dtype=jnp.int32),
+        first=Extremes(lowest=np.zeros(num_tensors, np.float32), highest=np.zeros(num_tensors, np.float32)),
+        mass=np.zeros((num_tensors, aimet.NUM_BINS, 2), dtype=np.uint32),
+        batches=np.zeros((num_tensors,), dtype=np.int32),
     )
 
 

@@ -71,7 +71,7 @@ class Observer:
     name: str
     """What is kept, in words."""
     init: Callable[[int], Any]
-    """(number of tensors) -> state before any data."""
+    """(number of tensors) -> state before any data, its leaves NumPy arrays, each with memory of its own."""
     look: Callable[[Sequence[Any], int], Any]
     """(one array per tensor, samples in this batch) -> what is to be kept of them, a pytree of arrays. Traced as part
     of the program that runs the model, so it is to be little, and quick to compile for each tensor."""
@@ -130,7 +130,7 @@ def _places(size: int, wanted: int) -> np.ndarray:
 
 
 def _init_extremes(num_tensors: int) -> Extremes:
-    nothing = jnp.full((num_tensors,), jnp.inf, dtype=jnp.float32)
+    nothing = np.full((num_tensors,), np.inf, dtype=np.float32)
     return Extremes(lowest=nothing, highest=-nothing)
 
 
@@ -168,7 +168,7 @@ def _init_mean_extremes(num_tensors: int) -> MeanExtremes:
     return MeanExtremes(
         extremes=_init_extremes(num_tensors),
         sums=empty_sums(num_tensors, 2),
-        counts=jnp.zeros((num_tensors,), dtype=jnp.int32),
+        counts=np.zeros((num_tensors,), dtype=np.int32),
     )
 
 
@@ -224,12 +224,17 @@ class _SampledValues(PyTreeNode):
 
 def _look_at_values(values: Sequence[Any], num_samples: int) -> _SampledValues:
     chosen = [sampled(value, num_samples) for value in values]
-    longest = max(value.shape[0] for value in chosen)
+    length = _row_length(max(value.shape[0] for value in chosen), num_samples)
     return _SampledValues(
         extremes=_batch_extremes(values),
-        values=[jnp.pad(value, (0, longest - value.shape[0])) for value in chosen],
+        values=[jnp.pad(value, (0, length - value.shape[0])) for value in chosen],
         sizes=jnp.asarray([value.shape[0] for value in chosen], dtype=jnp.int32),
     )
+
+
+def _row_length(longest: int, num_samples: int) -> int:
+    """Returns the length of rows that hold `longest` values: one of few, for `absorb` is compiled for each."""
+    return min(max(SAMPLES, 1 << max(longest - 1, 0).bit_length()), SAMPLES * max(num_samples, 1))
 
 
 def _absorb_values(state: Distribution, batch: _SampledValues) -> Distribution:

@@ -32,9 +32,9 @@ class Observed:
     """The observer's state, its leaves NumPy arrays."""
 
     def of(self, tensors: Sequence[str]) -> Any:
-        """Returns the state of these tensors alone, in this order."""
+        """Returns the state of these tensors alone, in this order, on NumPy."""
         rows = np.asarray([self.rows[name] for name in tensors])
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), self.state)
+        return jax.tree.map(lambda leaf: leaf[rows], self.state)
 
     def extremes(self, tensors: Sequence[str]) -> Extremes:
         """Returns the extremes of these tensors, as NumPy arrays."""
@@ -181,8 +181,7 @@ def _advance(
 
 
 def _initial(plan: _Plan) -> Any:
-    # Copied: leaves that share a buffer could not be donated to the step.
-    return jax.tree.map(jnp.copy, tuple(observer.init(len(names)) for observer, names in plan.parts))
+    return tuple(observer.init(len(names)) for observer, names in plan.parts)
 
 
 def _in_order(graph: Graph, wanted: Sequence[Wanted]) -> tuple[tuple[Observer, tuple[str, ...]], ...]:

@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.config import COMPATIBILITIES
 from ptqjax.config.checks import check_choice, check_ranges
+from ptqjax.kernels.brief import FEW, SOON, brief_options
 from ptqjax.kernels.entropy import Magnitudes, least_divergent_threshold
 from ptqjax.kernels.exact_sums import means_of
-from ptqjax.kernels.histogram import Histogram, histogram_of, power_of_two
+from ptqjax.kernels.histogram import Histogram, histogram_of
 from ptqjax.kernels.ranges import GridKind, grid_of_range
 from ptqjax.kernels.search import BOTH_ENDS, SATURATION_WEIGHT, TOGETHER, Rows, rows_of, rows_of_bins, search_fractions
 from ptqjax.quantize.aimet_schemes import find_aimet_scheme
@@ -30,6 +30,7 @@ from ptqjax.quantize.observers import (
 )
 
 _Grids = tuple[np.ndarray, np.ndarray]
+_FEW_IN_BINS = 2**20  # 85 histograms: they are searched no sooner by a program that takes 0.5 s longer to compile
 _ROWS_AT_ONCE = 512  # histograms of constants in hand: 8 MB
 FEWEST_FOR_ENTROPY = 8192
 """Values that a distribution needs, four a bin on average; with fewer, the scheme "entropy" takes the whole range. What
@@ -93,11 +94,12 @@ def _grid_of_means(state: MeanExtremes, kind: GridKind) -> _Grids:
 
 
 def _best_of_distribution(saturation_weight: float, state: Distribution, kind: GridKind) -> _Grids:
-    low, high = jnp.minimum(state.extremes.lowest, 0), jnp.maximum(state.extremes.highest, 0)
-    unit = power_of_two(-state.histogram.exponent)
-    rows = rows_of_bins(state.histogram.counts.astype(jnp.float32), low * unit, high * unit)
+    low, high = np.minimum(state.extremes.lowest, 0), np.maximum(state.extremes.highest, 0)
+    exponent = -np.asarray(state.histogram.exponent)
+    counts = np.asarray(state.histogram.counts).astype(np.float32)
+    rows = rows_of_bins(counts, np.ldexp(low, exponent), np.ldexp(high, exponent))
     fractions = _searched(rows, jax.tree.map(partial(_spread, len(low)), kind), saturation_weight)
-    return grid_of_range(np.asarray(low) * fractions[:, 0], np.asarray(high) * fractions[:, 1], kind)
+    return grid_of_range(low * fractions[:, 0], high * fractions[:, 1], kind)
 
 
 def _best_in_hand(saturation_weight: float, matrices: list[np.ndarray], kind: GridKind) -> _Grids:
@@ -111,11 +113,15 @@ def _best_in_hand(saturation_weight: float, matrices: list[np.ndarray], kind: Gr
 def _searched(rows: Rows, kind: GridKind, saturation_weight: float) -> np.ndarray:
     """Returns the best fractions in float64; symmetric grids and others try different candidates."""
     weight, symmetric = np.float32(saturation_weight), np.asarray(kind.symmetric)
+    search = _search_soon if brief_options(rows, few=FEW if rows.uppers is None else _FEW_IN_BINS) else search_fractions
     found = np.ones((len(symmetric), 2), dtype=np.float64)
     for candidates, chosen in ((TOGETHER, symmetric), (BOTH_ENDS, ~symmetric)):
         if chosen.any():
-            found[chosen] = np.asarray(search_fractions(rows, kind, weight, candidates))[chosen]
+            found[chosen] = np.asarray(search(rows, kind, weight, candidates))[chosen]
     return found
+
+
+_search_soon = jax.jit(search_fractions, compiler_options=SOON)
 
 
 def _spread(length: int, leaf: Any) -> np.ndarray:
