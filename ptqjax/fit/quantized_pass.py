@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ptqjax.ir import Graph, Model
+from ptqjax.kernels.brief import FEW_TIMES
 from ptqjax.lowering import axis_in_layout, compiled, interpret
 from ptqjax.quantize.encodings import Encodings
 from ptqjax.quantize.observing import Axes, channel_means
@@ -98,7 +99,7 @@ class _Target(NamedTuple):
     """Whether the difference is taken out, boolean scalar."""
 
 
-@partial(compiled, is_brief=True)
+@partial(compiled, is_brief=True, options=FEW_TIMES)
 def _run(
     plan: _Plan,
     params: Mapping[str, Any],

@@ -14,6 +14,9 @@ SOON = {
 }
 """Options under which LLVM does not optimize, and gets one module, without a detour of each fusion through MLIR: an
 eighth of the time to compile, several times that to run. Each of the three halves it (jaxlib 0.10)."""
+FEW_TIMES = SOON | {"xla_backend_optimization_level": 1}
+"""Options under which some large programs compile in half the time and run as fast (MobileNetV2's correction: 2.0 s for
+3.5), others twice as long: each has to be measured. On CPUs alone."""
 FEW = 2**17
 """Elements of all arguments of a program that runs a few times, up to which those options pay."""
 

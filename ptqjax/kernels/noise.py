@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ptqjax.kernels.brief import SOON, brief_options
+from ptqjax.kernels.brief import FEW_TIMES, SOON, brief_options
 from ptqjax.pytrees import PyTreeNode, static_field
 
 NOTHING = -60.0
@@ -255,7 +255,8 @@ def least_noise(
     Adam on the logarithm of the noise, which is convex, with a rate that falls along a cosine. Scale 0 stays at one.
     """
     theta = np.asarray(start, np.float32)
-    descend = _descend_soon if brief_options(terms) else _descend
+    on_cpu = _descend_few_times if jax.default_backend() == "cpu" else _descend
+    descend = _descend_soon if brief_options(terms) else on_cpu
     scales, before, after = descend(theta, terms, (activation_steps, weight_steps), num_steps, rate)
     return np.asarray(scales, np.float64), float(before), float(after)
 
@@ -281,6 +282,6 @@ def _descended(start: Any, terms: Any, steps: tuple[int, int], num_steps: int, r
     return theta, values[0], noise(theta, 200.0)
 
 
-_descend, _descend_soon = (
-    jax.jit(_descended, static_argnums=(2, 3, 4), compiler_options=options) for options in (None, SOON)
+_descend, _descend_few_times, _descend_soon = (
+    jax.jit(_descended, static_argnums=(2, 3, 4), compiler_options=options) for options in (None, FEW_TIMES, SOON)
 )

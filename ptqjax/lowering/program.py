@@ -74,7 +74,12 @@ def _as_given(output: Any) -> Any:
 
 
 def compiled(
-    program: Callable[..., _T], *, num_static: int = 1, donated: int | tuple[int, ...] = (), is_brief: bool = False
+    program: Callable[..., _T],
+    *,
+    num_static: int = 1,
+    donated: int | tuple[int, ...] = (),
+    is_brief: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., _T]:
     """Returns `program(*static, *arrays)` compiled, or, where a shape depends on concrete data, uncompiled.
 
@@ -84,6 +89,7 @@ def compiled(
         donated: Positions of the arguments whose memory the results may take.
         is_brief: Whether it runs a few times only, so that on few numbers compiling is most of the work, see
             `brief_options`. Not for what is to equal another program to the bit.
+        options: The compiler's options on a CPU, where the numbers are not few; None: the usual ones.
 
     Raises (when called):
         DataDependentError: A shape depends on data, and some of the arrays are traced.
@@ -91,6 +97,7 @@ def compiled(
     positions = (donated,) if isinstance(donated, int) else donated
     jitted = _jitted(program, num_static=num_static, donated=positions)
     soon = _jitted(program, num_static=num_static, donated=positions, options=SOON) if is_brief else jitted
+    on_cpu = _jitted(program, num_static=num_static, donated=positions, options=options) if options else jitted
     in_vain: set[Any] = set()  # what was traced without success, so that it is not traced again
 
     @wraps(program)
@@ -99,7 +106,8 @@ def compiled(
         key = (revision(), static, _shapes(arrays)) if in_vain else None
         if key not in in_vain or not is_concrete(*arrays):
             try:
-                return (soon if is_brief and brief_options(arrays) else jitted)(revision(), *arguments)
+                usual = on_cpu if options and jax.default_backend() == "cpu" else jitted
+                return (soon if is_brief and brief_options(arrays) else usual)(revision(), *arguments)
             except DataDependentError:
                 if not is_concrete(*arrays):
                     raise
