@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -29,4 +31,22 @@ def brief_options(arrays: Any, *, few: int = FEW) -> dict[str, Any]:
         few: Up to how many elements they are few.
     """
     sizes = (int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(arrays))
-    return dict(SOON) if jax.default_backend() == "cpu" and sum(sizes) <= few else {}
+    return dict(SOON) if sum(sizes) <= few and are_taken(SOON) else {}
+
+
+def are_taken(options: Mapping[str, Any]) -> bool:
+    """Tells whether the compiler that is in use knows these options: they are for CPUs, and versions drop some."""
+    return jax.default_backend() == "cpu" and _are_known(tuple(sorted(options.items())))
+
+
+@cache
+def _are_known(options: tuple[tuple[str, Any], ...]) -> bool:
+    try:
+        jax.jit(_nothing).lower().compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def _nothing() -> int:
+    return 0

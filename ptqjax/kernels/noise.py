@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ptqjax.kernels.brief import FEW_TIMES, SOON, brief_options
+from ptqjax.kernels.brief import FEW_TIMES, SOON, are_taken, brief_options
 from ptqjax.pytrees import PyTreeNode, static_field
 
 NOTHING = -60.0
@@ -255,7 +255,7 @@ def least_noise(
     Adam on the logarithm of the noise, which is convex, with a rate that falls along a cosine. Scale 0 stays at one.
     """
     theta = np.asarray(start, np.float32)
-    on_cpu = _descend_few_times if jax.default_backend() == "cpu" else _descend
+    on_cpu = _descend_few_times if are_taken(FEW_TIMES) else _descend
     descend = _descend_soon if brief_options(terms) else on_cpu
     scales, before, after = descend(theta, terms, (activation_steps, weight_steps), num_steps, rate)
     return np.asarray(scales, np.float64), float(before), float(after)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ptqjax.errors import DataDependentError
 from ptqjax.ir import Graph, captured
-from ptqjax.kernels.brief import SOON, brief_options
+from ptqjax.kernels.brief import SOON, are_taken, brief_options
 from ptqjax.lowering.inputs import check_params, checked_inputs
 from ptqjax.lowering.interpreter import interpret
 from ptqjax.lowering.partition import cut_before
@@ -106,7 +106,7 @@ def compiled(
         key = (revision(), static, _shapes(arrays)) if in_vain else None
         if key not in in_vain or not is_concrete(*arrays):
             try:
-                usual = on_cpu if options and jax.default_backend() == "cpu" else jitted
+                usual = on_cpu if options and are_taken(options) else jitted
                 return (soon if is_brief and brief_options(arrays) else usual)(revision(), *arguments)
             except DataDependentError:
                 if not is_concrete(*arrays):
