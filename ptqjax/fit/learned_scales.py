@@ -21,7 +21,7 @@ from ptqjax.errors import ConfigError, DataError
 from ptqjax.fit.behaviour import observe_behaviour
 from ptqjax.fit.samples import can_be_regrouped, first_samples, grouped, joined
 from ptqjax.ir import Model, Record, Report
-from ptqjax.kernels.brief import brief_options
+from ptqjax.kernels.brief import FEW_TIMES, are_taken, brief_options
 from ptqjax.lowering import axis_in_layout, interpret
 from ptqjax.quantize import calibrate
 from ptqjax.quantize.batches import num_samples
@@ -37,6 +37,7 @@ from ptqjax.transforms.ties import Ties, find_ties
 _NAME = "learn_scales"
 _LOSSES = ("sqnr", "kl")
 _EVERY = 10  # steps between looks at the samples held back
+_PATIENCE = 3  # looks without an improvement, after which learning ends
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ class Learning:
     """What is minimized: the noise of the outputs against their power ("sqnr"), or the divergence of the classes'
     probabilities, softmax of the first output ("kl")."""
     num_steps: int = 100
-    """Steps of Adam; the rate falls along a cosine."""
+    """Steps of Adam, at most: it ends where samples held back do not improve. The rate falls along a cosine."""
     batch_size: int = 8
     """Samples a step."""
     rate: float = 0.02
@@ -326,7 +327,7 @@ def _descended(task: _Task, used: Sequence[_Sample], held: Sequence[_Sample]) ->
 
     learning = task.learning
     optimizer = optax.adam(optax.cosine_decay_schedule(learning.rate, learning.num_steps))
-    brief = brief_options((task.model.params, used[0]))
+    brief = brief_options((task.model.params, used[0])) or (FEW_TIMES if are_taken(FEW_TIMES) else {})
 
     @partial(jax.jit, compiler_options=brief)
     def loss(variables: _Variables, sample: _Sample) -> Any:
@@ -345,15 +346,19 @@ def _descended(task: _Task, used: Sequence[_Sample], held: Sequence[_Sample]) ->
     variables = _start(task)
     state = optimizer.init(variables)  # pyright: ignore[reportArgumentType]
     best, first = variables, judged(variables)
-    lowest = first
+    lowest, in_vain = first, 0
     random, order = np.random.default_rng(learning.seed), np.arange(len(used))
     for index in range(learning.num_steps):
         if index % len(used) == 0:
             order = random.permutation(len(used))
         variables, state = step(variables, state, used[order[index % len(used)]])
-        is_looked_at = (index + 1) % _EVERY == 0 or index + 1 == learning.num_steps
-        if is_looked_at and (now := judged(variables)) < lowest:
-            best, lowest = variables, now
+        if (index + 1) % _EVERY and index + 1 < learning.num_steps:
+            continue
+        now, in_vain = judged(variables), in_vain + 1
+        if now < lowest:
+            best, lowest, in_vain = variables, now, 0
+        if in_vain == _PATIENCE:
+            break
     return best, (first, lowest)
 
 
