@@ -61,6 +61,13 @@ def test_batches_add_up(quantized):
     assert parts.integer.equal == whole.integer.equal
 
 
+def test_the_float_program_is_left_out_where_it_is_not_asked_for(quantized):
+    model, batch = quantized
+    whole, without = validate(model, [batch]), validate(model, [batch], in_float=False)
+    assert without.float is None
+    assert (without.groups, without.integer) == (whole.groups, whole.integer)
+
+
 def test_a_difference_is_found_where_it_is(quantized, monkeypatch):
     """The recomputation with another bias in one layer differs in that layer's group alone."""
     model, batch = quantized
