@@ -158,7 +158,16 @@ def commands() -> None:
     metavar="fast|balanced|thorough",
     help="How much is tried before it is chosen. fast: nothing, a formula decides; two passes over the samples, about "
     "as long as AIMET's tool takes. balanced: what the formula says may win, on samples held back, and with "
-    "--granularity tensor learned scales, minutes on a CPU. thorough: everything, and scales learned longer.",
+    "--granularity tensor roundings solved for. thorough: everything, and with --granularity tensor learned scales, "
+    "minutes on a CPU.",
+)
+@click.option(
+    "--rounding",
+    default=None,
+    metavar="nearest|solved",
+    help="How weights are rounded: each to the integer next to it, or all of a layer's for the least error of its "
+    "output on the samples.  [default: solved for fewer than 8 bits, with --granularity tensor, and with --effort "
+    "thorough]",
 )
 @click.option(
     "--exclude",

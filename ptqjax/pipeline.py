@@ -12,11 +12,10 @@ from ptqjax.config import QuantizationConfig
 from ptqjax.config.checks import check_choice
 from ptqjax.errors import ConfigError
 from ptqjax.fit import Choice, scale_each
-from ptqjax.fit.bias_correction import correct_each, layer_axes
+from ptqjax.fit.adapting import adapt_each
+from ptqjax.fit.bias_correction import layer_axes
 from ptqjax.ir import Model, Report
-from ptqjax.quantize import Encoding, Encodings, check_not_quantized, guard_biases, widened
-from ptqjax.quantize.alignment import aligned
-from ptqjax.quantize.bias import sums_in_fixed_point
+from ptqjax.quantize import Encoding, Encodings, check_not_quantized, widened
 from ptqjax.quantize.calibrate import calibrate_and_measure
 from ptqjax.quantize.observing import Means
 from ptqjax.quantize.rules import num_bits
@@ -196,7 +195,7 @@ def _quantized(
         with stage("calibrate"):
             drafts = _calibrated(drafts, batches, frozen or {})
         with stage("correct"):
-            drafts = _corrected(drafts, batches)
+            drafts = _corrected(drafts, batches, frozen or {})
             results = tuple(_finished(folded, draft) for draft in drafts)
         yield results
 
@@ -210,12 +209,12 @@ class _Draft:
     """What messages about it begin with."""
     prepare_report: Report
     choice: Choice
+    corrected: Model
+    """Adapted to the rounding; the model of the choice until it is, and where nothing is corrected."""
     encodings: Encodings = field(default_factory=dict)
     calibrate_report: Report = ()
     means: Means | None = None
     """Channel means of the float model's layers, as the pass that calibrated kept them."""
-    corrected: Model | None = None
-    """None where biases are not corrected."""
     correct_report: Report = ()
 
 
@@ -235,7 +234,7 @@ def _scaled(
     for task in tasks:
         absorb = _absorbs(task)
         report, choice = prepared[absorb][1], next(choices[absorb])
-        yield _Draft(config=task.config, label=task.label, prepare_report=report, choice=choice)
+        yield _Draft(config=task.config, label=task.label, prepare_report=report, choice=choice, corrected=choice.model)
 
 
 def _absorbs(task: _Task) -> str | None:
@@ -266,32 +265,38 @@ def _calibrated(
     return [found[position] for position in range(len(drafts))]
 
 
-def _corrected(drafts: Sequence[_Draft], batches: Iterable[Mapping[str, Any]] | None) -> list[_Draft]:
+def _corrected(
+    drafts: Sequence[_Draft], batches: Iterable[Mapping[str, Any]] | None, frozen: Mapping[str, Encoding]
+) -> list[_Draft]:
     found = dict(enumerate(drafts))
     groups = _alike(drafts, lambda draft: (id(draft.choice.model), draft.choice.correct))
     for (_, method), positions in groups.items():
-        if method != "none":
-            some = [drafts[position] for position in positions]
-            scaled = some[0].choice.model
-            alike = aligned(scaled, [draft.encodings for draft in some], adds=False).encodings  # one program for all
-            each = correct_each(scaled, alike, batches, method=method, means=some[0].means)
-            for position, draft, (corrected, report) in zip(positions, some, each, strict=True):
-                found[position] = replace(draft, corrected=corrected, correct_report=report)
+        some = [drafts[position] for position in positions]
+        each = adapt_each(
+            some[0].choice.model,
+            [draft.encodings for draft in some],
+            [draft.config for draft in some],
+            batches,
+            method=method,
+            means=some[0].means,
+            frozen=frozen,
+        )
+        for position, draft, adapted in zip(positions, some, each, strict=True):
+            found[position] = replace(
+                draft, corrected=adapted.model, encodings=adapted.encodings, correct_report=adapted.report
+            )
     return [found[position] for position in range(len(drafts))]
 
 
 def _finished(folded: tuple[Model, Report], draft: _Draft) -> Result:
     config, choice = draft.config, draft.choice
-    corrected = choice.model if draft.corrected is None else draft.corrected
-    # Corrected biases may have grown.
-    encodings, guard_report = guard_biases(corrected, draft.encodings, fixed_point=sums_in_fixed_point(config))
     reports = {"fold": folded[1], "equalize": (*draft.prepare_report, *choice.report)}
-    reports |= {"calibrate": draft.calibrate_report, "correct": (*draft.correct_report, *guard_report)}
-    stages = {"fold": folded[0], "equalize": choice.model, "correct": corrected}
-    ran = {"equalize": config.equalize, "correct": draft.corrected is not None}
+    reports |= {"calibrate": draft.calibrate_report, "correct": draft.correct_report}
+    stages = {"fold": folded[0], "equalize": choice.model, "correct": draft.corrected}
+    ran = {"equalize": config.equalize, "correct": draft.corrected is not choice.model}
     return Result(
-        model=corrected,
-        encodings=encodings,
+        model=draft.corrected,
+        encodings=draft.encodings,
         reports={name: report for name, report in reports.items() if ran.get(name, True)},
         stages=tuple(Stage(name=name, model=after) for name, after in stages.items() if ran.get(name, True)),
     )

@@ -628,8 +628,8 @@ for arguments in (
     [*quantize, "--config", "absent.toml"],
     [*quantize, "--target", "nowhere"],
     *([*quantize, f"--{option}", "nonsense"] for option in (
-        "weights", "activations", "granularity", "ranges", "absorb", "scaling", "bounds", "correct", "effort", "device",
-        "report", "seed")),
+        "weights", "activations", "granularity", "ranges", "absorb", "scaling", "bounds", "correct", "effort",
+        "rounding", "device", "report", "seed")),
     ["evaluate", "absent.onnx", "--data", data],
     ["evaluate", model, "--data", "absent.npz"],
     ["evaluate", model, "--data", data, "--reference", "absent.onnx"],

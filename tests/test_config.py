@@ -153,8 +153,8 @@ RULES = (
         QuantizationConfig(
             weights="float8_e4m3fn", activations="uint13", granularity="block:7", ranges="entropy", weight_ranges="mse",
             activation_ranges="percentile:99.9", activations_symmetric=False, power_of_two=True, biases="float",
-            compatibility="aimet", equalize=False, headroom=1.2, effort="thorough", seed=7, exclude=("a*", "re:b"),
-            supergroups=(("Conv", "Sigmoid"), ("Add", "Relu", "Tanh")), rules=RULES,
+            compatibility="aimet", equalize=False, headroom=1.2, effort="thorough", rounding="solved", seed=7,
+            exclude=("a*", "re:b"), supergroups=(("Conv", "Sigmoid"), ("Add", "Relu", "Tanh")), rules=RULES,
         ),
         QuantizationConfig(target="generic-per-channel", weights_symmetric=None, rules=RULES[:1]),  # not its default
         QuantizationConfig(headroom=1 / 3 + 1),

@@ -131,7 +131,7 @@ def test_what_was_tried_is_in_the_report_and_one_of_it_is_chosen(model):
 
 @pytest.mark.parametrize("scaling", ["off", "weights", "ranges", "noise", "learned"])
 def test_each_scaling_keeps_the_float_function(model, scaling):
-    config = ptqjax.QuantizationConfig(granularity="tensor", scaling=scaling, correct="none")
+    config = ptqjax.QuantizationConfig(granularity="tensor", scaling=scaling, correct="none", rounding="nearest")
     result = ptqjax.quantize(model, [{"x": X}], config)
     exact = np.asarray(ptqjax.apply(model.graph, model.params, {"x": X})["y"])
     after = np.asarray(ptqjax.apply(result.model.graph, result.model.params, {"x": X})["y"])

@@ -41,6 +41,9 @@ BIASES = ("int32", "float")
 EFFORTS = ("fast", "balanced", "thorough")
 """How much is tried before a choice is made."""
 
+ROUNDINGS = ("nearest", "solved")
+"""How weights are rounded."""
+
 __all__ = [
     "ABSORPTIONS",
     "ACTIVATION_DTYPES",
@@ -49,6 +52,7 @@ __all__ = [
     "CORRECTIONS",
     "EFFORTS",
     "RANGES",
+    "ROUNDINGS",
     "SCALINGS",
     "WEIGHT_DTYPES",
     "QuantizationConfig",
@@ -77,7 +81,8 @@ class QuantizationConfig:
     ranges: str = "sqnr"
     """How ranges are chosen: "min-max", "moving-average", "sqnr", "percentile:P", "mse" or "entropy"."""
     weight_ranges: str | None = None
-    """The same for weights alone; None: as `ranges`."""
+    """The same for weights alone; None: as `ranges`, but "min-max" in place of "sqnr" where a scale is for a channel or
+    less and has fewer than 8 bits: there, what is cut off costs more than it spares."""
     activation_ranges: str | None = None
     """The same for activations alone; None: as `ranges`."""
     weights_symmetric: Symmetry | None = None
@@ -107,6 +112,10 @@ class QuantizationConfig:
     """Whether the pipeline absorbs high biases, one of `ABSORPTIONS`."""
     correct: str = "empirical"
     """How the pipeline corrects biases, one of `CORRECTIONS`; without data, "empirical" becomes "analytic"."""
+    rounding: str | None = None
+    """How weights are rounded, one of `ROUNDINGS`: each to the integer next to it ("nearest"), or all of a layer's for
+    the least error of its output on calibration data ("solved"); None: solved for, with data, where a weight has fewer
+    than 8 bits, or one scale for all channels and `effort` is not "fast", and everywhere where that is "thorough"."""
     headroom: float | None = None
     """How many times wider than the calibration data's the ranges of activations are, bounded by what can occur; None:
     as measures best (`scaling="auto"`), else 1."""
@@ -152,6 +161,7 @@ class QuantizationConfig:
             "weights_symmetric": check_symmetry,
             "activations_symmetric": check_symmetry,
             "biases": lambda field, value: check_choice(field, value, BIASES),
+            "rounding": lambda field, value: check_choice(field, value, ROUNDINGS),
             "compatibility": lambda field, value: check_choice(field, value, COMPATIBILITIES),
         }
         for name, check in checks.items():

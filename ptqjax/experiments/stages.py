@@ -26,19 +26,19 @@ from ptqjax.experiments.explain import explain
 from ptqjax.experiments.recipe import Recipe
 from ptqjax.experiments.recipe_data import Data
 from ptqjax.export import export, fingerprint
-from ptqjax.fit import correct_biases, scale_as_configured
+from ptqjax.fit import scale_as_configured
+from ptqjax.fit.adapting import adapt_each
 from ptqjax.ir import Model, Record, Report
 from ptqjax.ir.graph import Statistics
 from ptqjax.pipeline import Result, Stage
 from ptqjax.progress import Follow
 from ptqjax.publish import write_text
-from ptqjax.quantize import calibrate_and_report, check_not_quantized, guard_biases, widened
-from ptqjax.quantize.bias import sums_in_fixed_point
+from ptqjax.quantize import calibrate_and_report, check_not_quantized, widened
 from ptqjax.quantize.encodings import Encodings, concrete
 from ptqjax.transforms import fold_batch_norms, prepare
 
 _MODEL, _STATISTICS, _ENCODINGS = "float.onnx", "statistics.safetensors", "encodings.safetensors"
-_RECORDS, _CHOICE, _METRICS = "records.json", "choice.json", "metrics.json"
+_RECORDS, _CHOICE, _CHANGED, _METRICS = "records.json", "choice.json", "changed.json", "metrics.json"
 _LARGEST = 2**31 - 2**24  # bytes of a model in one file
 
 
@@ -102,14 +102,12 @@ def _calibrate(task: Task, root: Path, folder: Path) -> None:
 
 def _correct(task: Task, root: Path, folder: Path) -> None:
     model, encodings = read_model(root / "equalize"), read_encodings(root / "calibrate")
-    correct, records = _read_json(root / "equalize" / _CHOICE)["correct"], ()
-    if correct != "none":
-        model, records = correct_biases(model, encodings, task.placed("correct"), method=correct)
-    # Corrected biases may have grown.
-    encodings, guarded = guard_biases(model, encodings, fixed_point=sums_in_fixed_point(task.recipe.config))
-    write_model(folder, model)
-    _write_encodings(folder, encodings)
-    _write_records(folder, (*records, *guarded))
+    correct = _read_json(root / "equalize" / _CHOICE)["correct"]
+    (adapted,) = adapt_each(model, [encodings], [task.recipe.config], task.placed("correct"), method=correct)
+    write_model(folder, adapted.model)
+    _write_encodings(folder, adapted.encodings)
+    _write_records(folder, adapted.report)
+    _write_json(folder / _CHANGED, adapted.model is not model)
 
 
 def _export(task: Task, root: Path, folder: Path) -> None:
@@ -180,7 +178,7 @@ STAGES: Mapping[str, Callable[[Task, Path, Path], None]] = MappingProxyType(
 
 def result_of(root: Path, task: Task) -> Result:
     """Returns what `pipeline.quantize` would have returned, from what its stages stored."""
-    corrects = _read_json(root / "equalize" / _CHOICE)["correct"] != "none"
+    corrects = _read_json(root / "correct" / _CHANGED)
     done = {"fold": True, "equalize": task.recipe.config.equalize, "calibrate": True, "correct": corrects}
     names = [name for name, is_done in done.items() if is_done]
     models = {name: read_model(root / name) for name in names if name != "calibrate"}

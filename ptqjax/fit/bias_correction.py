@@ -33,6 +33,7 @@ from ptqjax.quantize.encodings import Encodings
 from ptqjax.quantize.observing import Axes, Means, channel_means
 from ptqjax.quantize.parts import Part, Parts, together
 from ptqjax.quantize.qdq import check_tensors
+from ptqjax.transforms.linear import linear_layers
 
 _METHODS = ("empirical", "analytic")
 _BIAS_INPUT = 2  # of Conv, ConvTranspose and Gemm
@@ -156,6 +157,16 @@ def _corrected_model(
         params[bias] = _shifted(np.asarray(params[bias]), error)
         records.append(_corrected(layer, bias, error))
     return rebuild(model, nodes=nodes.values(), params=params), records
+
+
+def with_biases(model: Model, encodings: Encodings) -> Model:
+    """Returns the model with a bias of zeros at each layer that could be corrected under these and has none."""
+    layers = tuple(layer for layer in _find_layers(model, encodings)[0] if layer.bias is None)
+    return _corrected_model(model, layers, {layer.output: _zeros(model, layer) for layer in layers})[0]
+
+
+def _zeros(model: Model, layer: _Layer) -> np.ndarray:
+    return np.zeros(linear_layers(model)[layer.output].num_outputs)
 
 
 def _shifted(bias: np.ndarray, error: np.ndarray) -> np.ndarray:

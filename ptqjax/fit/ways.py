@@ -43,12 +43,16 @@ class Policy:
     """Whether also what is not predicted to win is tried."""
     learning_steps: int
     """Steps of learning, where a weight has one scale for all channels; 0: nothing is learned."""
+    rounding_samples: int
+    """Samples that roundings of weights are solved on, half of them held back."""
 
 
 POLICIES = {
-    "fast": Policy(trial_samples=0, behaviour_samples=16, tries_all=False, learning_steps=0),
-    "balanced": Policy(trial_samples=64, behaviour_samples=64, tries_all=False, learning_steps=60),
-    "thorough": Policy(trial_samples=128, behaviour_samples=128, tries_all=True, learning_steps=100),
+    "fast": Policy(trial_samples=0, behaviour_samples=16, tries_all=False, learning_steps=0, rounding_samples=32),
+    "balanced": Policy(trial_samples=64, behaviour_samples=64, tries_all=False, learning_steps=0, rounding_samples=128),
+    "thorough": Policy(
+        trial_samples=128, behaviour_samples=128, tries_all=True, learning_steps=100, rounding_samples=256
+    ),
 }
 """What each effort buys, by its name in `QuantizationConfig.effort`."""
 

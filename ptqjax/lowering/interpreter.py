@@ -84,6 +84,26 @@ def interpret(
     )
 
 
+def interpret_in_layout(
+    graph: Graph, params: Mapping[str, Any], values: Mapping[str, Value], *, intercept: Intercept | None = None
+) -> dict[str, Value]:
+    """Returns the graph's outputs in the layouts that they have: for parts of a graph, see `stretches`.
+
+    The other arguments are those of `interpret`.
+
+    Args:
+        graph: What to compute.
+        params: The arrays that `graph.parameters` names.
+        values: The graph's inputs by name, in whatever layout; they have met `intercept` already.
+        intercept: As `interpret` takes it.
+    """
+    scope = _Scope(
+        values=_constants(graph) | dict(values), params=params, intercept=intercept, platform=_default_platform()
+    )
+    _run_nodes(graph, scope)
+    return {spec.name: scope.values[spec.name] for spec in graph.outputs}
+
+
 @dataclass(kw_only=True, slots=True)
 class _Scope:
     """The tensors that exist at one place of a run: of a graph, and around them those of the graph that holds it."""

@@ -28,7 +28,7 @@ def conv(
 ) -> Any:
     """Returns the cross-correlation of `x` [n, c, *spatial] with `w` [o, c / group, *kernel], plus the bias."""
     del kernel_shape  # the weight has it
-    window = _window(x.shape[2:], w.shape[2:], auto_pad=auto_pad, dilations=dilations, pads=pads, strides=strides)
+    window = window_of(x.shape[2:], w.shape[2:], auto_pad=auto_pad, dilations=dilations, pads=pads, strides=strides)
     y = convolve(x, w, groups=group, **window)
     return y if bias is None else y + bias.reshape(1, -1, *(1,) * (y.ndim - 2))
 
@@ -39,7 +39,7 @@ def conv_channels_last(
 ) -> Any:
     """Returns `conv` of a channels-last `x`, with its attributes, channels last."""
     del kernel_shape
-    y = convolve_channels_last(x, w, groups=group, **_window(x.shape[1:-1], w.shape[2:], **window))
+    y = convolve_channels_last(x, w, groups=group, **window_of(x.shape[1:-1], w.shape[2:], **window))
     return y if bias is None else y + bias.reshape(*(1,) * (y.ndim - 1), -1)
 
 
@@ -63,7 +63,7 @@ def conv_transpose(
     del kernel_shape
     ones = (1,) * (x.ndim - 2)
     strides, dilations, extra = strides or ones, dilations or ones, output_padding or (0,) * len(ones)
-    crops = _cropped(
+    crops = crops_of(
         x.shape[2:],
         w.shape[2:],
         auto_pad=auto_pad,
@@ -77,7 +77,7 @@ def conv_transpose(
     return y if bias is None else y + jnp.reshape(bias, (1, -1, *ones))
 
 
-def _window(
+def window_of(
     sizes: Sequence[int],
     kernel: Sequence[int],
     *,
@@ -86,13 +86,14 @@ def _window(
     pads: Sequence[int] = (),
     strides: Sequence[int] = (),
 ) -> dict[str, Any]:
+    """Returns the strides, padding and dilations that ONNX's attributes of a Conv stand for on an input of `sizes`."""
     ones = (1,) * len(sizes)
     strides, dilations, pads = tuple(strides or ones), tuple(dilations or ones), tuple(pads or (0,) * 2 * len(sizes))
     padding = explicit_padding(sizes, kernel=kernel, strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad)
     return {"strides": strides, "padding": padding, "dilations": dilations}
 
 
-def _cropped(
+def crops_of(
     sizes: Sequence[int],
     kernel: Sequence[int],
     *,

@@ -28,6 +28,7 @@ from ptqjax.quantize.site_encodings import (
     is_float,
     needs_range,
 )
+from ptqjax.quantize.sites import scheme_of
 
 
 def calibrate(
@@ -213,7 +214,7 @@ def _search(site: Site, config: QuantizationConfig) -> _Search:
     bare = replace(site, root="", reason="", ranges="")
     if is_float(site):
         return _Search(scheme=MIN_MAX.name, compatibility=None, site=bare)
-    return _Search(scheme=site.ranges or config.ranges, compatibility=config.compatibility, site=bare)
+    return _Search(scheme=scheme_of(site, config), compatibility=config.compatibility, site=bare)
 
 
 def _calibrated(model: Model, batches: Iterable[Any] | None, tasks: Sequence[_Task], measured: Axes = ()) -> Calibrated:

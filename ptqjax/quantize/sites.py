@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ptqjax.config import FLOAT_DTYPES, QuantizationConfig
 from ptqjax.kernels.ranges import GridKind, Symmetry, grid_kind
 from ptqjax.quantize.bias import BiasSite
+from ptqjax.quantize.rules import num_bits
+
+_SEARCH, _RANGE = "sqnr", "min-max"
+_WHOLE = 8  # bits from which the search is better
 
 WEIGHT, ACTIVATION, CONSTANT = "weight", "activation", "constant"
 """Kinds of sites: a parameter that is multiplied and summed; what flows; a parameter with one scale like what flows."""
@@ -72,3 +77,15 @@ class Placement:
 def kind_of(site: Site) -> GridKind:
     """Returns what is known of a site's grid, which is of integers, before its range is."""
     return grid_kind(site.dtype, symmetric=site.symmetric, power_of_two=site.power_of_two)
+
+
+def scheme_of(site: Site, config: QuantizationConfig) -> str:
+    """Returns the name of the scheme that chooses a site's range.
+
+    On a grid of few integers a weight's search for the least error cuts off more than roundings behind it can make up
+    for (MobileNetV2, 4 bits a channel, biases corrected: 45 % against 66 %), so that the default there is the range.
+    """
+    scheme = site.ranges or config.ranges
+    is_open = not site.ranges and scheme == _SEARCH and config.compatibility is None
+    has_few = site.kind == WEIGHT and site.axis is not None and num_bits(site.dtype) < _WHOLE
+    return _RANGE if is_open and has_few and site.dtype not in FLOAT_DTYPES else scheme

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ptqjax.config import QuantizationConfig, load_target
 from ptqjax.quantize import BiasSite, Placement, Site
+from ptqjax.quantize.sites import scheme_of
 
 HEADINGS = ("tensor", "grid", "per", "range", "shares with", "why")
 """What `grid_rows` has in its columns."""
@@ -80,7 +81,7 @@ def _range(site: Site, config: QuantizationConfig) -> str:
         return ""
     if site.fixed_range is not None:
         return "{:.6g} to {:.6g}".format(*site.fixed_range)
-    return site.ranges or config.ranges
+    return scheme_of(site, config)
 
 
 def _origin(site: BiasSite) -> str:

@@ -1,0 +1,139 @@
+"""Weights and biases adapted to the rounding: what is done to a model once its encodings are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ptqjax.config import QuantizationConfig
+from ptqjax.errors import ConfigError
+from ptqjax.fit.bias_correction import correct_each
+from ptqjax.fit.rounding import Solving, solve_rounding
+from ptqjax.fit.ways import POLICIES
+from ptqjax.ir import Model, Report
+from ptqjax.quantize import Encoding, Encodings, guard_biases
+from ptqjax.quantize.alignment import aligned
+from ptqjax.quantize.bias import sums_in_fixed_point
+from ptqjax.quantize.observing import Means
+from ptqjax.transforms.linear import HOSTS
+
+_WHOLE = 8  # bits from which rounding to nearest is enough, where a channel has a scale of its own
+
+
+class Adapted(NamedTuple):
+    """A model that anticipates the rounding."""
+
+    model: Model
+    """The model."""
+    encodings: Encodings
+    """Its encodings; scales that would make a bias overflow are raised."""
+    report: Report
+    """What was done."""
+
+
+def adapt_each(
+    model: Model,
+    variants: Sequence[Encodings],
+    configs: Sequence[QuantizationConfig],
+    batches: Iterable[Mapping[str, Any]] | None,
+    *,
+    method: str,
+    means: Means | None = None,
+    frozen: Iterable[str] = (),
+) -> tuple[Adapted, ...]:
+    """Returns the model adapted to each of several encodings, in order: its weights rounded, its biases corrected.
+
+    Where weights are solved for, biases take the mean error on the way, layer by layer, unless the setting `correct` is
+    "none"; else one pass corrects the biases of all variants.
+
+    Args:
+        model: The float model.
+        variants: Encodings of it.
+        configs: The settings of each.
+        batches: Calibration data; None where there are none.
+        method: How biases are corrected beside weights rounded to nearest, one of `config.settings.CORRECTIONS`.
+        means: As `correct_each` takes them.
+        frozen: Tensors whose encodings were given: their integers stay what they are.
+
+    Raises:
+        PtqjaxError: As `solve_rounding` and `correct_each` do.
+        ConfigError: Weights are to be solved for, and there are no data.
+    """
+    has_data = batches is not None
+    solved = [is_solved_for(model, *each, has_data=has_data) for each in zip(variants, configs, strict=True)]
+    plain = [encodings for encodings, is_solved in zip(variants, solved, strict=True) if not is_solved]
+    corrected = iter(_corrected(model, plain, batches, method, means))
+    found = []
+    for encodings, config, is_solved in zip(variants, configs, solved, strict=True):
+        each = _solved(model, encodings, config, batches or (), frozen) if is_solved else next(corrected)
+        found.append(_guarded(each, config))  # corrected biases may have grown
+    return tuple(found)
+
+
+def is_solved_for(model: Model, encodings: Encodings, config: QuantizationConfig, *, has_data: bool) -> bool:
+    """Tells whether the roundings of weights are solved for under these encodings.
+
+    Where `config.rounding` leaves it open: where a weight has fewer than 8 bits, or one step serves a whole weight and
+    `config.effort` is not "fast", or it is "thorough".
+
+    Raises:
+        ConfigError: It is asked for, and there are no data.
+    """
+    if config.rounding == "solved" and not has_data:
+        raise ConfigError(
+            "rounding='solved' needs calibration data, and there are none: give batches, or take rounding='nearest'"
+        )
+    if config.rounding is not None or not has_data or config.compatibility is not None:
+        return config.rounding == "solved"
+    return any(_is_coarse(encodings[name], config) for name in _weights(model) if name in encodings)
+
+
+def _weights(model: Model) -> Iterator[str]:
+    nodes = (node for node in model.graph.nodes if node.op_type in HOSTS and not node.domain)
+    return (node.inputs[1] for node in nodes if node.inputs[1] in model.params)
+
+
+def _is_coarse(encoding: Encoding, config: QuantizationConfig) -> bool:
+    if encoding.float_format is not None or not np.all(np.asarray(encoding.enabled)):
+        return False
+    has_one_step = np.ndim(encoding.scale) == 0 and config.effort != "fast"
+    return encoding.num_bits < _WHOLE or has_one_step or config.effort == "thorough"
+
+
+def _corrected(
+    model: Model,
+    variants: Sequence[Encodings],
+    batches: Iterable[Mapping[str, Any]] | None,
+    method: str,
+    means: Means | None,
+) -> Iterator[Adapted]:
+    if method == "none" or not variants:
+        return (Adapted(model, encodings, ()) for encodings in variants)
+    alike = aligned(model, variants, adds=False).encodings  # one program for all
+    each = correct_each(model, alike, batches, method=method, means=means)
+    return (Adapted(*pair[:1], encodings, pair[1]) for pair, encodings in zip(each, variants, strict=True))
+
+
+def _solved(
+    model: Model,
+    encodings: Encodings,
+    config: QuantizationConfig,
+    batches: Iterable[Mapping[str, Any]],
+    frozen: Iterable[str],
+) -> Adapted:
+    first = _guarded(Adapted(model, encodings, ()), config)  # a scale raised later would ask for other integers
+    settings = Solving(
+        seed=config.seed,
+        samples=POLICIES[config.effort].rounding_samples,
+        corrects=config.correct != "none",
+        kept=frozenset(frozen),
+    )
+    solved, report = solve_rounding(model, first.encodings, batches, settings)
+    return Adapted(solved, first.encodings, (*first.report, *report))
+
+
+def _guarded(adapted: Adapted, config: QuantizationConfig) -> Adapted:
+    encodings, report = guard_biases(adapted.model, adapted.encodings, fixed_point=sums_in_fixed_point(config))
+    return Adapted(adapted.model, encodings, (*adapted.report, *report))
