@@ -12,14 +12,16 @@ from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Report
 from ptqjax.kernels.ranges import stack_kinds
 from ptqjax.quantize.bias import float_bias, guard_biases, sums_in_fixed_point
+from ptqjax.quantize.bias_resolution import resolve_biases
 from ptqjax.quantize.data_free import encode_from_statistics
 from ptqjax.quantize.encodings import Encoding, Encodings
-from ptqjax.quantize.observers import RangeScheme
+from ptqjax.quantize.observers import Extremes, RangeScheme
 from ptqjax.quantize.observing import Axes, Means, Observed, Wanted, observe
 from ptqjax.quantize.placement import ACTIVATION, Placement, Site, kind_of, place
 from ptqjax.quantize.schemes import MIN_MAX, find_scheme
 from ptqjax.quantize.search import encode_constants
 from ptqjax.quantize.site_encodings import (
+    Ranged,
     as_aimet_has_it,
     cast_encoding,
     encoding_of_grid,
@@ -234,14 +236,23 @@ def _sites(task: _Task, tensors: Container[str]) -> list[Site]:
 
 
 def _result(
-    model: Model, task: _Task, constants: Mapping[_Search, Encoding], observed: Mapping[str, Encoding]
+    model: Model, task: _Task, constants: Mapping[_Search, Encoding], observed: Mapping[str, Ranged]
 ) -> tuple[Encodings, Report]:
     own = {**task.frozen, **{name: constants[search] for name, search in task.constants.items()}}
-    own |= {**task.given, **observed}
+    own |= {**task.given, **{name: ranged.encoding for name, ranged in observed.items()}}
     sites = task.placement.sites
     encodings = {site.tensor: own[site.tensor if site.tensor in task.frozen else site.root] for site in sites}
     encodings |= {name: float_bias() for name in task.placement.float_biases}
-    return guard_biases(model, encodings, fixed_point=sums_in_fixed_point(task.config))
+    resolved: Report = ()
+    if task.config.compatibility is None:
+        dead = [_with_root(name, sites) for name, ranged in observed.items() if ranged.is_nothing]
+        encodings, resolved = resolve_biases(model, encodings, dead, task.frozen)
+    encodings, guarded = guard_biases(model, encodings, fixed_point=sums_in_fixed_point(task.config))
+    return encodings, (*resolved, *guarded)
+
+
+def _with_root(root: str, sites: Sequence[Site]) -> tuple[str, ...]:
+    return tuple(site.tensor for site in sites if site.root == root)
 
 
 def _alike(searches: Iterable[_Search]) -> Iterator[tuple[RangeScheme, list[_Search]]]:
@@ -278,23 +289,28 @@ def _parts(alike: Sequence[_Search]) -> list[list[_Search]]:
 
 def _encode_observed(
     model: Model, batches: Iterable[Any], searches: Sequence[_Search], measured: Axes
-) -> tuple[dict[_Search, Encoding], Means | None]:
+) -> tuple[dict[_Search, Ranged], Means | None]:
     groups = list(_alike(searches))
     wanted = [
         Wanted(observer=scheme.observer, tensors=tuple(each.site.tensor for each in alike), scheme=scheme.name)
         for scheme, alike in groups
     ]
     seen = observe(model, batches, wanted, measured=measured)
-    found: dict[_Search, Encoding] = {}
+    found: dict[_Search, Ranged] = {}
     for scheme, alike in groups:
         found |= dict(zip(alike, _finished(scheme, seen.observed[scheme.observer], alike), strict=True))
     return found, seen.means
 
 
-def _finished(scheme: RangeScheme, observed: Observed, alike: Sequence[_Search]) -> list[Encoding]:
+def _finished(scheme: RangeScheme, observed: Observed, alike: Sequence[_Search]) -> list[Ranged]:
+    ends = observed.extremes([search.site.tensor for search in alike])
+    encodings = _grids_of(scheme, observed, alike, ends)
+    return [Ranged(*each) for each in zip(encodings, ends.lowest, ends.highest, strict=True)]
+
+
+def _grids_of(scheme: RangeScheme, observed: Observed, alike: Sequence[_Search], ends: Extremes) -> list[Encoding]:
     sites = [search.site for search in alike]
     tensors = [site.tensor for site in sites]
-    ends = observed.extremes(tensors)
     if is_float(sites[0]):
         return [encoding_of_range(*each) for each in zip(sites, ends.lowest, ends.highest, strict=True)]
     grids = zip(*scheme.finish(observed.of(tensors), stack_kinds([kind_of(site) for site in sites])), strict=True)
