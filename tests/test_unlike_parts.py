@@ -65,6 +65,17 @@ WAYS = {
         {},
         {"y"},
     ),
+    "Concat, by channel": (
+        [
+            node("Concat", ["wide", "small"], "k", axis=1),
+            node("MaxPool", ["k"], "m", kernel_shape=(2, 2)),
+            node("Mul", ["m", "half"], "h"),
+            node("Transpose", ["h"], "y", perm=(0, 2, 3, 1)),
+        ],
+        ["y"],
+        {"half": np.float32(0.5)},
+        {"k", "m", "h", "y"},
+    ),
     "Concat, Split": ([node("Concat", ["wide", "small"], "k", axis=1), split("k", "p", "q")], ["p", "q"], SIZES, {"k"}),
     "Split of a product": ([split("both", "p", "q")], ["p", "q"], SIZES, {"both"}),
     "Split, Concat": (

@@ -26,6 +26,11 @@ LEAST_STEPS_READ = 4.0
 """The same where a product reads the tensor, which is then computed in float: hardly anything of the part is left."""
 
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_WITH_PARAMETERS = frozenset({"Add", "Div", "Max", "Min", "Mul", "Sub"})  # element by element, with a parameter
+_BY_CHANNEL = frozenset(
+    {"Abs", "AveragePool", "Clip", "GlobalAveragePool", "GlobalMaxPool", "LeakyRelu", "MaxPool", "Neg", "PRelu"}
+    | {"ReduceMax", "ReduceMean", "ReduceMin", "Relu", "Resize", "Upsample"}
+)
 _NAME = "give_up_grids"
 
 
@@ -41,6 +46,8 @@ class Joint:
     """The others."""
     least_steps: float
     """Steps of its grid that each of them is to have."""
+    carried: tuple[str, ...] = ()
+    """What operators by channel or element make of it: as unlike, and read by no product."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +74,7 @@ def find_joints(model: Model, placement: Placement, target: Target) -> Joints:
             members=tuple(members[origin]),
             parts=tuple(parts[origin]),
             least_steps=_least_steps(model.graph, sites, origin, members[origin]),
+            carried=tuple(name for name in _carried(model, origin, target) if name in sites),
         )
         for origin in members
         if origin in parts
@@ -96,6 +104,7 @@ def give_up(joints: Joints, own: Mapping[str, Encoding], target: Target) -> tupl
         reason = f"one grid leaves its part '{part}' {lost[part]:.3g} of {float(whole.qmax - whole.qmin):.0f} steps"
         if not target.fixed_point:
             reasons[joint.tensor] = reason
+            reasons |= dict.fromkeys(joint.carried, f"made of '{joint.tensor}', whose parts are unlike")
         records.append(_record(joint, reason, sorted(lost, key=lambda name: lost[name]), target))
     return reasons, records
 
@@ -106,7 +115,7 @@ def _record(joint: Joint, reason: str, lost: Sequence[str], target: Target) -> R
         transform=_NAME,
         done=not target.fixed_point,
         what="left alone" if target.fixed_point else "left in float; its parts have grids of their own",
-        where=(joint.tensor, *lost),
+        where=(joint.tensor, *lost, *joint.carried),
         reason=reason + (advice if target.fixed_point else ""),
     )
 
@@ -172,6 +181,27 @@ def _least_steps(graph: Graph, sites: Mapping[str, Site], origin: str, members: 
     while node is not None and not _is_product(node) and node.inputs and node.inputs[0] not in sites:
         node = graph.producers.get(node.inputs[0])  # inside the group that makes it
     return LEAST_STEPS_MADE if node is not None and _is_product(node) else LEAST_STEPS
+
+
+def _carried(model: Model, tensor: str, target: Target) -> list[str]:
+    """Returns what is computed of a tensor by channel or element, one after the other, until a product reads it."""
+    found: list[str] = []
+    for node in model.graph.readers.get(tensor, ()):
+        is_moved = keeps_all(node) and moves_data(model, node, target)
+        if not is_moved and not _is_by_channel(model, node, tensor):
+            continue
+        further = [] if is_moved else [node.output]
+        if is_moved or not any(map(_is_product, model.graph.readers.get(node.output, ()))):
+            found += [*further, *_carried(model, node.output, target)]
+    return found
+
+
+def _is_by_channel(model: Model, node: Node, tensor: str) -> bool:
+    """Tells whether each channel, or element, of a node's result is one of a tensor's, changed."""
+    if node.domain or node.op_type not in _BY_CHANNEL | _WITH_PARAMETERS:
+        return False
+    others = [name for name in node.inputs if name != tensor]
+    return node.op_type in _BY_CHANNEL or all(name in model.params for name in others)
 
 
 def _is_product(node: Node) -> bool:
