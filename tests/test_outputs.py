@@ -1,13 +1,17 @@
 """Laws of what outputs are: parts lie where their Concat put them, and their figures are those of the parts alone."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import ptqjax
 from ptqjax.errors import ConfigError
-from ptqjax.evaluate import evaluate, sqnr
+from ptqjax.evaluate import Evaluation, evaluate, sqnr
 from ptqjax.ir import Model, Node
+from ptqjax.metric_option import require_metrics
 from ptqjax.outputs import class_output, strung_outputs
+from ptqjax.report.tables import print_evaluation, print_stages
 from tests.models import build, node
 
 X = np.random.default_rng(0).normal(size=(4, 2, 3, 5)).astype(np.float32)
@@ -123,3 +127,23 @@ def test_agreement_is_told_where_it_is_asked_for():
     for metric, message in (("agreement:z", "no such output"), ("f1", "expected 'agreement'")):
         with pytest.raises(ConfigError, match=message):
             evaluate(lambda _: images, [{"x": X}], reference=lambda _: images, metrics=(metric,))
+
+
+def test_tables_tell_each_output_and_name_the_worst(capsys):
+    found = Evaluation(
+        num_samples=4, top1=None, agreement=None, sqnr=47.8, outputs={"y: boxes": 48.0, "y: scores": 2.5}
+    )
+    print_evaluation(Path("net.onnx"), found, None)
+    told = capsys.readouterr().out
+    assert "the worst output: 'y: scores'" in told
+    assert "47.8" not in told  # what the average hides
+    stage = {"stage": "fold", "metrics": {"sqnr_db": 47.8, "worst_sqnr_db": 2.5}, "outputs": dict(found.outputs)}
+    print_stages([stage], "ONNX Runtime")
+    told = capsys.readouterr().out
+    assert "47.8" not in told
+    assert "the worst" in next(line for line in told.splitlines() if line.startswith("y: scores"))
+
+
+def test_a_metric_that_there_is_not_is_refused_before_any_work():
+    with pytest.raises(ConfigError, match="expected agreement, or agreement:OUTPUT"):
+        require_metrics(["agreement:y", "f1"])
