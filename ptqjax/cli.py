@@ -13,6 +13,7 @@ from ptqjax.cache_option import cache_option, kept_programs
 from ptqjax.data_option import NO_DATA, data_files, data_option, load, say_reading
 from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
+from ptqjax.metric_option import metric_option, require_metrics
 from ptqjax.places import require_encodings, require_model
 from ptqjax.progress import progress, quiet_option
 from ptqjax.publish import staging
@@ -182,6 +183,7 @@ def commands() -> None:
     type=click.Path(path_type=Path),
     help="Keep the grids in this file (AIMET's JSON, or .safetensors), and find the others. Turns equalization off.",
 )
+@metric_option
 @_target
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the samples that learning draws."
@@ -207,6 +209,7 @@ def quantize(
     *,
     config_file: Path | None,
     encodings_file: Path | None,
+    metrics: tuple[str, ...],
     details: str,
     no_cache: bool,
     quiet: bool,
@@ -252,7 +255,9 @@ def quantize(
         out=out,
         config=config,
         details=details,
+        metrics=metrics,
     )
+    require_metrics(metrics)
     if encodings_file is not None:
         require_encodings(encodings_file)
     watch = Stopwatch()
@@ -272,19 +277,29 @@ def quantize(
     "--reference",
     metavar="FLOAT.onnx",
     type=click.Path(path_type=Path),
-    help="The model that MODEL.onnx was made from: adds agreement and SQNR.",
+    help="The model that MODEL.onnx was made from: adds SQNR, and agreement where an output looks like classes.",
 )
+@metric_option
 @device_option
 @quiet_option
 @reports_faults
-def evaluate(model: Path, data: tuple[str, ...], reference: Path | None, device: str, *, quiet: bool) -> None:
+def evaluate(
+    model: Path,
+    data: tuple[str, ...],
+    reference: Path | None,
+    device: str,
+    *,
+    metrics: tuple[str, ...],
+    quiet: bool,
+) -> None:
     """Run MODEL.onnx in ONNX Runtime and tell how good it is.
 
     \b
     With 'labels' in DATA.npz: top-1 accuracy.
     With a reference, on the same samples:
-        agreement   how often both name the same class
-        SQNR        10 log10(sum y^2 / sum (y - y_q)^2) of the outputs, in dB
+        agreement   how often both name the same class, where an output looks like classes
+        SQNR        10 log10(sum y^2 / sum (y - y_q)^2) of each output, in dB; of an output that joins
+                    unlike parts, such as boxes and scores, of each part
     \b
     Examples:
         ptqjax evaluate quantized/model.onnx --data test.npz
@@ -293,6 +308,7 @@ def evaluate(model: Path, data: tuple[str, ...], reference: Path | None, device:
     for file, label in ((model, None), (reference, f"the reference '{reference}'")):
         if file is not None:
             require_model(file, label)
+    require_metrics(metrics)
     files = data_files(data, "--data")
     say_reading(model, files, is_quiet=quiet)
     import ptqjax
@@ -307,6 +323,7 @@ def evaluate(model: Path, data: tuple[str, ...], reference: Path | None, device:
             checked_batches(graph, follow(batches, "evaluating")),
             labels=labels,
             reference=reference,
+            metrics=metrics,
             device=device,
         )
         compared = None

@@ -57,7 +57,7 @@ def export(
         name: The files' name without suffix.
         settings: What else to state, such as the configuration; plain data.
         encodings_version: The version of AIMET's schema that NAME.encodings has, see `write_encodings`; None: 1.0.0, or
-            2.0.0 where codes are in a float format that 1.0.0 has not.
+            2.0.0 where that alone has all of the grids.
         weights: How weights are written, see `quantized_model`; what a target wants is in its
             `load_target(config.target).exported_weights`, and has to be given here.
 

@@ -48,6 +48,8 @@ class Job:
     """The settings."""
     details: str
     """What the report holds: "full", "short" or `NO_REPORT`."""
+    metrics: tuple[str, ...] = ()
+    """What is measured although no output looks so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +94,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
                 batches,
                 job.config,
                 labels=labels,
+                metrics=job.metrics,
                 origin=origin,
                 device=device,
                 file=job.out / MODEL[0],

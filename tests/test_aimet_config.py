@@ -15,7 +15,6 @@ from tests.test_placement import CONV, MATRIX, SAME, build, floats, plan
 
 AIMET = Path("/work/aimet/venv/lib")
 FILES = sorted(AIMET.glob("python3*/site-packages/aimet_onnx/common/quantsim_config/*.json"))
-RESNET = Path(__file__).parents[2] / "shared" / "models" / "mlperf_resnet8_cifar10.onnx"
 
 BASE: dict[str, Any] = {
     "defaults": {"ops": {"is_output_quantized": "True"}, "params": {"is_quantized": "True", "is_symmetric": "True"}},
@@ -216,11 +215,11 @@ def test_aimets_own_files_are_read_as_they_are(path: Path) -> None:
 ENABLED = {"default_config_per_channel": 25, "htp_quantsim_config_v66": 29, "htp_quantsim_config_v75": 25}
 
 
-@pytest.mark.skipif(not FILES or not RESNET.exists(), reason="aimet-onnx or the network is not beside")
+@pytest.mark.skipif(not FILES, reason="aimet-onnx is not installed beside")
 @pytest.mark.parametrize("name", ENABLED)
-def test_as_many_tensors_are_rounded_as_in_aimet(name: str) -> None:
+def test_as_many_tensors_are_rounded_as_in_aimet(shared: Path, name: str) -> None:
     path = next(path for path in FILES if path.stem == name)
-    model, _ = fold_batch_norms(read(RESNET))
+    model, _ = fold_batch_norms(read(shared / "models" / "mlperf_resnet8_cifar10.onnx"))
     placement = place(model, config_from_aimet(path)[0])
     moved = [
         site for site in placement.sites if site.reason.startswith("Flatten moves")

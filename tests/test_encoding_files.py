@@ -224,6 +224,7 @@ def kinds(model):
         "low-power blocks": (by_blocks(model, 4), "1.0.0"),
         "low-power blocks of 3 bits": (by_blocks(model, 3), "1.0.0"),
         "floats": (floats, "2.0.0"),
+        "float16 per channel": ({"w": float_encoding("float16", np.ones(4, np.float32), axis=0)}, "2.0.0"),
     }
 
 
@@ -245,6 +246,14 @@ def test_a_round_trip_keeps_every_bit_or_is_refused(tmp_path, version, kind):
     assert mismatches == ()
     assert_identical(found, encodings)
     assert [path.name for path in tmp_path.iterdir()] == [next(tmp_path.iterdir()).name]  # nothing half-written
+
+
+@pytest.mark.parametrize("kind", kinds(network()))
+def test_the_version_is_the_usual_one_where_that_has_all_grids(tmp_path, kind):
+    encodings, first = kinds(network())[kind]
+    assert encodings_json(network(), encodings)["version"] == max("1.0.0", first)
+    ptqjax.write_encodings(tmp_path / "some.encodings", network(), encodings)
+    assert_identical(ptqjax.read_encodings(tmp_path / "some.encodings", network())[0], encodings)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -671,3 +680,15 @@ def test_the_same_content_is_the_same_bytes():
     """safetensors itself writes its metadata, of which there are two, in an order of chance: 1 in 2 to the 30th."""
     encodings = {name: make_encoding(np.float32(0.5), np.float32(0), dtype="int8") for name in ("b", "a", "é")}
     assert len({tensors_of_encodings(encodings) for _ in range(31)}) == 1
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block:2"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_that_are_cast_have_no_scales_and_are_exported(tmp_path, granularity, dtype):
+    """Where a version of the file has no scales beside casts, export would fail after all the work."""
+    model = network()
+    config = ptqjax.QuantizationConfig(weights=dtype, granularity=granularity, equalize=False, correct="none")
+    encodings = ptqjax.calibrate(model, [{"x": np.ones((1, 6, 6, 6), np.float32)}], config)
+    assert {encodings[name].axis for name in encodings if encodings[name].float_format == dtype} == {None}
+    ptqjax.export(model, encodings, tmp_path, "q")
+    assert_identical(ptqjax.read_encodings(tmp_path / "q.encodings", model)[0], encodings)

@@ -40,11 +40,12 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
         },
     ),
     (("validate", "fit"), None),
+    (("outputs",), None),
     (("evaluate",), None),
     (("report",), None),
     (("pipeline",), None),
     (("experiments",), None),
-    (("device_option", "cache_option", "data_option"), None),
+    (("device_option", "cache_option", "data_option", "metric_option"), None),
     (("quantize_command", "recipe_command"), None),
     (("cli", "__main__"), None),
 ]

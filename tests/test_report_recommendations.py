@@ -23,6 +23,8 @@ from ptqjax.report.recommendations import (
     other_arithmetic,
     shares,
     stage_gains,
+    unlike_parts,
+    weak_output,
     without_samples,
 )
 
@@ -267,4 +269,37 @@ def test_each_reason_has_a_name_of_its_own_and_tells_figures(facts):
     assert {"few samples", "losing stage", "dominant groups", "noisy kind", "clipping"} == {f.reason for f in found}
     assert all(re.search(r"\d", each.why) for each in found)
     assert all(each["option"] and isinstance(each["where"], list) for each in as_facts(found))
-    assert len(REASONS) == 8
+    assert len(REASONS) == 10
+
+
+def with_outputs(facts: dict, **figures: float) -> dict:
+    facts["stages"][-1]["outputs"] = {name.replace("_", ": "): value for name, value in figures.items()}
+    facts["stages"][-1]["metrics"] |= {"worst_sqnr_db": min(figures.values())}
+    return facts
+
+
+def test_an_output_that_is_worth_much_less_than_the_best_is_named(facts):
+    (found,) = weak_output(with_outputs(facts, boxes=45.0, y_scores=3.0))
+    assert found.where == ("y: scores",)
+    assert "3.0 dB" in found.why
+    assert found.option == "--exclude 'scores'"
+    assert weak_output(with_outputs(facts, boxes=45.0, y_scores=38.0)) == []
+    assert weak_output(with_outputs(facts, boxes=12.0, y_scores=8.0)) == []
+
+
+def test_what_is_good_on_average_is_not_good_where_an_output_is_bad(facts):
+    """Nor are stages judged by an average over unlike outputs."""
+    found = with_outputs(good(facts), boxes=40.0, scores=2.0)
+    found["sensitivity"]["groups"][0]["noise"] = 1.0
+    assert dominant_groups(found) != []
+    found["stages"][2]["metrics"] |= {"sqnr_db": 50.0, "worst_sqnr_db": 1.0}
+    assert stage_gains(found["stages"])[-1]["sqnr_db"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("done", "option"), [(True, "--exclude 'cat'"), (False, '[[rules]]\ntensors = ["cat"]')])
+def test_tensors_of_unlike_parts_are_told(facts, done, option):
+    record = {"transform": "give_up_grids", "done": done, "where": ["cat", "scores"], "reason": "0.4 of 255 steps"}
+    facts["records"] = [record | {"what": "left"}]
+    (found,) = unlike_parts(facts)
+    assert found.where == ("cat", "scores")
+    assert found.option.startswith(option)

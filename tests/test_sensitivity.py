@@ -102,6 +102,20 @@ def test_signs_give_the_noise_in_the_mean(classes):
     np.testing.assert_allclose(noises(found), noises(exact), rtol=0.08)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_count_alike_whatever_their_units(method):
+    """Boxes in pixels beside scores: the noise is the mean over outputs, and no unit changes it."""
+    nodes = [node("MatMul", ["x", "v"], "scores"), node("MatMul", ["x", "w"], "a"), node("Mul", ["a", "unit"], "boxes")]
+    encodings, batches = {"v": coarse(0.4), "w": coarse(0.3)}, [{"x": normal(8, 6, seed=5)}]
+    found = []
+    for unit in (1, 512):
+        params = {"v": normal(6, 3, seed=1), "w": normal(6, 3, seed=2), "unit": np.float32(unit)}
+        model = build(nodes, params, input_shape=("N", 6), outputs=["scores", "boxes"])
+        found.append(total(sensitivity(model, batches, encodings, method=method)))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert min(found[0].values()) > max(found[0].values()) / 10
+
+
 @pytest.mark.parametrize("num_samples", [4, 8])  # 8: as many as there are rows
 def test_where_samples_lie_along_another_axis_the_mean_is_the_same(linear, num_samples):
     model, encodings, _ = linear

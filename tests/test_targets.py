@@ -19,7 +19,6 @@ from ptqjax.simulate import simulate
 from ptqjax.transforms import fold_batch_norms
 from tests.test_placement import CONV, MATRIX, SAME, build, floats, plan
 
-MODELS = Path(__file__).parents[2] / "shared" / "models"
 NETWORKS = ("mlperf_resnet8_cifar10", "mlperf_vww_mobilenet_v1_0.25_96", "tiny_vit_cifar10")
 
 
@@ -33,11 +32,10 @@ def test_a_target_cites_its_source_and_has_settings_that_it_takes(name: str) -> 
     assert QuantizationConfig.for_target(name).target == name
 
 
-@pytest.mark.skipif(not MODELS.exists(), reason="the networks are not beside")
 @pytest.mark.parametrize("name", target_names())
 @pytest.mark.parametrize("network", NETWORKS)
-def test_real_networks_are_placed_within_the_limits_of_the_target(name: str, network: str) -> None:
-    model, _ = fold_batch_norms(read(MODELS / f"{network}.onnx"))
+def test_real_networks_are_placed_within_the_limits_of_the_target(shared: Path, name: str, network: str) -> None:
+    model, _ = fold_batch_norms(read(shared / "models" / f"{network}.onnx"))
     target, config = load_target(name), QuantizationConfig.for_target(name)
     placement = place(model, config)
     allowed = dict(target.allowed)

@@ -30,6 +30,7 @@ SINGLE_LIST = "2.0.0"
 
 _PLAIN_CASTS = ("float16", "bfloat16")
 _NAMED_ENTRIES = "0.6.1"
+_USUAL = "1.0.0"
 
 
 def encodings_json(model: Model, encodings: Encodings, version: str | None = None) -> dict[str, Any]:
@@ -50,9 +51,9 @@ def encodings_json(model: Model, encodings: Encodings, version: str | None = Non
         ConfigError: There is no such version; it has no grid of that kind; or an encoding is no grid of its tensor
             (a scale of 0, or for other channels).
     """
-    schema = find_schema(_sufficient_version(encodings) if version is None else version)
     axes = tensor_axes(model)
     held = {name: _single(name, encoding, axes.get(name, TensorAxes())) for name, encoding in sorted(encodings.items())}
+    schema = _sufficient_schema(held, axes) if version is None else find_schema(version)
     without = {name for name, encoding in held.items() if not encoding.enabled or _is_cast(encoding, schema)}
     entries = {
         name: _entry(name, encoding, schema, axes.get(name, TensorAxes()))
@@ -68,10 +69,20 @@ def encodings_json(model: Model, encodings: Encodings, version: str | None = Non
     return found | ({OWN_SECTION: own} if own else {})
 
 
-def _sufficient_version(encodings: Encodings) -> str:
-    """Returns the usual version, 1.0.0, or 2.0.0 where an encoding is in a float format that only that has."""
-    formats = {encoding.float_format for encoding in encodings.values() if bool(encoding.enabled)}
-    return "1.0.0" if formats <= {None, "float16"} else SINGLE_LIST
+def _sufficient_schema(held: Encodings, axes: Mapping[str, TensorAxes]) -> Schema:
+    """Returns the usual schema, or the one of a single list where the usual one has not all of the grids."""
+    usual = find_schema(_USUAL)
+    enabled = {name: encoding for name, encoding in held.items() if encoding.enabled}
+    suffices = all(_has_entry(each, usual, axes.get(name, TensorAxes())) for name, each in enabled.items())
+    return usual if suffices else find_schema(SINGLE_LIST)
+
+
+def _has_entry(encoding: Encoding, schema: Schema, axes: TensorAxes) -> bool:
+    try:
+        schema.to_json(entry_of(encoding, axes), axes)
+    except UnfitError:
+        return False
+    return True
 
 
 def find_schema(version: str) -> Schema:

@@ -24,7 +24,9 @@ _TENSORS = ".safetensors"
 _SHOWN = 5  # mismatches in a message
 
 
-def write_encodings(path: str | os.PathLike[str], model: Model, encodings: Encodings, version: str = "1.0.0") -> None:
+def write_encodings(
+    path: str | os.PathLike[str], model: Model, encodings: Encodings, version: str | None = None
+) -> None:
     """Writes the encodings as AIMET's JSON, or as tensors where the path ends in ".safetensors".
 
     `read_encodings` is the inverse, to the bit, in every format: where AIMET's entries have no word for a grid, its
@@ -34,7 +36,8 @@ def write_encodings(path: str | os.PathLike[str], model: Model, encodings: Encod
         path: The file.
         model: What the encodings are for.
         encodings: The grids by tensor, concrete.
-        version: Of AIMET's schema: "0.6.1", "1.0.0" or "2.0.0"; tensors have none.
+        version: Of AIMET's schema: "0.6.1", "1.0.0" or "2.0.0"; None: "1.0.0", or "2.0.0" where that alone has all of
+            the grids. Tensors have none.
 
     Raises:
         OutputError: The folder is missing or cannot be written.

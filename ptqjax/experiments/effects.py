@@ -25,7 +25,7 @@ class Effects:
     """What each group does to the outputs, in the order of the groups."""
 
     noise: np.ndarray
-    """Power of the noise in the outputs over the outputs' power."""
+    """Power of the noise in an output over the output's power, the mean over all outputs."""
     loss: np.ndarray | None
     """Mean rise of the task's loss; None without labels."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -66,25 +66,26 @@ def measure_effects(
     return Effects(noise=found["noise"], loss=found.get("loss"))
 
 
+_Energies: TypeAlias = Mapping[str, tuple[float, float]]
+"""By output: the sum of squares of errors, and that of the reference."""
+
+
 def _noise() -> Metric:
-    """Returns the metric sum (y - y_q)^2 / sum y^2 over all floating outputs."""
+    """Returns the metric: mean over the floating outputs of sum (y - y_q)^2 / sum y^2."""
 
-    def update(state: tuple[float, float], seen: Seen) -> tuple[float, float]:
+    def update(state: _Energies, seen: Seen) -> _Energies:
         found, wanted = floating_outputs(seen.found), floating_outputs(seen.wanted)
-        return state[0] + energy(wanted, found), state[1] + energy(wanted)
+        each = {name: (energy({name: y}, found), energy({name: y})) for name, y in wanted.items()}
+        before = {name: state.get(name, (0.0, 0.0)) for name in each}
+        return {name: (before[name][0] + noise, before[name][1] + power) for name, (noise, power) in each.items()}
 
-    return Metric(
-        name="noise",
-        init=lambda: (0.0, 0.0),
-        update=update,
-        finish=_ratio,
-        higher_is_better=False,
-    )
+    return Metric(name="noise", init=dict, update=update, finish=_mean_ratio, higher_is_better=False)
 
 
-def _ratio(state: tuple[float, float]) -> float:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.float64(state[0]) / np.float64(state[1]))
+def _mean_ratio(state: _Energies) -> float:
+    """Returns the mean over outputs, of which one of zeros alone has no noise to tell; NaN where all are."""
+    ratios = [noise / power for noise, power in state.values() if power]
+    return sum(ratios) / len(state) if ratios else np.nan
 
 
 def _loss() -> Metric:

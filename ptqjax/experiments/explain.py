@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def explain(
     config: QuantizationConfig | None = None,
     *,
     labels: np.ndarray | None = None,
+    metrics: Sequence[str] = (),
     samples: int | None = None,
     origin: Mapping[str, Any] | None = None,
     device: str | None = None,
@@ -60,6 +61,7 @@ def explain(
         batches: The samples that it was calibrated on; gone through several times.
         config: What `quantize` was told.
         labels: The classes of the samples, in the order of the batches; None where unknown.
+        metrics: What to measure although no output looks so, see `evaluate`.
         samples: How many samples, at most, the parts look at that come after the table of stages; None: as many as
             `config.effort` says, 8, 16 or 32.
         origin: Where model and data come from, as the page is to say it: "model", "num_samples" and the like.
@@ -73,7 +75,11 @@ def explain(
     """
     config, follow = config or QuantizationConfig(), follow or _unseen
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
-    table = None if batches is None else measured(source, result, follow(batches, "measuring"), labels, config)
+    table = (
+        None
+        if batches is None
+        else measured(source, result, follow(batches, "measuring"), labels, config, metrics=metrics)
+    )
     facts = report.facts(
         source={"num_samples": 0 if batches is None else sum(map(num_samples, batches))} | dict(origin or {}),
         settings=asdict(config),
@@ -103,6 +109,8 @@ def measured(
     batches: Iterable[Mapping[str, Any]],
     labels: np.ndarray | None,
     config: QuantizationConfig,
+    *,
+    metrics: Sequence[str] = (),
 ) -> report.Measured:
     """Returns the table of the run.
 
@@ -123,7 +131,7 @@ def measured(
         )
         for stage in result.stages
     ]
-    return report.measure(source, stages, batches, labels)
+    return report.measure(source, stages, batches, labels, metrics)
 
 
 def _fitting(config: QuantizationConfig, model: Model) -> QuantizationConfig:

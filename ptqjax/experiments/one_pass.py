@@ -139,10 +139,14 @@ def _measure(static: _Static, params: _Params, encodings: Encodings, batch: _Bat
     outputs, pull = jax.vjp(lambda given: floating_outputs(program.run(batch.inputs, *given)), amplitudes)
     outputs = {spec.name: outputs[spec.name] for spec in static.graph.outputs if spec.name in outputs}  # not sorted
     if static.estimate.is_alone:
-        wanted, directions = outputs, [_signs(outputs, batch.draw.key())]
+        weights, wanted = _weights(outputs), outputs
+        signs = _signs(outputs, batch.draw.key())
+        directions = [{name: sign * jnp.sqrt(weights[name]).astype(sign.dtype) for name, sign in signs.items()}]
     else:
         wanted = floating_outputs(interpret(static.graph, params.in_float, batch.inputs)[0])
-        directions = [{name: 2 * (value - wanted[name]) for name, value in outputs.items()}]
+        weights = _weights(wanted)
+        errors = {name: value - wanted[name] for name, value in outputs.items()}
+        directions = [{name: 2 * weights[name].astype(error.dtype) * error for name, error in errors.items()}]
     directions += _of_the_loss(static.estimate, outputs, wanted, batch)
     # One after the other: a product with a batch of one direction compiles twice as long as one without.
     pulled = [pull(direction)[0] for direction in directions]
@@ -182,6 +186,18 @@ def _effects(estimate: Estimate, noise: jax.Array, loss: Sequence[jax.Array]) ->
         return {"noise": -noise.sum(1), "loss": -loss[0].sum(1) if loss else jnp.zeros(len(noise))}
     rise = loss[0].sum(1) + (loss[1] ** 2).sum(1) / 2 if loss else jnp.zeros(len(noise))
     return {"noise": (noise**2).sum(1), "loss": rise}
+
+
+def _weights(wanted: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns what each output's noise is multiplied by, so that all outputs count alike: 1 where there is but one.
+
+    With P the power of all n outputs, P / (n P_o): the sum over P is then the mean over outputs of noise over power.
+    """
+    if len(wanted) == 1:
+        return {name: jnp.ones((), jnp.float32) for name in wanted}
+    powers = {name: jnp.sum(value.astype(jnp.float32) ** 2) for name, value in wanted.items()}
+    mean = jnp.stack(list(powers.values())).sum() / len(powers)
+    return {name: jnp.where(power > 0, mean / jnp.where(power > 0, power, 1), 0) for name, power in powers.items()}
 
 
 def _signs(outputs: Mapping[str, jax.Array], key: Any) -> dict[str, jax.Array]:

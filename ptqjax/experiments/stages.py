@@ -126,6 +126,7 @@ def _evaluate(task: Task, root: Path, folder: Path) -> None:
             task.follow(data.batches, "evaluate"),
             labels=labels,
             reference=task.recipe.model,
+            metrics=[name for name in asked if name == "agreement"],
             device=task.recipe.device,
         )
         found = {"num_samples": result.num_samples} | _asked(result, asked)

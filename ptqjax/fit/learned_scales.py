@@ -26,7 +26,7 @@ from ptqjax.lowering import axis_in_layout, interpret
 from ptqjax.quantize import calibrate
 from ptqjax.quantize.batches import num_samples
 from ptqjax.quantize.encodings import Encoding, Encodings
-from ptqjax.quantize.placement import place
+from ptqjax.quantize.placement import place_as_found
 from ptqjax.simulate import fake_quantization
 from ptqjax.transforms.behaviour import Behaviour
 from ptqjax.transforms.linear import linear_layers
@@ -138,12 +138,13 @@ def learn_scales(
     batches = first_samples(model.graph, batches)
     used, held = _divided(model, batches, learning)
     size = max(num_samples(batch) for batch in batches)
+    encodings = calibrate(model, _regrouped(model, [sample.inputs for sample in used], size), config)
     task = _Task(
         model=model,
         ties=ties,
         behaviour=observe_behaviour(model, [sample.inputs for sample in used]),
-        encodings=calibrate(model, _regrouped(model, [sample.inputs for sample in used], size), config),
-        roots={site.tensor: site.root for site in place(model, config).sites},
+        encodings=encodings,
+        roots={site.tensor: site.root for site in place_as_found(model, config, encodings).sites},
         learning=learning,
     )
     best, losses = _descended(task, used, held)

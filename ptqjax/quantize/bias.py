@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,11 +105,11 @@ def guard_biases(model: Model, encodings: Encodings, *, fixed_point: bool = Fals
     Source: aimet-onnx 2.42, which always applies all three.
     """
     guarded, records = dict(encodings), []
-    for site in _weighted_layers(model, guarded) if fixed_point else _with_int32(bias_sites(model), guarded):
-        x, weight = guarded.get(site.input), guarded.get(site.weight)
-        if x is None or weight is None or not _has_integer_sums(x, weight, site):
+    for site in _weighted_layers(model, guarded) if fixed_point else with_int32(model, guarded):
+        if not has_integer_sums(guarded, site):
             continue
-        y = _behind(model, guarded, site) if fixed_point else None
+        x = guarded[site.input]
+        y = grid_behind(model, guarded, site) if fixed_point else None
         for reason, least in _bounds(model, site, x, y):
             old = np.asarray(guarded[site.weight].scale)
             new = np.asarray(np.maximum(old, _in_shape_of(old, least, site).astype(np.float32)))
@@ -124,28 +124,40 @@ def sums_in_fixed_point(config: QuantizationConfig) -> bool:
     return config.compatibility == "aimet" or load_target(config.target).fixed_point
 
 
-def _with_int32(sites: Iterable[BiasSite], encodings: Mapping[str, Encoding]) -> list[BiasSite]:
+def with_int32(model: Model, encodings: Mapping[str, Encoding]) -> list[BiasSite]:
     """Returns the sites whose biases have no encoding of their own, which would decide in place of their layer's."""
-    return [site for site in sites if site.bias not in encodings]
+    return [site for site in bias_sites(model) if site.bias not in encodings]
 
 
 def _weighted_layers(model: Model, encodings: Mapping[str, Encoding]) -> Iterator[BiasSite]:
     """Yields the layers with a weight that is a parameter; without a bias where it cannot be int32."""
-    with_bias = {(site.input, site.weight): site for site in _with_int32(bias_sites(model), encodings)}
+    with_bias = {(site.input, site.weight): site for site in with_int32(model, encodings)}
     for node in model.graph.nodes:
         layer = _layer(node)
         if layer is not None and layer.weight in model.params:
             yield with_bias.get((layer.input, layer.weight), layer)
 
 
-def _has_integer_sums(x: Encoding, weight: Encoding, site: BiasSite) -> bool:
-    if x.float_format or weight.float_format or x.axis is not None or weight.block_size is not None:
+def has_integer_sums(encodings: Mapping[str, Encoding], site: BiasSite) -> bool:
+    """Tells whether input and weight of a layer are integers whose products a bias can be added to."""
+    x, weight = encodings.get(site.input), encodings.get(site.weight)
+    if (
+        x is None
+        or weight is None
+        or x.float_format
+        or weight.float_format
+        or x.axis is not None
+        or weight.block_size is not None
+    ):
         return False
     return bool(x.enabled) and bool(weight.enabled) and weight.axis in (None, site.weight_axis)
 
 
-def _behind(model: Model, encodings: Mapping[str, Encoding], site: BiasSite) -> Encoding | None:
-    """Returns the grid that the layer's sums are rounded to: that of its output, or behind the activation upon it."""
+def grid_behind(model: Model, encodings: Mapping[str, Encoding], site: BiasSite) -> Encoding | None:
+    """Returns the grid that the layer's sums are rounded to: that of its output, or behind the activation upon it.
+
+    None where it has none, or several scales or floating-point codes.
+    """
     name = site.output
     while name not in encodings:
         reader = only_reader(model.graph, name)

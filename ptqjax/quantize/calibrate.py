@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptqjax.config import QuantizationConfig, near_names
-from ptqjax.errors import ConfigError
+from ptqjax.config import QuantizationConfig, load_target, near_names
+from ptqjax.errors import ConfigError, DataError
 from ptqjax.ir import Model, Report
 from ptqjax.kernels.ranges import stack_kinds
 from ptqjax.quantize.bias import float_bias, guard_biases, sums_in_fixed_point
+from ptqjax.quantize.bias_resolution import resolve_biases
 from ptqjax.quantize.data_free import encode_from_statistics
 from ptqjax.quantize.encodings import Encoding, Encodings
-from ptqjax.quantize.observers import RangeScheme
+from ptqjax.quantize.observers import Extremes, RangeScheme
 from ptqjax.quantize.observing import Axes, Means, Observed, Wanted, observe
 from ptqjax.quantize.placement import ACTIVATION, Placement, Site, kind_of, place
 from ptqjax.quantize.schemes import MIN_MAX, find_scheme
 from ptqjax.quantize.search import encode_constants
 from ptqjax.quantize.site_encodings import (
+    Ranged,
     as_aimet_has_it,
     cast_encoding,
     encoding_of_grid,
@@ -29,6 +31,7 @@ from ptqjax.quantize.site_encodings import (
     needs_range,
 )
 from ptqjax.quantize.sites import scheme_of
+from ptqjax.quantize.unlike import Joints, find_joints, give_up
 
 
 def calibrate(
@@ -153,7 +156,9 @@ class _Task:
     given: Mapping[str, Encoding]
     """Encodings that follow from the plan: fixed ranges and casts."""
     observed: Mapping[str, _Search]
-    """How those of activations are found."""
+    """How those of activations are found, and of those that might have their own."""
+    joints: Joints
+    """Tensors whose parts may be unlike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,8 +180,9 @@ class _Search:
 
 def _task(model: Model, config: QuantizationConfig, frozen: Mapping[str, Encoding]) -> _Task:
     placement = place(model, config)
-    sites = placement.sites
-    _check_frozen(frozen, sites)
+    _check_frozen(frozen, placement.sites)
+    joints = Joints() if config.compatibility else find_joints(model, placement, load_target(config.target))
+    sites = (*placement.sites, *(site for site in joints.untied if site.tensor not in frozen))
     free = [site for site in sites if site.root not in frozen and site.tensor not in frozen]
     searched = [site for site in free if site.fixed_range is None and (site.kind != ACTIVATION or needs_range(site))]
     kinds = {site.tensor for site in searched}
@@ -191,6 +197,7 @@ def _task(model: Model, config: QuantizationConfig, frozen: Mapping[str, Encodin
             for site in searched
             if site.kind == ACTIVATION and site.root == site.tensor
         },
+        joints=joints,
     )
 
 
@@ -221,7 +228,7 @@ def _calibrated(model: Model, batches: Iterable[Any] | None, tasks: Sequence[_Ta
     constants = _encode_constants(model, [search for task in tasks for search in task.constants.values()])
     means = None
     if batches is None:
-        observed = [encode_from_statistics(model, _sites(task, task.observed)) for task in tasks]
+        observed = [_encoded_without_data(model, task) for task in tasks]
     else:
         searches = [search for task in tasks for search in task.observed.values()]
         found, means = _encode_observed(model, batches, searches, measured)
@@ -230,19 +237,44 @@ def _calibrated(model: Model, batches: Iterable[Any] | None, tasks: Sequence[_Ta
     return Calibrated(each=each, means=means)
 
 
-def _sites(task: _Task, tensors: Container[str]) -> list[Site]:
-    return [site for site in task.placement.sites if site.tensor in tensors]
+def _encoded_without_data(model: Model, task: _Task) -> dict[str, Ranged]:
+    """Returns the encodings that batch norms tell; where they tell too little of parts, of roots alone."""
+    roots = [site for site in task.placement.sites if site.tensor in task.observed and site.root == site.tensor]
+    try:
+        return encode_from_statistics(model, [*roots, *task.joints.untied])
+    except DataError:
+        return encode_from_statistics(model, roots)
 
 
 def _result(
-    model: Model, task: _Task, constants: Mapping[_Search, Encoding], observed: Mapping[str, Encoding]
+    model: Model, task: _Task, constants: Mapping[_Search, Encoding], observed: Mapping[str, Ranged]
 ) -> tuple[Encodings, Report]:
     own = {**task.frozen, **{name: constants[search] for name, search in task.constants.items()}}
-    own |= {**task.given, **observed}
-    sites = task.placement.sites
+    own |= {**task.given, **{name: ranged.encoding for name, ranged in observed.items()}}
+    placement, given_up = _without_unlike_parts(model, task, own, observed)
+    sites = placement.sites
     encodings = {site.tensor: own[site.tensor if site.tensor in task.frozen else site.root] for site in sites}
-    encodings |= {name: float_bias() for name in task.placement.float_biases}
-    return guard_biases(model, encodings, fixed_point=sums_in_fixed_point(task.config))
+    encodings |= {name: float_bias() for name in placement.float_biases}
+    resolved: Report = ()
+    if task.config.compatibility is None:
+        dead = [_with_root(name, sites) for name, ranged in observed.items() if ranged.is_nothing]
+        encodings, resolved = resolve_biases(model, encodings, filter(None, dead), task.frozen)
+    encodings, guarded = guard_biases(model, encodings, fixed_point=sums_in_fixed_point(task.config))
+    return encodings, (*given_up, *resolved, *guarded)
+
+
+def _without_unlike_parts(
+    model: Model, task: _Task, own: Mapping[str, Encoding], observed: Mapping[str, Ranged]
+) -> tuple[Placement, Report]:
+    """Returns the plan in which tensors of unlike parts stay in float, and a record for each of them."""
+    known = {name: encoding for name, encoding in own.items() if name not in observed or not observed[name].is_nothing}
+    kept = tuple(joint for joint in task.joints.each if task.frozen.keys().isdisjoint(joint.members))
+    reasons, report = give_up(replace(task.joints, each=kept), known, load_target(task.config.target))
+    return place(model, task.config, apart=reasons) if reasons else task.placement, tuple(report)
+
+
+def _with_root(root: str, sites: Sequence[Site]) -> tuple[str, ...]:
+    return tuple(site.tensor for site in sites if site.root == root)
 
 
 def _alike(searches: Iterable[_Search]) -> Iterator[tuple[RangeScheme, list[_Search]]]:
@@ -279,23 +311,28 @@ def _parts(alike: Sequence[_Search]) -> list[list[_Search]]:
 
 def _encode_observed(
     model: Model, batches: Iterable[Any], searches: Sequence[_Search], measured: Axes
-) -> tuple[dict[_Search, Encoding], Means | None]:
+) -> tuple[dict[_Search, Ranged], Means | None]:
     groups = list(_alike(searches))
     wanted = [
         Wanted(observer=scheme.observer, tensors=tuple(each.site.tensor for each in alike), scheme=scheme.name)
         for scheme, alike in groups
     ]
     seen = observe(model, batches, wanted, measured=measured)
-    found: dict[_Search, Encoding] = {}
+    found: dict[_Search, Ranged] = {}
     for scheme, alike in groups:
         found |= dict(zip(alike, _finished(scheme, seen.observed[scheme.observer], alike), strict=True))
     return found, seen.means
 
 
-def _finished(scheme: RangeScheme, observed: Observed, alike: Sequence[_Search]) -> list[Encoding]:
+def _finished(scheme: RangeScheme, observed: Observed, alike: Sequence[_Search]) -> list[Ranged]:
+    ends = observed.extremes([search.site.tensor for search in alike])
+    encodings = _grids_of(scheme, observed, alike, ends)
+    return [Ranged(*each) for each in zip(encodings, ends.lowest, ends.highest, strict=True)]
+
+
+def _grids_of(scheme: RangeScheme, observed: Observed, alike: Sequence[_Search], ends: Extremes) -> list[Encoding]:
     sites = [search.site for search in alike]
     tensors = [site.tensor for site in sites]
-    ends = observed.extremes(tensors)
     if is_float(sites[0]):
         return [encoding_of_range(*each) for each in zip(sites, ends.lowest, ends.highest, strict=True)]
     grids = zip(*scheme.finish(observed.of(tensors), stack_kinds([kind_of(site) for site in sites])), strict=True)

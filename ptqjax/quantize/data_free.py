@@ -10,9 +10,8 @@ import numpy as np
 
 from ptqjax.errors import DataError
 from ptqjax.ir import Model, place_of
-from ptqjax.quantize.encodings import Encoding
 from ptqjax.quantize.placement import Site
-from ptqjax.quantize.site_encodings import encoding_of_range
+from ptqjax.quantize.site_encodings import Ranged, encoding_of_range
 from ptqjax.transforms.linear import linear_layers
 from ptqjax.transforms.moments import channel_ranges
 
@@ -30,7 +29,7 @@ _SHOWN = 3  # names in an error
 _ACTIVATIONS = frozenset({"Clip", "LeakyRelu", "Max", "Min", "PRelu", "Relu"})
 
 
-def encode_from_statistics(model: Model, sites: Sequence[Site]) -> dict[str, Encoding]:
+def encode_from_statistics(model: Model, sites: Sequence[Site]) -> dict[str, Ranged]:
     """Returns the encodings of activations that have a range of their own, from `model.statistics`.
 
     A tensor's range is that of all its channels, each `NUM_STD` standard deviations to both sides of its mean (graph
@@ -49,7 +48,8 @@ def encode_from_statistics(model: Model, sites: Sequence[Site]) -> dict[str, Enc
         own = channel_ranges(model, num_std=deviations)
         ranges |= {name: found for name, found in own.items() if name in names}
     _check_known(model, [site.tensor for site in sites], ranges)
-    return {site.tensor: encoding_of_range(site, *_ends(*ranges[site.tensor])) for site in sites}
+    ends = {site: _ends(*ranges[site.tensor]) for site in sites}
+    return {site.tensor: Ranged(encoding_of_range(site, *ends[site]), *ends[site]) for site in sites}
 
 
 def _behind_depthwise_layers(model: Model) -> set[str]:

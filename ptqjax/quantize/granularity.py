@@ -11,6 +11,8 @@ from ptqjax.config import FLOAT_DTYPES, Target
 from ptqjax.config.settings import block_size_of
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Node
+from ptqjax.kernels.float_formats import float_format
+from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.quantize.rules import Settings, num_bits
 from ptqjax.quantize.sites import CONSTANT, WEIGHT, Site
 
@@ -58,7 +60,7 @@ def rounded_parameters(model: Model, target: Target) -> dict[str, str]:
 
 
 def weight_site(model: Model, tensor: str, uses: list[Use], settings: Settings) -> Site:
-    """Returns the site of a weight.
+    """Returns the site of a weight; a cast to 16 bits has no scales, whatever the granularity.
 
     Raises:
         ConfigError: Low-power blocks of floating-point codes are asked for.
@@ -69,6 +71,8 @@ def weight_site(model: Model, tensor: str, uses: list[Use], settings: Settings) 
         raise ConfigError(
             f"'{tensor}': granularity {settings.granularity!r} is for integers; {settings.dtype} has block:N"
         )
+    if settings.dtype in FLOAT_FORMATS and not float_format(settings.dtype).has_scale:
+        scales = _Scales()
     reason = f"weight of {', '.join(sorted({use.node.op_type for use in uses}))}"
     return Site(
         tensor=tensor,

@@ -7,7 +7,7 @@ import numpy as np
 from ptqjax.config import QuantizationConfig
 from ptqjax.ir import Model
 from ptqjax.quantize.encodings import Encoding, Encodings
-from ptqjax.quantize.placement import ACTIVATION, place
+from ptqjax.quantize.placement import ACTIVATION, place_as_found
 from ptqjax.transforms.bounds import channel_bounds
 from ptqjax.transforms.linear import linear_layers
 
@@ -27,7 +27,8 @@ def widened(model: Model, encodings: Encodings, factor: float, config: Quantizat
     if factor == 1.0:
         return encodings
     bounds = channel_bounds(model, linear_layers(model))
-    sites = [site for site in place(model, config).sites if site.kind == ACTIVATION and site.fixed_range is None]
+    plan = place_as_found(model, config, encodings)
+    sites = [site for site in plan.sites if site.kind == ACTIVATION and site.fixed_range is None]
     roots = {site.root for site in sites if site.root in encodings}
     wide = {root: _widened(encodings[root], factor, bounds.get(root)) for root in roots if root not in model.params}
     return encodings | {site.tensor: wide[site.root] for site in sites if site.root in wide}

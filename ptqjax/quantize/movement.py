@@ -5,6 +5,28 @@ from __future__ import annotations
 from ptqjax.config import Target
 from ptqjax.ir import Model, Node, scalar_of
 
+_KEEPING = frozenset(
+    {
+        "DepthToSpace",
+        "Dropout",
+        "Expand",
+        "Flatten",
+        "Identity",
+        "Pad",
+        "Reshape",
+        "SpaceToDepth",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
+
+
+def keeps_all(node: Node) -> bool:
+    """Tells whether an operator that moves values moves all of them, so that the range of its result is its input's."""
+    return node.op_type in _KEEPING
+
 
 def moves_data(model: Model, node: Node, target: Target) -> bool:
     """Tells whether each value of the node's result is one of its first input's, or zero."""

@@ -6,7 +6,7 @@ Every floating tensor of the graph gets exactly one of: a `Site` (it has an enco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,13 @@ from ptqjax.ir import Model, Node
 from ptqjax.quantize.bias import BiasSite, bias_sites
 from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, weight_site, weight_uses
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
-from ptqjax.quantize.movement import moves_data
+from ptqjax.quantize.movement import keeps_all, moves_data
 from ptqjax.quantize.rules import Settings, Settled, settle
 from ptqjax.quantize.sites import ACTIVATION, CONSTANT, WEIGHT, Placement, Site, Skipped, kind_of
 from ptqjax.quantize.tensors import check_not_quantized, check_types, floating_tensors
 from ptqjax.quantize.ties import Decided, adopted_roots, differs, follow, passed_on, wanted_tensors
 
-__all__ = ["ACTIVATION", "CONSTANT", "WEIGHT", "Placement", "Site", "Skipped", "kind_of", "place"]
+__all__ = ["ACTIVATION", "CONSTANT", "WEIGHT", "Placement", "Site", "Skipped", "kind_of", "place", "place_as_found"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +41,20 @@ class _Plan:
     """Other parameters that are rounded like weights -> the operator that reads them."""
     wanted: frozenset[str] | None
     """The activations to be rounded; None for all."""
+    apart: Mapping[str, str]
+    """Activations that are left in float because their parts are unlike -> the reason."""
 
 
-def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
+def place(
+    model: Model, config: QuantizationConfig | None = None, *, apart: Mapping[str, str] | None = None
+) -> Placement:
     """Returns the plan for `model`: what is rounded, on which grid, what shares an encoding, what stays in float.
+
+    Args:
+        model: The model.
+        config: Types, granularity, target; None: the defaults.
+        apart: Activations that stay in float, with the reason, and as long as their values are but moved: what they are
+            made of, and what is cut out of them, has grids of its own (`unlike`).
 
     Raises:
         ConfigError: The target's file is unreadable, a pattern or rule matches no tensor, or a rule is only for
@@ -65,6 +75,7 @@ def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
         weights=uses,
         parameters=others,
         wanted=wanted_tensors(model, target),
+        apart=apart or {},
     )
     layers = {site.bias: site for site in bias_sites(model)}
     decided: dict[str, Site | Skipped] = {}
@@ -75,6 +86,13 @@ def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
     _check_effects(settled, placement)
     check_types(model, (*(site.tensor for site in placement.sites), *(site.bias for site in placement.biases)))
     return placement
+
+
+def place_as_found(model: Model, config: QuantizationConfig, encodings: Container[str]) -> Placement:
+    """Returns the plan that encodings of `calibrate` follow: what has none because its parts are unlike is in float."""
+    placement = place(model, config)
+    missing = [site.tensor for site in placement.sites if site.kind == ACTIVATION and site.tensor not in encodings]
+    return place(model, config, apart=dict.fromkeys(missing, "its parts are unlike")) if missing else placement
 
 
 def _with_biases(plan: _Plan, decided: Decided, layers: Mapping[str, BiasSite], by: str) -> Placement:
@@ -214,17 +232,29 @@ def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
         return f"bounded into '{root}', which stays in float"
     if plan.settings[tensor].on:
         return ""
-    if tensor in plan.groups.inside:
-        return plan.groups.inside[tensor]
+    if tensor in plan.groups.inside or tensor in plan.apart:
+        return plan.groups.inside.get(tensor) or plan.apart[tensor]
     if plan.wanted is not None and tensor not in plan.wanted:
         return f"no operator reads it that target {plan.target.name!r} rounds for"
-    if (
-        node is not None
-        and moves_data(plan.model, node, plan.target)
-        and isinstance(decided.get(node.inputs[0]), Skipped)
-    ):
+    if node is not None and _shares_float(plan, node, decided):
         return f"{node.op_type} of '{node.inputs[0]}', which stays in float"
     return ""
+
+
+def _shares_float(plan: _Plan, node: Node, decided: Decided) -> bool:
+    """Tells whether a node moves values that stay in float: all of them, or a part of what is in float for its own."""
+    if not moves_data(plan.model, node, plan.target) or not isinstance(decided.get(node.inputs[0]), Skipped):
+        return False
+    return keeps_all(node) or not plan.apart or _origin(plan, node.inputs[0]) not in plan.apart
+
+
+def _origin(plan: _Plan, tensor: str) -> str:
+    """Returns the tensor whose values, all of them, `tensor` holds."""
+    while (node := plan.model.graph.producers.get(tensor)) is not None and tensor not in plan.apart:
+        if not (keeps_all(node) and moves_data(plan.model, node, plan.target)):
+            break
+        tensor = node.inputs[0]
+    return tensor
 
 
 def _tied(plan: _Plan, tensor: str, root: str, reason: str, decided: Decided) -> Site:

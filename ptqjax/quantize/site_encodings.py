@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,19 @@ from ptqjax.quantize.aimet_schemes import fixed_grid, symmetry_in_use
 from ptqjax.quantize.encodings import Encoding, make_encoding
 from ptqjax.quantize.low_power import low_power_encoding, low_power_scales
 from ptqjax.quantize.placement import Site, kind_of
+
+
+class Ranged(NamedTuple):
+    """The encoding of an activation, and the ends of all values that it is from."""
+
+    encoding: Encoding
+    lowest: Any
+    highest: Any
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether every value is zero, so that the scale follows from none."""
+        return bool(self.lowest == 0 and self.highest == 0)
 
 
 def is_float(site: Site) -> bool:

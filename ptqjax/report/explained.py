@@ -35,11 +35,11 @@ def recommended(report: Mapping[str, Any]) -> str:
 def gain_texts(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns what each stage gained, a sentence for each."""
     return [
-        f"{gain['stage']}: {_signed(gain['sqnr_db'])} dB, {_signed(100 * gain['agreement'])} points of agreement"
+        f"{gain['stage']}: {_signed(gain['sqnr_db'])} dB"
+        + (f", {_signed(100 * gain['agreement'])} points of agreement" if "agreement" in gain else "")
         + (f", {_signed(100 * gain['top1'])} points of top-1" if "top1" in gain else "")
         + f", over {gain['over']}"
         for gain in stage_gains(stages)
-        if "agreement" in gain
     ]
 
 

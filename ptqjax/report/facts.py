@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,11 @@ class Row:
     stage: str
     """What was done last: "float", "fold", "equalize", "correct"."""
     metrics: Mapping[str, float]
-    """Figures by name. Of the model computed in float: "float_sqnr_db" (dB). Quantized: "sqnr_db" (dB), "agreement" and
-    "top1" (0..1)."""
+    """Figures by name. Of the model computed in float: "float_sqnr_db" (dB). Quantized: "sqnr_db" (dB, over all
+    outputs), "worst_sqnr_db" (dB, of the output or part that has least, where there are several), "agreement" (where an
+    output looks like classes) and "top1" (0..1)."""
+    outputs: Mapping[str, float] = field(default_factory=dict)
+    """SQNR in dB of each output, or part of one, where there are several."""
 
 
 def facts(
@@ -62,12 +65,17 @@ def facts(
         "versions": versions(),
         "model": contents(after),
         "measured_in": measured_in,
-        "stages": [{"stage": row.stage, "metrics": numbers(row.metrics)} for row in rows],
+        "stages": [_row(row) for row in rows],
         "records": [_record(record) for record in records],
         "encodings": {name: encoding_facts(name, encodings[name], after) for name in sorted(encodings)},
         "weight_ranges": weight_ranges(before, after),
         "activation_ranges": activation_ranges(before, after, encodings),
     }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    outputs = {"outputs": numbers(row.outputs)} if row.outputs else {}
+    return {"stage": row.stage, "metrics": numbers(row.metrics), **outputs}
 
 
 def to_json(report: Mapping[str, Any]) -> str:

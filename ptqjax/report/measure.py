@@ -14,6 +14,7 @@ from ptqjax.evaluate import Evaluation, evaluate_each
 from ptqjax.export import quantized_model
 from ptqjax.ir import Model
 from ptqjax.lowering import apply_few_times
+from ptqjax.outputs import strung_outputs
 from ptqjax.quantize import Encodings
 from ptqjax.quantize.batches import num_samples
 from ptqjax.report.facts import Row
@@ -54,7 +55,11 @@ class Measured(NamedTuple):
 
 
 def measure(
-    source: Model, stages: Sequence[MeasuredStage], batches: Iterable[Mapping[str, Any]], labels: np.ndarray | None
+    source: Model,
+    stages: Sequence[MeasuredStage],
+    batches: Iterable[Mapping[str, Any]],
+    labels: np.ndarray | None,
+    metrics: Sequence[str] = (),
 ) -> Measured:
     """Returns the table, "float" first: that row agrees with itself by definition, so it is there without labels too.
 
@@ -67,14 +72,18 @@ def measure(
         stages: The models to measure.
         batches: Inputs by name, samples along the first axis; gone through twice.
         labels: The classes of the samples, in the order of the batches; None where unknown.
+        metrics: What to measure although no output looks so, see `evaluate`.
     """
     programs = _in_runtime(source, stages) or _simulated(source, stages)
     compared = list(programs.quantized)
     itself = [] if labels is None else [programs.reference]
     every = [*itself, *(programs.quantized[name] for name in compared)]
     reference = programs.reference if compared else None
-    found = evaluate_each(every, batches, labels=labels, reference=reference) if every else ()
-    of_float = {"float_sqnr_db": float("inf"), "sqnr_db": float("inf"), "agreement": 1.0}
+    how = {"metrics": metrics, "strung": strung_outputs(source)}
+    found = evaluate_each(every, batches, labels=labels, reference=reference, **how) if every else ()
+    of_float = {"float_sqnr_db": float("inf"), "sqnr_db": float("inf")}
+    of_float |= {"agreement": 1.0} if any(each.agreement is not None for each in found) else {}
+    of_float |= {"worst_sqnr_db": float("inf")} if any(each.worst for each in found) else {}
     of_float |= _metrics(next(iter(found))) if itself else {}
     quantized = dict(zip(compared, found[len(itself) :], strict=True))
     in_float = {}
@@ -83,10 +92,11 @@ def measure(
         in_float = dict(zip(programs.in_float, kept, strict=True))
     rows = [Row(stage="float", metrics=of_float)]
     for stage in stages:
-        metrics = _metrics(quantized[stage.name]) if stage.name in quantized else {}
+        figures = _metrics(quantized[stage.name]) if stage.name in quantized else {}
         if stage.name in in_float:
-            metrics |= {"float_sqnr_db": _metrics(in_float[stage.name])["sqnr_db"]}
-        rows.append(Row(stage=stage.name, metrics=metrics))
+            figures |= {"float_sqnr_db": _metrics(in_float[stage.name])["sqnr_db"]}
+        outputs = quantized[stage.name].outputs if stage.name in quantized else {}
+        rows.append(Row(stage=stage.name, metrics=figures, outputs=outputs if len(outputs) > 1 else {}))
     return Measured(rows=tuple(rows), by=programs.by)
 
 
@@ -153,5 +163,6 @@ def _simulation(model: Model, encodings: Encodings) -> Function:
 
 
 def _metrics(found: Evaluation) -> dict[str, float]:
-    figures = {"sqnr_db": found.sqnr, "agreement": found.agreement, "top1": found.top1}
+    worst = None if found.worst is None else found.worst[1]
+    figures = {"sqnr_db": found.sqnr, "worst_sqnr_db": worst, "agreement": found.agreement, "top1": found.top1}
     return {name: value for name, value in figures.items() if value is not None}

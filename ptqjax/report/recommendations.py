@@ -23,6 +23,7 @@ _NEAR_DB = 6.0  # of the accumulated noise: a tensor that adds less is none of t
 _FEW_SAMPLES = 32
 _SAME_FUNCTION_DB = 60.0  # float32 leaves a hundred
 _LOST_DB = 0.5
+_WEAKER_DB = 10.0  # than the best output
 _WIDE = 8  # bits, from which on a weight is not widened but left out
 _WIDER = {2: 4, 3: 4, 4: 8, 5: 8, 6: 8, 7: 8, 8: 16}  # bits -> the next width that files have
 
@@ -62,15 +63,15 @@ def as_facts(found: Sequence[Recommendation]) -> list[dict[str, Any]]:
 def stage_gains(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns what each stage gained over the one before it, of those that were measured quantized.
 
-    A row is {"stage", "over", and for each metric of both the difference}: dB, and fractions for agreement and top-1.
+    A row is {"stage", "over", and for each metric of both the difference}: dB (of the worst output, where there are
+    several), and fractions for agreement and top-1.
     """
     measured = [stage for stage in stages if stage["stage"] != "float" and "sqnr_db" in stage["metrics"]]
     rows = []
     for before, after in itertools.pairwise(measured):
-        names = [
-            name for name in ("sqnr_db", "agreement", "top1") if name in before["metrics"] and name in after["metrics"]
-        ]
-        gains = {name: _difference(after["metrics"][name], before["metrics"][name]) for name in names}
+        old, new = (stage["metrics"] | {"sqnr_db": worst_db(stage["metrics"])} for stage in (before, after))
+        names = [name for name in ("sqnr_db", "agreement", "top1") if name in old and name in new]
+        gains = {name: _difference(new[name], old[name]) for name in names}
         rows.append({"stage": after["stage"], "over": before["stage"], **gains})
     return rows
 
@@ -127,6 +128,42 @@ def losing_stages(report: Mapping[str, Any]) -> list[Recommendation]:
         )
         for gain in stage_gains(report["stages"])
         if gain["stage"] in options and gain["sqnr_db"] < -_LOST_DB
+    ]
+
+
+def weak_output(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends to look after the output that is worth much less than the best one."""
+    outputs = report["stages"][-1].get("outputs", {}) if report["stages"] else {}
+    order = sorted(outputs, key=lambda name: outputs[name])
+    if not order or outputs[order[0]] >= _GOOD_DB or outputs[order[-1]] < outputs[order[0]] + _WEAKER_DB:
+        return []
+    worst, best = order[0], order[-1]
+    return [
+        Recommendation(
+            reason="weak output",
+            what=f"Leave in float what makes {worst}.",
+            where=(worst,),
+            why=f"of {len(order)} outputs or parts it is the worst: {outputs[worst]:.1f} dB, where {best} has "
+            f"{outputs[best]:.1f}.",
+            option=f"--exclude {_quoted(worst.rpartition(': ')[2])}",
+        )
+    ]
+
+
+def unlike_parts(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends what to do about tensors whose parts one grid cannot hold: 16 bits, where they are not in float."""
+    found = [record for record in report.get("records", ()) if record["transform"] == "give_up_grids"]
+    return [
+        Recommendation(
+            reason="unlike parts",
+            what=f"End the model before {first}, or keep it in float whatever the data." if done else f"Widen {first}.",
+            where=tuple(where[:_MOST_NAMED]),
+            why=f"{reason}; {what}.",
+            option=f"--exclude {_quoted(first)}" if done else _rule((first,), dtype="uint16"),
+        )
+        for done, (first, *_), where, reason, what in (
+            [record[key] for key in ("done", "where", "where", "reason", "what")] for record in found[:_MOST_NAMED]
+        )
     ]
 
 
@@ -233,7 +270,7 @@ def other_arithmetic(report: Mapping[str, Any]) -> list[Recommendation]:
     runtime = report.get("runtime") or {}
     if not runtime.get("compared"):
         return []
-    agreement = runtime["integer"]["agreement"] if has_classes(report["model"]) else 1.0
+    agreement = runtime["integer"]["agreement"] if has_classes(report) else 1.0
     worst = runtime["groups"][:_MOST_NAMED]
     if agreement >= _GOOD_AGREEMENT and not runtime["unverified"]:
         return []
@@ -255,6 +292,8 @@ REASONS: tuple[Callable[[Mapping[str, Any]], list[Recommendation]], ...] = (
     without_samples,
     changed_function,
     losing_stages,
+    unlike_parts,
+    weak_output,
     one_grid_for_all_channels,
     dominant_groups,
     noisy_kind,
@@ -269,14 +308,21 @@ def _is_good(report: Mapping[str, Any]) -> bool:
     last = report["stages"][-1]["metrics"] if report["stages"] else {}
     if "sqnr_db" not in last:
         return True
-    agrees = has_classes(report["model"]) and last.get("agreement", 0.0) >= _GOOD_AGREEMENT
-    return agrees or last["sqnr_db"] >= _GOOD_DB
+    agrees = has_classes(report) and last.get("agreement", 0.0) >= _GOOD_AGREEMENT and "worst_sqnr_db" not in last
+    return agrees or worst_db(last) >= _GOOD_DB
 
 
-def has_classes(contents: Mapping[str, Any]) -> bool:
-    """Tells whether agreement says anything: not of a first output with one element to a sample."""
-    shape = contents["outputs"][0]["shape"] if contents["outputs"] else None
-    return shape is None or any(size != 1 for size in shape[1:])
+def worst_db(metrics: Mapping[str, float]) -> float:
+    """Returns the SQNR of the output that has least, in dB: of the only one, where there are not several."""
+    return metrics.get("worst_sqnr_db", metrics["sqnr_db"])
+
+
+def has_classes(report: Mapping[str, Any]) -> bool:
+    """Tells whether agreement says anything: where it was measured, and not of one element to a sample."""
+    outputs = report["model"]["outputs"]
+    shape = outputs[0]["shape"] if outputs else None
+    is_measured = any("agreement" in stage["metrics"] for stage in report["stages"])
+    return is_measured and (shape is None or any(size != 1 for size in shape[1:]))
 
 
 def _about_groups(groups: Sequence[Mapping[str, Any]], report: Mapping[str, Any], *, widens: bool) -> Recommendation:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ptqjax.report.markup import code, figure, folded, gallery, section, table
 from ptqjax.report.plots import channel_plot, range_bar, spread
-from ptqjax.report.texts import METRICS, by_transform, figure_texts, metric_headings, metric_text
+from ptqjax.report.texts import METRICS, by_transform, figure_texts, metric_headings, metric_text, output_rows
 
 _MOST_PLOTS = 12  # at a glance; the others are folded away
 _CHANGED = 1.001  # ranges that differ by less are drawn as what stayed
@@ -23,6 +23,7 @@ def head(report: Mapping[str, Any], title: str) -> str:
     for name in [name for name in metric_headings(stages) if name != "float_sqnr_db"]:
         first = next((stage["metrics"][name] for stage in stages if name in stage["metrics"]), None)
         note = f", from {metric_text(name, first)}" if name == "top1" else ""
+        note = f": {output_rows(stages)[0][0]}" if name == "worst_sqnr_db" and output_rows(stages) else note
         cards.append((metric_text(name, last.get(name)) or "?", f"{METRICS[name][0]}{note}"))
     cards.append((str(len(kinds)), f"grids: {kinds.count('weight')} weights, {kinds.count('activation')} activations"))
     cells = "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in cards)
@@ -50,8 +51,17 @@ def stages(report: Mapping[str, Any]) -> str:
             caption="What each stage kept of the float model",
             numbers=range(1, 1 + len(headings)),
             mark_last=True,
-        ),
+        )
+        + _outputs(rows),
     )
+
+
+def _outputs(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what each output, or part of one, is worth; nothing where there is but one."""
+    rows = [[code(name), value, mark] for name, value, mark in output_rows(stages)]
+    caption = "SQNR of each output after the last stage; of one that joins unlike parts, of each part"
+    headings = ["output", "SQNR, dB", ""]
+    return table(headings, rows, identity="output-table", caption=caption, numbers=(1,)) if rows else ""
 
 
 def transforms(report: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from ptqjax.ir import Record
 from ptqjax.quantize import Placement
 from ptqjax.report.grids import HEADINGS, grid_rows, summary, target_line
 from ptqjax.report.inspection import Inspection, Unknown
-from ptqjax.report.texts import by_transform, figure_texts, metric_headings, metric_text
+from ptqjax.report.texts import by_transform, figure_texts, metric_headings, metric_text, output_rows
 from ptqjax.transforms.saturation import Saturation
 from ptqjax.validate import Distance, Group, Validation
 
@@ -33,6 +33,8 @@ def print_stages(stages: Sequence[Mapping[str, Any]], by: str) -> None:
     headings = metric_headings(stages)
     rows = [[stage["stage"], *(metric_text(name, stage["metrics"].get(name)) for name in headings)] for stage in stages]
     _table(f"After each stage: in {by}, on the calibration samples", ["", *headings.values()], rows, numbers_from=1)
+    if outputs := output_rows(stages):
+        _table("Output by output, after the last stage", ["", "SQNR, dB", ""], outputs)
 
 
 def print_validation(path: Path, found: Validation) -> None:
@@ -99,7 +101,11 @@ def print_evaluation(path: Path, found: Evaluation, reference: Evaluation | None
     }
     rows = [["samples", str(found.num_samples)]]
     rows += [[name, f"{100 * value:.2f}"] for name, value in figures.items() if value is not None]
-    rows += [] if found.sqnr is None else [["SQNR, dB", f"{found.sqnr:.2f}"]]
+    if found.worst is not None:
+        rows += [[f"SQNR of '{name}', dB", f"{value:.2f}"] for name, value in found.outputs.items()]
+        rows += [[f"the worst output: '{found.worst[0]}'; SQNR, dB", f"{found.worst[1]:.2f}"]]
+    elif found.sqnr is not None:
+        rows += [["SQNR, dB", f"{found.sqnr:.2f}"]]
     _table(f"{path} in ONNX Runtime", ["", ""], rows, numbers_from=1)
 
 

@@ -13,14 +13,31 @@ METRICS = {
     "top1": ("top-1, %", 100.0, "{:.1f}"),
     "agreement": ("agreement with float, %", 100.0, "{:.1f}"),
     "sqnr_db": ("SQNR, dB", 1.0, "{:.1f}"),
+    "worst_sqnr_db": ("SQNR of the worst output, dB", 1.0, "{:.1f}"),
 }
 """Metric -> (heading, factor, format)."""
 
 
 def metric_headings(stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Returns the metrics that the stages have, in the order of columns, with their headings."""
+    """Returns the metrics that the stages have, in the order of columns, with their headings.
+
+    Of several outputs the worst stands for all: one figure over outputs of unlike units says what the largest is worth.
+    """
     present = {name for stage in stages for name in stage["metrics"]}
+    present -= {"sqnr_db"} if "worst_sqnr_db" in present else set()
     return {name: heading for name, (heading, _, _) in METRICS.items() if name in present}
+
+
+def output_rows(stages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns a row for each output, or part of one, with its SQNR after the last stage; the worst comes first.
+
+    No rows where there is but one: the table of stages has its figure.
+    """
+    measured = [stage["outputs"] for stage in stages if stage.get("outputs")]
+    order = sorted(measured[-1].items(), key=lambda output: float(output[1])) if measured else []
+    return [
+        [name, metric_text("sqnr_db", value), "the worst" if i == 0 else ""] for i, (name, value) in enumerate(order)
+    ]
 
 
 def metric_text(name: str, value: float | None) -> str:
