@@ -23,6 +23,7 @@ from ptqjax.quantize_command import (
     Job,
     configured,
     job_done,
+    locating,
     named,
     require_consistent,
     say_done,
@@ -167,6 +168,13 @@ def commands() -> None:
     help="Leave the tensors of this name in float; * and ? stand for any characters. May be given several times.",
 )
 @click.option(
+    "--exclude-node",
+    "exclude_nodes",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave the nodes (layers) of this name in float: weights, inputs and results. The same patterns.",
+)
+@click.option(
     "--encodings",
     "encodings_file",
     metavar="FILE",
@@ -219,7 +227,8 @@ def quantize(
         ptqjax quantize net.onnx --calibration data.npz --out q --target tensorrt
         ptqjax quantize net.onnx --calibration data.npz --out q --config settings.toml
         ptqjax quantize net.onnx --calibration data.npz --out q --no-equalize --correct none
-        ptqjax quantize net.onnx --calibration data.npz --out q --exclude 'head/*' --exclude logits
+        ptqjax quantize net.onnx --calibration data.npz --out q --exclude logits
+        ptqjax quantize net.onnx --calibration data.npz --out q --exclude-node '/head/*'
         ptqjax quantize net.onnx --calibration data.npz --out q --encodings earlier/model.encodings
         ptqjax quantize net.onnx --calibration none --out q
         ptqjax quantize net.onnx --calibration sizes/ --out q
@@ -251,7 +260,8 @@ def quantize(
         say_reading(model, job.data, is_quiet=quiet)
         with watch("start"):
             device_name = use_device(device)
-        with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
+        shown = kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch)
+        with locating(config_file, given), shown[0], shown[1], shown[2] as follow:
             done = job_done(job, folder, device=device_name, watch=watch, follow=follow)
     say_done(job, done, watch)
 
@@ -367,7 +377,8 @@ def inspect(model: Path, target: str, config_file: Path | None) -> None:
     from ptqjax import report
     from ptqjax.report import tables
 
-    tables.print_inspection(model, report.inspect(ptqjax.read(model), config))
+    with locating(config_file, ()):
+        tables.print_inspection(model, report.inspect(ptqjax.read(model), config))
 
 
 commands.add_command(run)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,6 +175,16 @@ def configured(file: Path | None, given: dict[str, Any]) -> QuantizationConfig:
     for note in notes:
         click.echo(f"Note: {file.name}: {note}", err=True)
     return config
+
+
+def locating(file: Path | None, given: Container[str]) -> AbstractContextManager[None]:
+    """Returns what gives errors about settings the line of the file that they come from; `given` are from options."""
+    if file is None or file.suffix == ".json":
+        return nullcontext()
+    from ptqjax.config import located
+    from ptqjax.config.checks import read_text
+
+    return located(read_text(file, f"config '{file}'"), str(file), given=given)
 
 
 def require_consistent(config: QuantizationConfig, given: dict[str, Any], *, has_data: bool) -> None:

@@ -6,11 +6,12 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ptqjax.config import QuantizationConfig, config_from_table, near_names
+from ptqjax.config import QuantizationConfig, config_from_table, located, near_names
 from ptqjax.config.checks import read_text
 from ptqjax.config.files import line_of
 from ptqjax.errors import ConfigError
@@ -28,6 +29,7 @@ TRANSFORMS = ("equalize", "absorb", "scaling", "bounds", "correct", "headroom")
 """Settings of `QuantizationConfig` that stand in [transforms]; all may stand in [config]."""
 
 _TOP = ("model", "seed", "metrics", "report", "device", "data", "transforms", "config")
+_SETTINGS = ("config", "transforms")
 _DATA = ("calibration", "evaluation", "preprocessing", "batch")
 _HEAD = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(#.*)?$")
 
@@ -127,6 +129,12 @@ def recipe_of(text: str, *, source: str, base: Path) -> Recipe:
         device=reader.choice("", table, "device", DEVICES, "auto"),
         config=reader.config(table, has_data=calibration is not None),
     )
+
+
+def located_in(recipe: Recipe) -> AbstractContextManager[None]:
+    """Returns what gives errors about settings, raised inside, their lines in the recipe."""
+    reader = _Reader(text=recipe.text, source=recipe.source, base=recipe.base)
+    return located(reader.part(_SETTINGS), recipe.source)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,7 +290,7 @@ class _Reader:
                 f"correct='empirical' with calibration={NO_DATA!r}: the mean error is measured on samples; give some, "
                 "or take 'analytic' as correct",
             )
-        return config_from_table(settings, text=self.part(("config", "transforms")), source=self.source)
+        return config_from_table(settings, text=self.part(_SETTINGS), source=self.source)
 
 
 _KINDS = {str: "a text", int: "a whole number", list: "a list"}
