@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from ptqjax.cache_option import cache_option, kept_programs
-from ptqjax.data_option import NO_DATA, data_files, data_option, load, say_reading
+from ptqjax.data_option import NO_DATA, axes_option, data_files, data_option, load, say_reading
 from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
 from ptqjax.places import require_encodings, require_model
@@ -92,6 +93,7 @@ def commands() -> None:
     "may be given several times: samples of unlike size have files of their own. Or 'none': ranges from the model's "
     "batch norms, which it must still have.",
 )
+@axes_option
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
 @_config
 @click.option(
@@ -201,6 +203,7 @@ def commands() -> None:
 def quantize(
     model: Path,
     calibration: tuple[str, ...],
+    batch_axes: Mapping[str, int | None],
     out: Path,
     device: str,
     *,
@@ -248,6 +251,7 @@ def quantize(
     job = Job(
         model=model,
         data=data_files(calibration, "--calibration"),
+        batch_axes=batch_axes,
         encodings=encodings_file,
         out=out,
         config=config,
@@ -269,6 +273,7 @@ def quantize(
 @commands.command()
 @_model
 @data_option
+@axes_option
 @click.option(
     "--reference",
     metavar="FLOAT.onnx",
@@ -278,7 +283,15 @@ def quantize(
 @device_option
 @quiet_option
 @reports_faults
-def evaluate(model: Path, data: tuple[str, ...], reference: Path | None, device: str, *, quiet: bool) -> None:
+def evaluate(
+    model: Path,
+    data: tuple[str, ...],
+    batch_axes: Mapping[str, int | None],
+    reference: Path | None,
+    device: str,
+    *,
+    quiet: bool,
+) -> None:
     """Run MODEL.onnx in ONNX Runtime and tell how good it is.
 
     \b
@@ -301,7 +314,7 @@ def evaluate(model: Path, data: tuple[str, ...], reference: Path | None, device:
     from ptqjax.report import tables
 
     graph = ptqjax.read(model).graph  # ONNX Runtime alone computes: it says where it can
-    labels, batches = load(files, graph)
+    labels, batches = load(files, graph, batch_axes)
     with progress(is_quiet=quiet) as follow:
         found = ptqjax.evaluate(
             model,
@@ -321,11 +334,20 @@ def evaluate(model: Path, data: tuple[str, ...], reference: Path | None, device:
 @commands.command()
 @click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
 @data_option
+@axes_option
 @device_option
 @cache_option
 @quiet_option
 @reports_faults
-def validate(model: Path, data: tuple[str, ...], device: str, *, no_cache: bool, quiet: bool) -> None:
+def validate(
+    model: Path,
+    data: tuple[str, ...],
+    batch_axes: Mapping[str, int | None],
+    device: str,
+    *,
+    no_cache: bool,
+    quiet: bool,
+) -> None:
     """Compare what is simulated with what ONNX Runtime computes from a quantized model.
 
     Each group of operators is recomputed from ONNX Runtime's own integers before it, in steps of its grid: on the CPU,
@@ -346,7 +368,7 @@ def validate(model: Path, data: tuple[str, ...], device: str, *, no_cache: bool,
 
     use_device(device)
     quantized = ptqjax.read(path)
-    _, batches = load(files, quantized.graph)
+    _, batches = load(files, quantized.graph, batch_axes)
     watch = Stopwatch()
     with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
         found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ptqjax.data import Batches, Samples
     from ptqjax.ir import Graph
+    from ptqjax.sample_axes import SampleAxis
 
 NO_DATA = "none"
 """What stands in place of DATA.npz where there is none."""
@@ -33,6 +34,30 @@ data_option = click.option(
     "such files, or a pattern in quotes; may be given several times: samples of unlike size have files of their own.",
 )
 """The option of commands that measure."""
+axes_option = click.option(
+    "--batch-axis",
+    "batch_axes",
+    multiple=True,
+    metavar="NAME=AXIS",
+    callback=lambda _context, _option, given: _axes(given),
+    help="The axis of an input that counts its samples, where that is not the first: state=1. Or NAME=none: one array "
+    "serves all samples, as single numbers do without being named. May be given several times.",
+)
+"""The option of all commands that read samples."""
+
+
+def _axes(given: Sequence[str]) -> dict[str, int | None]:
+    """Returns the axes that "NAME=AXIS" tell, AXIS a number from 0 or "none"."""
+    found: dict[str, int | None] = {}
+    for text in given:
+        name, _, axis = text.rpartition("=")
+        if not name or not (axis == NO_DATA or axis.isdecimal()):
+            raise click.BadParameter(
+                f"{text!r}: expected NAME=AXIS, an input and the axis that counts its samples (0 the first), or "
+                "NAME=none where one array serves all samples"
+            )
+        found[name] = None if axis == NO_DATA else int(axis)
+    return found
 
 
 def data_files(given: Sequence[str], option: str) -> tuple[Path, ...]:
@@ -81,33 +106,48 @@ def say_reading(model: Path, files: Sequence[Path] = (), *, is_quiet: bool) -> N
         click.echo(f"reading {model}" + (f" and {called(files)}" if files else ""), err=True)
 
 
-def load(files: Sequence[Path], graph: Graph) -> tuple[np.ndarray | None, Batches]:
+def load(
+    files: Sequence[Path], graph: Graph, axes: Mapping[str, int | None] | None = None
+) -> tuple[np.ndarray | None, Batches]:
     """Returns the labels of the samples in some files, where there are any, and the samples in batches.
 
     Samples of one size come together, whatever files they are in; the labels have the order of the batches.
 
+    Args:
+        files: The files.
+        graph: The model's.
+        axes: The axis of the samples by input, where it is told.
+
     Raises:
         DataError: A file is no .npz, or does not fit the model; of several, the message names the one.
+        ConfigError: `axes` does not fit the model.
     """
     import numpy as np
 
     from ptqjax.data import Batches, grouped, load_each
 
-    parts = load_each(files, graph)
-    for file, samples in zip(files, parts, strict=True) if len(files) > 1 else ():
-        _check(file, samples, graph)
-    groups = grouped(parts)
+    each = load_each(files, graph, axes=axes)
+    for file, parts in zip(files, each, strict=True) if len(files) > 1 else ():
+        _check(file, parts, graph)
+    groups = grouped([samples for parts in each for samples in parts])
     labels = [group.labels for group in groups if group.labels is not None]
     return np.concatenate(labels) if labels else None, Batches(groups, graph, size=_BATCH)
 
 
-def _check(file: Path, samples: Samples, graph: Graph) -> None:
+def _check(file: Path, parts: Sequence[Samples], graph: Graph) -> None:
     """Checks the samples of a file, since messages about batches of many files would not name it."""
     from ptqjax.quantize.batches import checked_batches
 
-    any_number = [replace(spec, shape=(None, *spec.shape[1:]) if spec.shape else spec.shape) for spec in graph.inputs]
+    any_number = [replace(spec, shape=_with_any(spec.shape, parts[0].axis_of(spec.name))) for spec in graph.inputs]
     try:
-        for _ in checked_batches(replace(graph, inputs=tuple(any_number)), [samples.inputs]):
+        for _ in checked_batches(replace(graph, inputs=tuple(any_number)), [samples.inputs for samples in parts]):
             pass
     except DataError as error:
         raise DataError(f"'{file}': {str(error).removeprefix('batch 0: ')}") from error
+
+
+def _with_any(shape: Any, where: SampleAxis) -> Any:
+    """Returns the shape with any number of samples."""
+    if not shape or where.axis is None:
+        return shape
+    return (*shape[: where.axis], None, *shape[where.axis + 1 :])

@@ -40,6 +40,8 @@ class Job:
     """The float model."""
     data: tuple[Path, ...]
     """Files of samples; none where batch norms tell."""
+    batch_axes: Mapping[str, int | None]
+    """The axis of the samples by input, where it is told."""
     encodings: Path | None
     """A file of grids that are kept."""
     out: Path
@@ -77,7 +79,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
     with watch("read"):
         source, origin = ptqjax.read(job.model), _provenance(job.model, job.data)
         frozen = None if job.encodings is None else _frozen_encodings(job.encodings, source)
-        labels, batches = load(job.data, source.graph) if job.data else (None, None)
+        labels, batches = load(job.data, source.graph, job.batch_axes) if job.data else (None, None)
     data = None if batches is None else follow(batches, "quantizing")
     result = ptqjax.quantize(source, data, job.config, frozen=frozen, stage=watch)
     with watch("export"):

@@ -30,7 +30,7 @@ TRANSFORMS = ("equalize", "absorb", "scaling", "bounds", "correct", "headroom")
 
 _TOP = ("model", "seed", "metrics", "report", "device", "data", "transforms", "config")
 _SETTINGS = ("config", "transforms")
-_DATA = ("calibration", "evaluation", "preprocessing", "batch")
+_DATA = ("calibration", "evaluation", "preprocessing", "batch", "batch_axes")
 _HEAD = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(#.*)?$")
 
 
@@ -82,6 +82,8 @@ class Recipe:
     """Data to evaluate on; None: nothing is measured."""
     batch: int
     """Samples at a time."""
+    batch_axes: tuple[tuple[str, int | None], ...]
+    """The axis of the samples by input, where it is told; None: one array serves all samples."""
     metrics: tuple[str, ...]
     """What is measured of the exported file, of `METRICS`; "top1" where there are labels."""
     report: str
@@ -124,6 +126,7 @@ def recipe_of(text: str, *, source: str, base: Path) -> Recipe:
         calibration=calibration,
         evaluation=evaluation,
         batch=reader.at_least("data", data, "batch", 1, 32),
+        batch_axes=reader.batch_axes(data),
         metrics=reader.metrics(table),
         report=reader.choice("", table, "report", REPORTS, "full"),
         device=reader.choice("", table, "device", DEVICES, "auto"),
@@ -217,6 +220,16 @@ class _Reader:
         none = f", or {NO_DATA!r}" if key == "calibration" else ""
         what = "missing" if found is None else repr(found)
         raise self.error("data", key, f"{key} is {what}; expected {expected}{none}")
+
+    def batch_axes(self, table: Mapping[str, Any]) -> tuple[tuple[str, int | None], ...]:
+        found = table.get("batch_axes", {})
+        is_axis = isinstance(found, Mapping) and all(
+            axis == NO_DATA or (type(axis) is int and axis >= 0) for axis in found.values()
+        )
+        if not is_axis:
+            expected = f"a table of inputs, {{state = 1}}, each the axis that counts its samples, or {NO_DATA!r}"
+            raise self.error("data", "batch_axes", f"batch_axes is {found!r}; expected {expected}")
+        return tuple((name, None if axis == NO_DATA else axis) for name, axis in found.items())
 
     def shared(self, table: Mapping[str, Any]) -> Mapping[str, Any]:
         found = table.get("preprocessing", {})

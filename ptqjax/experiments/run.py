@@ -152,7 +152,10 @@ def task_of(recipe: Recipe, *, follow: Follow, place: Callable[[Iterable[Any]], 
     device = device_of(recipe.device)
 
     def loaded(source: Path | Pictures | None, *, keep: bool) -> recipe_data.Data | None:
-        return None if source is None else recipe_data.load(source, model.graph, batch=recipe.batch, keep=keep)
+        if source is None:
+            return None
+        axes = dict(recipe.batch_axes)
+        return recipe_data.load(source, model.graph, batch=recipe.batch, keep=keep, axes=axes)
 
     return Task(
         recipe=recipe,
