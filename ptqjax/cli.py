@@ -14,6 +14,7 @@ from ptqjax.cache_option import cache_option, kept_programs
 from ptqjax.data_option import NO_DATA, axes_option, data_files, data_option, load, say_reading
 from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
+from ptqjax.picture_option import preprocessing_option
 from ptqjax.places import require_encodings, require_model
 from ptqjax.progress import progress, quiet_option
 from ptqjax.publish import staging
@@ -88,11 +89,13 @@ def commands() -> None:
     "--calibration",
     required=True,
     multiple=True,
-    metavar="DATA.npz|none",
+    metavar="DATA.npz|DIR|LIST|none",
     help="Samples to find ranges on, one array per model input. Also a folder of such files, or a pattern in quotes; "
-    "may be given several times: samples of unlike size have files of their own. Or 'none': ranges from the model's "
-    "batch norms, which it must still have.",
+    "may be given several times. Or a folder of pictures, DIR/CLASS/PICTURE or DIR/PICTURE, or a list of them (.tsv: "
+    "path, tab, class index), with --preprocessing. Or 'none': ranges from the model's batch norms, which it must "
+    "still have.",
 )
+@preprocessing_option
 @axes_option
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
 @_config
@@ -203,10 +206,11 @@ def commands() -> None:
 def quantize(
     model: Path,
     calibration: tuple[str, ...],
-    batch_axes: Mapping[str, int | None],
     out: Path,
     device: str,
     *,
+    preprocessing: str | None,
+    batch_axes: Mapping[str, int | None],
     config_file: Path | None,
     encodings_file: Path | None,
     details: str,
@@ -235,6 +239,7 @@ def quantize(
         ptqjax quantize net.onnx --calibration data.npz --out q --encodings earlier/model.encodings
         ptqjax quantize net.onnx --calibration none --out q
         ptqjax quantize net.onnx --calibration sizes/ --out q
+        ptqjax quantize net.onnx --calibration pictures/ --preprocessing torch --out q
 
     With 'labels' in DATA.npz, the table at the end shows top-1 accuracy as well. Without samples nothing is measured:
     the table is left out.
@@ -250,7 +255,7 @@ def quantize(
     require_model(model)
     job = Job(
         model=model,
-        data=data_files(calibration, "--calibration"),
+        data=data_files(calibration, "--calibration", preprocessing),
         batch_axes=batch_axes,
         encodings=encodings_file,
         out=out,
@@ -273,6 +278,7 @@ def quantize(
 @commands.command()
 @_model
 @data_option
+@preprocessing_option
 @axes_option
 @click.option(
     "--reference",
@@ -286,10 +292,11 @@ def quantize(
 def evaluate(
     model: Path,
     data: tuple[str, ...],
-    batch_axes: Mapping[str, int | None],
     reference: Path | None,
     device: str,
     *,
+    preprocessing: str | None,
+    batch_axes: Mapping[str, int | None],
     quiet: bool,
 ) -> None:
     """Run MODEL.onnx in ONNX Runtime and tell how good it is.
@@ -303,11 +310,12 @@ def evaluate(
     Examples:
         ptqjax evaluate quantized/model.onnx --data test.npz
         ptqjax evaluate quantized/model.onnx --data test.npz --reference model.onnx
+        ptqjax evaluate quantized/model.onnx --data val/ --preprocessing torch --reference model.onnx
     """
     for file, label in ((model, None), (reference, f"the reference '{reference}'")):
         if file is not None:
             require_model(file, label)
-    files = data_files(data, "--data")
+    files = data_files(data, "--data", preprocessing)
     say_reading(model, files, is_quiet=quiet)
     import ptqjax
     from ptqjax.quantize.batches import checked_batches
@@ -334,6 +342,7 @@ def evaluate(
 @commands.command()
 @click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
 @data_option
+@preprocessing_option
 @axes_option
 @device_option
 @cache_option
@@ -342,9 +351,10 @@ def evaluate(
 def validate(
     model: Path,
     data: tuple[str, ...],
-    batch_axes: Mapping[str, int | None],
     device: str,
     *,
+    preprocessing: str | None,
+    batch_axes: Mapping[str, int | None],
     no_cache: bool,
     quiet: bool,
 ) -> None:
@@ -361,7 +371,7 @@ def validate(
     """
     path = model / "model.onnx" if model.is_dir() else model
     require_model(path)
-    files = data_files(data, "--data")
+    files = data_files(data, "--data", preprocessing)
     say_reading(path, files, is_quiet=quiet)
     import ptqjax
     from ptqjax.report import tables

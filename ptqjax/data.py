@@ -84,7 +84,7 @@ def load_samples(path: str | os.PathLike[str], graph: Graph, *, axes: Given | No
     found = {spec.name: listed(spec, where[spec.name], arrays[spec.name], f"'{path}'") for spec in graph.inputs}
     num_samples = _num_samples(path, found, where, labels)
     if labels is not None:
-        labels = checked_labels(labels, num_classes=_num_classes(graph), place=f"'{path}': '{_LABELS}'")
+        labels = checked_labels(labels, num_classes=num_classes(graph), place=f"'{path}': '{_LABELS}'")
     if not any(isinstance(value, list) for value in found.values()):
         plain = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
         return (Samples(inputs=plain, labels=labels, axes=where),)
@@ -185,7 +185,7 @@ def _flattening(array: np.ndarray, place: str) -> str:
     return "where each row marks or scores the classes, use labels.argmax(1)"
 
 
-def _num_classes(graph: Graph) -> int | None:
+def num_classes(graph: Graph) -> int | None:
     """Returns how many elements the first output has per sample; None where the graph does not say."""
     shape = graph.outputs[0].shape or ()
     sizes = [size for size in shape[1:] if isinstance(size, int)]
@@ -258,7 +258,7 @@ def _member(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> Any:
         if not str(error).startswith(_OBJECTS):
             raise
     try:
-        with archive.zip.open(f"{name}.npy") as file:
+        with zipfile.ZipFile(path) as whole, whole.open(f"{name}.npy") as file:
             return read_array_of_arrays(file)
     except DataError as error:
         raise DataError(

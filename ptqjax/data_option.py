@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
 from ptqjax.errors import ConfigError, DataError
+from ptqjax.picture_option import Pictures, holds_pictures, load_pictures, pictures_of
 from ptqjax.places import require_data
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ptqjax.data import Batches, Samples
+    from ptqjax.images import PictureBatches
     from ptqjax.ir import Graph
     from ptqjax.sample_axes import SampleAxis
 
+Loaded: TypeAlias = "Batches | PictureBatches | tuple[dict[str, np.ndarray], ...]"
+"""Samples in batches, with a length, that can be gone through again and again."""
 NO_DATA = "none"
 """What stands in place of DATA.npz where there is none."""
 _BATCH = 32  # samples at a time
@@ -29,9 +33,10 @@ data_option = click.option(
     "--data",
     required=True,
     multiple=True,
-    metavar="DATA.npz",
+    metavar="DATA.npz|DIR|LIST",
     help="One array per model input, first axis the samples, and optionally 'labels' (class indices). Also a folder of "
-    "such files, or a pattern in quotes; may be given several times: samples of unlike size have files of their own.",
+    "such files, or a pattern in quotes; may be given several times. Or a folder of pictures, DIR/CLASS/PICTURE or "
+    "DIR/PICTURE, or a list of them (.tsv: path, tab, class index), with --preprocessing.",
 )
 """The option of commands that measure."""
 axes_option = click.option(
@@ -60,22 +65,53 @@ def _axes(given: Sequence[str]) -> dict[str, int | None]:
     return found
 
 
-def data_files(given: Sequence[str], option: str) -> tuple[Path, ...]:
-    """Returns the files that an option names, folders and patterns resolved, each file once; () where it is `NO_DATA`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataFiles:
+    """The data that an option names."""
+
+    files: tuple[Path, ...] = ()
+    """Files of samples, or of pictures; none where there are none."""
+    pictures: Pictures | None = None
+    """What the pictures are, where they are pictures."""
+
+    def __bool__(self) -> bool:
+        """Tells whether there are any."""
+        return bool(self.files)
+
+
+def data_files(given: Sequence[str], option: str, preprocessing: str | None = None) -> DataFiles:
+    """Returns the data that an option names, folders and patterns resolved, each file once; none where it is `NO_DATA`.
+
+    Args:
+        given: What the option was given.
+        option: What messages call it.
+        preprocessing: What is done to pictures, where that is said.
 
     Raises:
-        ConfigError: `NO_DATA` is given beside files, or a name is empty.
-        DataError: A file is missing, a folder has no .npz file, or a pattern fits none.
+        ConfigError: `NO_DATA` is given beside files, a name is empty, pictures are given beside something else, or
+            without what is done to them.
+        DataError: A file is missing, a folder has neither .npz files nor pictures, or a pattern fits nothing.
     """
     if "" in given:  # which would be the current folder
         raise ConfigError(f"{option} is given an empty name; expected an .npz file, a folder of them, or a pattern")
     others = [name for name in given if name != NO_DATA]
     if others and len(others) < len(given):
         raise ConfigError(f"{option} {NO_DATA} beside {option} {others[0]}; expected one or the other")
+    pictured = [name for name in others if holds_pictures(Path(name))]
+    if pictured and len(others) > 1:
+        raise ConfigError(f"{option} {pictured[0]}, which holds pictures, beside other data; expected one or the other")
+    if pictured:
+        pictures = pictures_of(Path(pictured[0]), preprocessing, option)
+        return DataFiles(files=tuple(picture.path for picture in pictures.found), pictures=pictures)
+    if preprocessing is not None:
+        raise ConfigError(
+            f"--preprocessing {preprocessing} is for a folder or a list of pictures, and {option} names none; leave it "
+            "out: arrays are taken as they are"
+        )
     files = tuple(dict.fromkeys(file for name in others for file in _files(name)))
     for file in files:
         require_data(file)
-    return files
+    return DataFiles(files=files)
 
 
 def _files(name: str) -> list[Path]:
@@ -83,7 +119,10 @@ def _files(name: str) -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob("*.npz"))
         if not found:
-            raise DataError(f"data folder '{name}' has no .npz file; name the folder that has, or a file")
+            raise DataError(
+                f"data folder '{name}' has no .npz file and no picture (in it, or in folders of classes); name the "
+                "folder that has, or a file"
+            )
         return found
     if path.exists() or not glob.has_magic(name):
         return [path]
@@ -100,21 +139,21 @@ def called(files: Sequence[Path]) -> str:
     return f"{len(files)} files, {files[0]} to {files[-1]}"
 
 
-def say_reading(model: Path, files: Sequence[Path] = (), *, is_quiet: bool) -> None:
+def say_reading(model: Path, data: DataFiles | None = None, *, is_quiet: bool) -> None:
     """Says what is read: at once, before anything slow."""
     if not is_quiet:
-        click.echo(f"reading {model}" + (f" and {called(files)}" if files else ""), err=True)
+        click.echo(f"reading {model}" + (f" and {called(data.files)}" if data else ""), err=True)
 
 
 def load(
-    files: Sequence[Path], graph: Graph, axes: Mapping[str, int | None] | None = None
-) -> tuple[np.ndarray | None, Batches]:
-    """Returns the labels of the samples in some files, where there are any, and the samples in batches.
+    data: DataFiles, graph: Graph, axes: Mapping[str, int | None] | None = None
+) -> tuple[np.ndarray | None, Loaded]:
+    """Returns the labels of the samples that an option names, where there are any, and the samples in batches.
 
     Samples of one size come together, whatever files they are in; the labels have the order of the batches.
 
     Args:
-        files: The files.
+        data: The data.
         graph: The model's.
         axes: The axis of the samples by input, where it is told.
 
@@ -126,6 +165,9 @@ def load(
 
     from ptqjax.data import Batches, grouped, load_each
 
+    if data.pictures is not None:
+        return load_pictures(data.pictures, graph, size=_BATCH)
+    files = data.files
     each = load_each(files, graph, axes=axes)
     for file, parts in zip(files, each, strict=True) if len(files) > 1 else ():
         _check(file, parts, graph)

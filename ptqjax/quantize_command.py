@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ptqjax.data_option import called, load
+from ptqjax.data_option import DataFiles, called, load
 from ptqjax.errors import ConfigError, OutputError
 from ptqjax.faults import Note
 from ptqjax.progress import Follow
@@ -38,8 +38,8 @@ class Job:
 
     model: Path
     """The float model."""
-    data: tuple[Path, ...]
-    """Files of samples; none where batch norms tell."""
+    data: DataFiles
+    """Samples; none where batch norms tell."""
     batch_axes: Mapping[str, int | None]
     """The axis of the samples by input, where it is told."""
     encodings: Path | None
@@ -77,7 +77,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
     import ptqjax
 
     with watch("read"):
-        source, origin = ptqjax.read(job.model), _provenance(job.model, job.data)
+        source, origin = ptqjax.read(job.model), _provenance(job.model, job.data.files)
         frozen = None if job.encodings is None else _frozen_encodings(job.encodings, source)
         labels, batches = load(job.data, source.graph, job.batch_axes) if job.data else (None, None)
     data = None if batches is None else follow(batches, "quantizing")

@@ -46,7 +46,8 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("report",), None),
     (("pipeline",), None),
     (("experiments",), None),
-    (("device_option", "cache_option", "data_option"), None),
+    (("device_option", "cache_option", "picture_option"), None),
+    (("data_option",), None),
     (("quantize_command", "recipe_command"), None),
     (("cli", "__main__"), None),
 ]
