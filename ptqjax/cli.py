@@ -14,6 +14,7 @@ from ptqjax.cache_option import cache_option, kept_programs
 from ptqjax.data_option import NO_DATA, axes_option, data_files, data_option, load, say_reading
 from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
+from ptqjax.help_sections import WithTargets
 from ptqjax.picture_option import preprocessing_option
 from ptqjax.places import require_encodings, require_model
 from ptqjax.progress import progress, quiet_option
@@ -49,14 +50,15 @@ _config = click.option(
     "config_file",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Settings and rules: a .toml file, or one of AIMET's .json files. Options that are given win over it.",
+    help="Settings and rules: a .toml file, or one of AIMET's .json files (see the end). Options win over it.",
 )
 _target = click.option(
     "--target",
     default="ort-cpu",
     show_default=True,
     metavar="NAME|FILE",
-    help="What the runtime accepts, and its defaults in place of those that this help names.",
+    help="What the runtime accepts, and its defaults in place of those that this help names: one of the names at the "
+    "end, or the path of a .toml file in their form.",
 )
 
 
@@ -79,11 +81,13 @@ def commands() -> None:
     An experiment as a file, and the proof that it repeats to the bit:
         ptqjax run recipe.toml --out runs; ptqjax replay runs/HASH
 
+    What settings files and recipes hold: docs/settings.md and docs/experiments.md of the sources.
+
     Exit codes: 0 done; 1 the data or the model is at fault; 2 usage.
     """
 
 
-@commands.command()
+@commands.command(cls=WithTargets)
 @_model
 @click.option(
     "--calibration",
@@ -385,7 +389,7 @@ def validate(
         tables.print_validation(path, found)
 
 
-@commands.command()
+@commands.command(cls=WithTargets)
 @_model
 @_target
 @_config

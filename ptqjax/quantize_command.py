@@ -60,6 +60,8 @@ class Done:
     """The rows of the table of stages."""
     measured_in: str = ""
     """What computed them."""
+    judged: tuple[str, ...] = ()
+    """What was kept or left out because of samples held back, in sentences."""
     aside: tuple[str, ...] = ()
     """Reports of an earlier model, by their new names."""
 
@@ -85,7 +87,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
     with watch("export"):
         aside = _exported(job, result, folder)
     if job.details == NO_REPORT:
-        return Done(aside=aside)
+        return Done(judged=_judged(result), aside=aside)
     with _model_is_written(job.out):
         with watch("report"):
             facts = ptqjax.explain(
@@ -102,7 +104,14 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
             )
         _write_report(folder, facts | {"seconds": [each.as_dict() for each in watch.spent()]})
     publish(folder, job.out, option="--out")
-    return Done(stages=facts["stages"], measured_in=facts["measured_in"])
+    return Done(stages=facts["stages"], measured_in=facts["measured_in"], judged=_judged(result))
+
+
+def _judged(result: Result) -> tuple[str, ...]:
+    from ptqjax.fit.trials import JUDGED
+
+    records = (record for records in result.reports.values() for record in records if record.what.startswith(JUDGED))
+    return tuple(f"{record.what.removeprefix(JUDGED)} was {record.reason}" for record in records)
 
 
 def _exported(job: Job, result: Result, folder: Path) -> tuple[str, ...]:
@@ -129,6 +138,8 @@ def say_done(job: Job, done: Done, watch: Stopwatch) -> None:
     from ptqjax.report import tables
 
     tables.print_stages(done.stages, done.measured_in)
+    for sentence in done.judged:
+        click.echo(sentence)
     model, has_report = job.out / MODEL[0], job.details != NO_REPORT
     if has_report and not job.data:
         click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")

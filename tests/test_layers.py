@@ -46,7 +46,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("report",), None),
     (("pipeline",), None),
     (("experiments",), None),
-    (("device_option", "cache_option", "picture_option"), None),
+    (("device_option", "cache_option", "picture_option", "help_sections"), None),
     (("data_option",), None),
     (("quantize_command", "recipe_command"), None),
     (("cli", "__main__"), None),
