@@ -108,10 +108,9 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
 
 
 def _judged(result: Result) -> tuple[str, ...]:
-    from ptqjax.fit.trials import JUDGED
+    from ptqjax.fit.trials import verdicts
 
-    records = (record for records in result.reports.values() for record in records if record.what.startswith(JUDGED))
-    return tuple(f"{record.what.removeprefix(JUDGED)} was {record.reason}" for record in records)
+    return verdicts((record.what, record.reason) for records in result.reports.values() for record in records)
 
 
 def _exported(job: Job, result: Result, folder: Path) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import ptqjax
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import QuantizationConfig, Rule
+from ptqjax.errors import ConfigError
 from ptqjax.fit import scale_as_configured, selection, trials
 from ptqjax.fit.trials import Trial, judged
 from ptqjax.fit.ways import steps_of
@@ -190,3 +191,16 @@ def test_equalization_that_loses_on_samples_held_back_is_left_out_as_a_whole(une
 def test_what_changes_nothing_is_not_judged(alike):
     choice = scale_as_configured(alike, batches(), replace(PER_CHANNEL, correct="none"))
     assert [record for record in choice.report if record.what.startswith("stage")] == []
+
+
+def test_names_that_match_nothing_are_found_before_anything_runs(unequal, monkeypatch):
+    monkeypatch.setattr(selection, "_expected_gain", None)  # the first thing that would run
+    for config in (replace(PER_CHANNEL, exclude=("nosuch*",)), replace(PER_CHANNEL, exclude_nodes=("nosuch",))):
+        with pytest.raises(ConfigError, match="nosuch"):
+            scale_as_configured(unequal, batches(), config)
+
+
+def test_operators_that_scaling_makes_are_no_mistake(alike):
+    rule = Rule(operators=("Min",), of="activations", dtype="uint16")  # of its Clips
+    config = replace(PER_CHANNEL, rules=(rule,), scaling="noise")
+    assert scale_as_configured(alike, batches(), config).model.graph.nodes

@@ -12,6 +12,7 @@ from ptqjax.fit.learned_scales import Learning, learn_scales
 from ptqjax.fit.trials import TRIAL_SHAPES, Judge, Trial, best_of, judged, record_of
 from ptqjax.fit.ways import BATCH, BEHAVIOUR_SHAPES, POLICIES, Policy, Ways, bounds_of, steps_of, without
 from ptqjax.ir import Model, Record, Report
+from ptqjax.quantize.placement import place
 from ptqjax.quantize.tensors import is_floating
 from ptqjax.transforms.behaviour import implied_behaviour
 from ptqjax.transforms.equalize import unscaled
@@ -107,6 +108,7 @@ def scale_each(
         key = _dependence(config)
         if key not in made:
             try:
+                _check_names(model, given)
                 made[key] = _without_data(model, config) if ways is None else _with_data(ways, config, plain)
             except ConfigError as error:
                 if not label:
@@ -114,6 +116,24 @@ def scale_each(
                 raise ConfigError(f"{label}{error}") from error
         own = {} if _is_chosen(config) else _as_asked(config, has_data=batches is not None)
         yield replace(made[key], **own)
+
+
+def _check_names(model: Model, config: QuantizationConfig) -> None:
+    """Checks before anything slow that what is said of single tensors and layers is of tensors and layers there are.
+
+    Scaling may make a Relu and a Min of a Clip, so that names and operators are those of either form.
+
+    Raises:
+        ConfigError: A pattern or a rule matches nothing in both.
+    """
+    if not (config.exclude or config.exclude_nodes or config.rules):
+        return
+    try:
+        place(model, config)
+    except ConfigError:
+        if not config.equalize:
+            raise
+        place(with_free_bounds(model), config)
 
 
 def _is_chosen(config: QuantizationConfig) -> bool:

@@ -218,6 +218,15 @@ def judged(stage: str, best: Trial, without: Sequence[Trial]) -> Verdict:
     return Verdict(best if is_kept else other, (record,))
 
 
+def verdicts(records: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Returns what was kept or left out because of samples held back, in sentences.
+
+    Args:
+        records: What and why of each record of a report.
+    """
+    return tuple(f"{what} was {why}" for what, why in records if what.startswith(JUDGED))
+
+
 def record_of(trial: Trial, less: str, *, is_chosen: bool) -> Record:
     """Returns what a trial gave, for the report; `less`: what is said of batches that were left out."""
     return Record(
