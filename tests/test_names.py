@@ -80,10 +80,11 @@ def test_a_name_that_matches_nothing_is_answered_with_names(settings: dict, mess
         place(net(), QuantizationConfig(**settings))
 
 
-@pytest.mark.parametrize("field", ["exclude", "exclude_nodes"])
-def test_a_damaged_expression_is_an_error(field: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{field}: 're:\(' is no regular expression"):
-        QuantizationConfig(**{field: ("re:(",)})
+def test_a_damaged_expression_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"exclude: 're:\(' is no regular expression"):
+        QuantizationConfig(exclude=("re:(",))
+    with pytest.raises(ConfigError, match=r"exclude_nodes: 're:\(' is no regular expression"):
+        QuantizationConfig(exclude_nodes=("re:(",))
 
 
 def test_a_tensor_made_twice_is_said_so_and_by_whom() -> None:
