@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import click
 
 from ptqjax.cache_option import cache_option, kept_programs
-from ptqjax.data_option import NO_DATA, data_files, data_option, load, say_reading
+from ptqjax.data_option import NO_DATA, axes_option, data_files, data_option, load, say_reading
 from ptqjax.device_option import device_option, use_device
 from ptqjax.faults import reports_faults
+from ptqjax.help_sections import WithTargets
 from ptqjax.metric_option import metric_option, require_metrics
+from ptqjax.picture_option import preprocessing_option
 from ptqjax.places import require_encodings, require_model
 from ptqjax.progress import progress, quiet_option
 from ptqjax.publish import staging
@@ -24,6 +27,7 @@ from ptqjax.quantize_command import (
     Job,
     configured,
     job_done,
+    locating,
     named,
     require_consistent,
     say_done,
@@ -47,14 +51,15 @@ _config = click.option(
     "config_file",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Settings and rules: a .toml file, or one of AIMET's .json files. Options that are given win over it.",
+    help="Settings and rules: a .toml file, or one of AIMET's .json files (see the end). Options win over it.",
 )
 _target = click.option(
     "--target",
     default="ort-cpu",
     show_default=True,
     metavar="NAME|FILE",
-    help="What the runtime accepts, and its defaults in place of those that this help names.",
+    help="What the runtime accepts, and its defaults in place of those that this help names: one of the names at the "
+    "end, or the path of a .toml file in their form.",
 )
 
 
@@ -77,21 +82,26 @@ def commands() -> None:
     An experiment as a file, and the proof that it repeats to the bit:
         ptqjax run recipe.toml --out runs; ptqjax replay runs/HASH
 
+    What settings files and recipes hold: docs/settings.md and docs/experiments.md of the sources.
+
     Exit codes: 0 done; 1 the data or the model is at fault; 2 usage.
     """
 
 
-@commands.command()
+@commands.command(cls=WithTargets)
 @_model
 @click.option(
     "--calibration",
     required=True,
     multiple=True,
-    metavar="DATA.npz|none",
+    metavar="DATA.npz|DIR|LIST|none",
     help="Samples to find ranges on, one array per model input. Also a folder of such files, or a pattern in quotes; "
-    "may be given several times: samples of unlike size have files of their own. Or 'none': ranges from the model's "
-    "batch norms, which it must still have.",
+    "may be given several times. Or a folder of pictures, DIR/CLASS/PICTURE or DIR/PICTURE, or a list of them (.tsv: "
+    "path, tab, class index), with --preprocessing. Or 'none': ranges from the model's batch norms, which it must "
+    "still have.",
 )
+@preprocessing_option
+@axes_option
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
 @_config
 @click.option(
@@ -177,6 +187,13 @@ def commands() -> None:
     help="Leave the tensors of this name in float; * and ? stand for any characters. May be given several times.",
 )
 @click.option(
+    "--exclude-node",
+    "exclude_nodes",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave the nodes (layers) of this name in float: weights, inputs and results. The same patterns.",
+)
+@click.option(
     "--encodings",
     "encodings_file",
     metavar="FILE",
@@ -207,6 +224,8 @@ def quantize(
     out: Path,
     device: str,
     *,
+    preprocessing: str | None,
+    batch_axes: Mapping[str, int | None],
     config_file: Path | None,
     encodings_file: Path | None,
     metrics: tuple[str, ...],
@@ -231,10 +250,12 @@ def quantize(
         ptqjax quantize net.onnx --calibration data.npz --out q --target tensorrt
         ptqjax quantize net.onnx --calibration data.npz --out q --config settings.toml
         ptqjax quantize net.onnx --calibration data.npz --out q --no-equalize --correct none
-        ptqjax quantize net.onnx --calibration data.npz --out q --exclude 'head/*' --exclude logits
+        ptqjax quantize net.onnx --calibration data.npz --out q --exclude logits
+        ptqjax quantize net.onnx --calibration data.npz --out q --exclude-node '/head/*'
         ptqjax quantize net.onnx --calibration data.npz --out q --encodings earlier/model.encodings
         ptqjax quantize net.onnx --calibration none --out q
         ptqjax quantize net.onnx --calibration sizes/ --out q
+        ptqjax quantize net.onnx --calibration pictures/ --preprocessing torch --out q
 
     With 'labels' in DATA.npz, the table at the end shows top-1 accuracy as well. Without samples nothing is measured:
     the table is left out.
@@ -250,7 +271,8 @@ def quantize(
     require_model(model)
     job = Job(
         model=model,
-        data=data_files(calibration, "--calibration"),
+        data=data_files(calibration, "--calibration", preprocessing),
+        batch_axes=batch_axes,
         encodings=encodings_file,
         out=out,
         config=config,
@@ -265,7 +287,8 @@ def quantize(
         say_reading(model, job.data, is_quiet=quiet)
         with watch("start"):
             device_name = use_device(device)
-        with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
+        shown = kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch)
+        with locating(config_file, given), shown[0], shown[1], shown[2] as follow:
             done = job_done(job, folder, device=device_name, watch=watch, follow=follow)
     say_done(job, done, watch)
 
@@ -273,6 +296,8 @@ def quantize(
 @commands.command()
 @_model
 @data_option
+@preprocessing_option
+@axes_option
 @click.option(
     "--reference",
     metavar="FLOAT.onnx",
@@ -290,6 +315,8 @@ def evaluate(
     device: str,
     *,
     metrics: tuple[str, ...],
+    preprocessing: str | None,
+    batch_axes: Mapping[str, int | None],
     quiet: bool,
 ) -> None:
     """Run MODEL.onnx in ONNX Runtime and tell how good it is.
@@ -304,19 +331,20 @@ def evaluate(
     Examples:
         ptqjax evaluate quantized/model.onnx --data test.npz
         ptqjax evaluate quantized/model.onnx --data test.npz --reference model.onnx
+        ptqjax evaluate quantized/model.onnx --data val/ --preprocessing torch --reference model.onnx
     """
     for file, label in ((model, None), (reference, f"the reference '{reference}'")):
         if file is not None:
             require_model(file, label)
     require_metrics(metrics)
-    files = data_files(data, "--data")
+    files = data_files(data, "--data", preprocessing)
     say_reading(model, files, is_quiet=quiet)
     import ptqjax
     from ptqjax.quantize.batches import checked_batches
     from ptqjax.report import tables
 
     graph = ptqjax.read(model).graph  # ONNX Runtime alone computes: it says where it can
-    labels, batches = load(files, graph)
+    labels, batches = load(files, graph, batch_axes)
     with progress(is_quiet=quiet) as follow:
         found = ptqjax.evaluate(
             model,
@@ -337,11 +365,22 @@ def evaluate(
 @commands.command()
 @click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
 @data_option
+@preprocessing_option
+@axes_option
 @device_option
 @cache_option
 @quiet_option
 @reports_faults
-def validate(model: Path, data: tuple[str, ...], device: str, *, no_cache: bool, quiet: bool) -> None:
+def validate(
+    model: Path,
+    data: tuple[str, ...],
+    device: str,
+    *,
+    preprocessing: str | None,
+    batch_axes: Mapping[str, int | None],
+    no_cache: bool,
+    quiet: bool,
+) -> None:
     """Compare what is simulated with what ONNX Runtime computes from a quantized model.
 
     Each group of operators is recomputed from ONNX Runtime's own integers before it, in steps of its grid: on the CPU,
@@ -355,21 +394,21 @@ def validate(model: Path, data: tuple[str, ...], device: str, *, no_cache: bool,
     """
     path = model / "model.onnx" if model.is_dir() else model
     require_model(path)
-    files = data_files(data, "--data")
+    files = data_files(data, "--data", preprocessing)
     say_reading(path, files, is_quiet=quiet)
     import ptqjax
     from ptqjax.report import tables
 
     use_device(device)
     quantized = ptqjax.read(path)
-    _, batches = load(files, quantized.graph)
+    _, batches = load(files, quantized.graph, batch_axes)
     watch = Stopwatch()
     with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
         found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)
         tables.print_validation(path, found)
 
 
-@commands.command()
+@commands.command(cls=WithTargets)
 @_model
 @_target
 @_config
@@ -393,7 +432,8 @@ def inspect(model: Path, target: str, config_file: Path | None) -> None:
     from ptqjax import report
     from ptqjax.report import tables
 
-    tables.print_inspection(model, report.inspect(ptqjax.read(model), config))
+    with locating(config_file, ()):
+        tables.print_inspection(model, report.inspect(ptqjax.read(model), config))
 
 
 commands.add_command(run)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 
 from ptqjax.errors import ConfigError, DataError
 
@@ -28,22 +28,26 @@ class Picture:
 
     path: Path
     """Where it lies."""
-    label: int
-    """The index of its class."""
+    label: int | None
+    """The index of its class; None where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocessing:
     """What a network expects of its pictures."""
 
-    crop: int
-    """Height and width of the network's input."""
+    crop: int | tuple[int, int]
+    """Height and width of the network's input; one number where they are the same."""
     short_side: int
     """Length of the shorter side before the crop; a picture that has it already is not resampled."""
     normalize: Callable[[Pixels], Pixels]
     """From RGB in 0..255 to what the network expects."""
     channels: str = "rgb"
     """The order of the channels that `normalize` leaves: "rgb" as they are, "bgr" turned round."""
+    is_channels_last: bool = False
+    """Whether the network takes its channels last, as TensorFlow's do."""
+    dtype: str = "float32"
+    """The type of the network's input."""
 
 
 def to_unit(rgb: Pixels) -> Pixels:
@@ -104,6 +108,29 @@ def find_pictures(root: Path, *, split: str = "val") -> tuple[Picture, ...]:
     return pictures
 
 
+def pictures_in(folder: Path) -> tuple[tuple[Picture, ...], int | None]:
+    """Returns the pictures in a folder, and the number of classes that they are labelled by; None where by none.
+
+    Pictures that lie in it have no label; those in folders of it have these folders' position in alphabetical order for
+    a label; else those in its folder "val" are taken in the same way.
+    """
+    own = tuple(Picture(path=path, label=None) for path in sorted(folder.iterdir()) if _is_picture(path))
+    classes = [child for child in sorted(folder.iterdir()) if child.is_dir() and any(map(_is_picture, child.iterdir()))]
+    if own or classes:
+        labelled = [
+            Picture(path=path, label=label)
+            for label, child in enumerate(classes)
+            for path in sorted(child.iterdir())
+            if _is_picture(path)
+        ]
+        return own or tuple(labelled), None if own else len(classes)
+    return pictures_in(folder / "val") if (folder / "val").is_dir() else ((), None)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
 def read_list(root: Path, listing: str) -> tuple[Picture, ...]:
     """Returns the pictures that the file `root/listing` names: a path under `root`, a tab, the index of the class.
 
@@ -135,8 +162,11 @@ def drawn(pictures: Sequence[Picture], *, seed: int) -> tuple[Picture, ...]:
     return tuple(pictures[i] for i in np.random.default_rng(seed).permutation(len(pictures)))
 
 
-def decode(path: Path, *, crop: int, short_side: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the picture's centre as RGB: the shorter side resampled to `short_side`, then the middle square.
+def decode(path: Path, *, crop: int | tuple[int, int], short_side: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the picture's centre as RGB: resampled, then the middle cut out.
+
+    A square crop: the shorter side becomes `short_side`. Another: the smallest size that covers the crop, with the
+    crop's shorter side in that proportion.
 
     Raises:
         ConfigError: Pillow is missing.
@@ -151,19 +181,22 @@ def decode(path: Path, *, crop: int, short_side: int) -> UInt8[np.ndarray, "h w 
             rgb = image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"picture '{path}' cannot be read: {error}; expected a JPEG, PNG, BMP or WebP file") from error
-    if min(rgb.size) != short_side:
-        scale = short_side / min(rgb.size)
-        size = (max(short_side, round(rgb.width * scale)), max(short_side, round(rgb.height * scale)))
+    height, width = (crop, crop) if isinstance(crop, int) else crop
+    least = [round(side * short_side / min(height, width)) for side in (width, height)]
+    scale = max(least[0] / rgb.width, least[1] / rgb.height)
+    if scale != 1:
+        size = (max(least[0], round(rgb.width * scale)), max(least[1], round(rgb.height * scale)))
         rgb = rgb.resize(size, Image.Resampling.BILINEAR)
-    left, top = (rgb.width - crop) // 2, (rgb.height - crop) // 2
-    return np.asarray(rgb.crop((left, top, left + crop, top + crop)))
+    left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
+    return np.asarray(rgb.crop((left, top, left + width, top + height)))
 
 
-def to_input(pictures: UInt8[np.ndarray, "n h w 3"], preprocessing: Preprocessing) -> Float[np.ndarray, "n 3 h w"]:
-    """Returns decoded pictures as a network takes them: normalized, channels first."""
+def to_input(pictures: UInt8[np.ndarray, "n h w 3"], preprocessing: Preprocessing) -> Shaped[np.ndarray, "n _ _ _"]:
+    """Returns decoded pictures as a network takes them: normalized, channels first unless it takes them last."""
     normalized = preprocessing.normalize(pictures.astype(np.float32))
     turned = normalized[..., ::-1] if preprocessing.channels == "bgr" else normalized
-    return np.ascontiguousarray(turned.transpose(0, 3, 1, 2), dtype=np.float32)
+    laid_out = turned if preprocessing.is_channels_last else turned.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(laid_out, dtype=preprocessing.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,5 +226,5 @@ class PictureBatches:
 
     @property
     def labels(self) -> np.ndarray:
-        """The pictures' classes."""
+        """The pictures' classes, all of which are known."""
         return np.array([picture.label for picture in self.pictures], np.int64)

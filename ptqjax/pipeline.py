@@ -19,7 +19,7 @@ from ptqjax.quantize import Encoding, Encodings, check_not_quantized, widened
 from ptqjax.quantize.calibrate import calibrate_and_measure
 from ptqjax.quantize.observing import Means
 from ptqjax.quantize.rules import num_bits
-from ptqjax.transforms import fold_batch_norms, prepare
+from ptqjax.transforms import fold_batch_norms, prepare, without_absorption
 
 CHOICES = ("each", "shared")
 """Whether each of many configurations chooses its scales by itself."""
@@ -225,15 +225,18 @@ def _scaled(
 ) -> Iterator[_Draft]:
     """Yields a draft for each task, in order, each scaled when it is asked for; what they share is kept in between."""
     prepared: dict[str | None, tuple[Model, Report]] = {}
+    plain: dict[str | None, tuple[Model, Report] | None] = {}
     choices: dict[str | None, Iterator[Choice]] = {}
     for absorb, positions in _alike(tasks, _absorbs).items():
         prepared[absorb] = (folded[0], ()) if absorb is None else prepare(folded[0], absorb)
+        plain[absorb] = other = without_absorption(folded[0], prepared[absorb][1])
         some = [tasks[position] for position in positions]
         sources, labels = [task.source for task in some], [task.label for task in some]
-        choices[absorb] = scale_each(prepared[absorb][0], batches, sources, labels=labels)
+        choices[absorb] = scale_each(prepared[absorb][0], batches, sources, labels=labels, plain=other and other[0])
     for task in tasks:
         absorb = _absorbs(task)
-        report, choice = prepared[absorb][1], next(choices[absorb])
+        choice, other = next(choices[absorb]), plain[absorb]
+        report = prepared[absorb][1] if choice.absorbs or other is None else other[1]
         yield _Draft(config=task.config, label=task.label, prepare_report=report, choice=choice, corrected=choice.model)
 
 

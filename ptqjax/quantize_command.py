@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ptqjax.data_option import called, load
+from ptqjax.data_option import DataFiles, called, load
 from ptqjax.errors import ConfigError, OutputError
 from ptqjax.faults import Note
 from ptqjax.progress import Follow
@@ -38,8 +38,10 @@ class Job:
 
     model: Path
     """The float model."""
-    data: tuple[Path, ...]
-    """Files of samples; none where batch norms tell."""
+    data: DataFiles
+    """Samples; none where batch norms tell."""
+    batch_axes: Mapping[str, int | None]
+    """The axis of the samples by input, where it is told."""
     encodings: Path | None
     """A file of grids that are kept."""
     out: Path
@@ -60,6 +62,8 @@ class Done:
     """The rows of the table of stages."""
     measured_in: str = ""
     """What computed them."""
+    judged: tuple[str, ...] = ()
+    """What was kept or left out because of samples held back, in sentences."""
     aside: tuple[str, ...] = ()
     """Reports of an earlier model, by their new names."""
 
@@ -77,15 +81,15 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
     import ptqjax
 
     with watch("read"):
-        source, origin = ptqjax.read(job.model), _provenance(job.model, job.data)
+        source, origin = ptqjax.read(job.model), _provenance(job.model, job.data.files)
         frozen = None if job.encodings is None else _frozen_encodings(job.encodings, source)
-        labels, batches = load(job.data, source.graph) if job.data else (None, None)
+        labels, batches = load(job.data, source.graph, job.batch_axes) if job.data else (None, None)
     data = None if batches is None else follow(batches, "quantizing")
     result = ptqjax.quantize(source, data, job.config, frozen=frozen, stage=watch)
     with watch("export"):
         aside = _exported(job, result, folder)
     if job.details == NO_REPORT:
-        return Done(aside=aside)
+        return Done(judged=_judged(result), aside=aside)
     with _model_is_written(job.out):
         with watch("report"):
             facts = ptqjax.explain(
@@ -103,7 +107,13 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
             )
         _write_report(folder, facts | {"seconds": [each.as_dict() for each in watch.spent()]})
     publish(folder, job.out, option="--out")
-    return Done(stages=facts["stages"], measured_in=facts["measured_in"])
+    return Done(stages=facts["stages"], measured_in=facts["measured_in"], judged=_judged(result))
+
+
+def _judged(result: Result) -> tuple[str, ...]:
+    from ptqjax.fit.trials import verdicts
+
+    return verdicts((record.what, record.reason) for records in result.reports.values() for record in records)
 
 
 def _exported(job: Job, result: Result, folder: Path) -> tuple[str, ...]:
@@ -130,6 +140,8 @@ def say_done(job: Job, done: Done, watch: Stopwatch) -> None:
     from ptqjax.report import tables
 
     tables.print_stages(done.stages, done.measured_in)
+    for sentence in done.judged:
+        click.echo(sentence)
     model, has_report = job.out / MODEL[0], job.details != NO_REPORT
     if has_report and not job.data:
         click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")
@@ -178,6 +190,16 @@ def configured(file: Path | None, given: dict[str, Any]) -> QuantizationConfig:
     for note in notes:
         click.echo(f"Note: {file.name}: {note}", err=True)
     return config
+
+
+def locating(file: Path | None, given: Container[str]) -> AbstractContextManager[None]:
+    """Returns what gives errors about settings the line of the file that they come from; `given` are from options."""
+    if file is None or file.suffix == ".json":
+        return nullcontext()
+    from ptqjax.config import located
+    from ptqjax.config.checks import read_text
+
+    return located(read_text(file, f"config '{file}'"), str(file), given=given)
 
 
 def require_consistent(config: QuantizationConfig, given: dict[str, Any], *, has_data: bool) -> None:

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], metavar="LABEL=MODEL.onnx", help="a quantized model")
     arguments = parser.parse_args()
     graph = ptqjax.read(arguments.reference).graph
-    samples = load_samples(arguments.data, graph)
+    (samples,) = load_samples(arguments.data, graph)
     batches = Batches(samples, graph, size=64)
     models = {"float": arguments.reference} | dict(model.split("=", maxsplit=1) for model in arguments.model)
     found = {

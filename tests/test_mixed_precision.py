@@ -20,7 +20,7 @@ from ptqjax.experiments.study import prepared_as_configured
 from ptqjax.experiments.widths import adjustable_groups, by_name, pattern_of, with_widths
 from ptqjax.ir import Model
 from ptqjax.quantize import calibrate_and_report
-from ptqjax.quantize.rules import matches_name
+from ptqjax.quantize.names import matches_name
 from tests.models import Chain
 
 WIDTHS = (2, 3, 4, 6, 8)

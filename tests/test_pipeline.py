@@ -183,7 +183,8 @@ def test_pictures_of_several_sizes_are_kept_apart():
     model = two_convolutions(["n", 3, "h", "w"])
     batches = [{"x": RNG.normal(size=(2, 3, size, size)).astype(np.float32)} for size in (4, 6, 5)]
     result = ptqjax.quantize(model, batches, ptqjax.QuantizationConfig(granularity="tensor"))
-    assert any(record.done for record in result.reports["correct"])
+    (judged,) = [record for record in result.reports["equalize"] if record.what == "stage correct"]
+    assert judged.done == ("correct" in result.reports)  # of random networks it may not pay
 
 
 def test_a_model_that_answers_with_integers_is_left_unscaled_with_a_reason():

@@ -8,9 +8,10 @@ import pytest
 
 import ptqjax
 from ptqjax import images
+from ptqjax.config.checks import SettingError
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.experiments import recipe_data
-from ptqjax.experiments.recipe import Pictures, read_recipe, recipe_of
+from ptqjax.experiments.recipe import Pictures, located_in, read_recipe, recipe_of
 from tests.models import build, node
 
 BASE = Path("/somewhere")
@@ -98,6 +99,24 @@ def test_without_data_biases_are_corrected_as_batch_norms_tell():
 def test_a_correction_by_samples_where_there_are_none_is_refused(table):
     text = f'model = "net.onnx"\n[data]\ncalibration = "none"\n[{table}]\ncorrect = "empirical"\n'
     assert_fault(text, f"line 5, [{table}]: correct='empirical' with calibration='none'", "take 'analytic'")
+
+
+def test_axes_of_samples_are_read_and_count_in_the_hash_of_data(tmp_path):
+    found = recipe(WHOLE.replace("batch = 8", 'batch_axes = {state = 1, mask = "none"}'))
+    assert found.batch_axes == (("state", 1), ("mask", None))
+    assert_fault(WHOLE.replace("batch = 8", "batch_axes = {state = -1}"), "line 10", "the axis that counts its samples")
+    np.savez(tmp_path / "x.npz", x=np.zeros((3, 3, 4, 4), np.float32))
+    told = [recipe_data.load(tmp_path / "x.npz", GRAPH, batch=2, keep=True, axes=axes) for axes in ({}, {"x": 0})]
+    assert told[0].digest != told[1].digest
+
+
+def test_nodes_are_named_in_recipes_and_what_meets_no_model_names_its_line():
+    text = WHOLE.replace('tensors = ["conv1*"]', 'nodes = ["/head/*"]').replace("exclude = ", "exclude_nodes = ")
+    found = recipe(text)
+    assert (found.config.exclude_nodes, found.config.rules[0].nodes) == (("head*",), ("/head/*",))
+    for field, rule, line in (("nodes", 0, 22), ("exclude_nodes", None, 19)):
+        with pytest.raises(ConfigError, match=f"r.toml, line {line}: no such"), located_in(found):
+            raise SettingError(field, "no such", rule=rule)
 
 
 def test_what_is_left_out_has_the_defaults_of_the_target():

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 from ptqjax.config.files import config_from_toml
-from ptqjax.quantize.rules import matches_name
+from ptqjax.quantize.names import matches_name
 from ptqjax.report import recommendations as all_of
 from ptqjax.report.recommendations import (
     REASONS,
@@ -122,6 +122,13 @@ def test_a_stage_after_which_less_is_left_is_to_be_left_out(facts, stage, option
     found = losing_stages(facts)
     assert [each.option for each in found] == [option]
     assert found[0].gain_db == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_nothing_is_said_against_a_stage_that_samples_held_back_spoke_for(facts, is_kept):
+    facts["stages"][3]["metrics"]["sqnr_db"] = 17.0
+    facts["records"] = [{"transform": "choose", "what": "stage correct", "done": is_kept}]
+    assert len(losing_stages(facts)) == (0 if is_kept else 1)
 
 
 def test_stage_gains_are_differences_to_the_stage_before(facts):

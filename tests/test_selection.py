@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import ptqjax
-from ptqjax.config import QuantizationConfig
-from ptqjax.fit import scale_as_configured
+from ptqjax.config import QuantizationConfig, Rule
+from ptqjax.errors import ConfigError
+from ptqjax.fit import scale_as_configured, selection, trials
+from ptqjax.fit.trials import Trial, judged
 from ptqjax.fit.ways import steps_of
 from ptqjax.transforms import prepare
 from ptqjax.transforms.rescale import with_free_bounds
@@ -108,3 +110,97 @@ def test_free_bounds_keep_the_function_and_the_structure_of_scaled_models(unequa
     x = batches()[0]
     wanted, found = (ptqjax.apply(model.graph, model.params, x)["output"] for model in (unequal, free))
     np.testing.assert_array_equal(found, wanted)
+
+
+# What is kept of what was tried
+
+
+def trial(decibels, name="off", correct="empirical", **changed):
+    return Trial(
+        name=name,
+        model=ptqjax.read(EXAMPLES / "digits.onnx"),
+        report=(),
+        headroom=1.0,
+        correct=correct,
+        decibels=decibels,
+        **changed,
+    )
+
+
+@pytest.mark.parametrize(
+    ("with_it", "without", "is_kept"), [(30.0, 29.0, True), (30.0, 30.0, True), (29.9, 30.0, False)]
+)
+def test_a_stage_is_kept_where_it_is_no_worse_on_samples_held_back(with_it, without, is_kept):
+    best, other, third = trial(with_it), trial(without, correct="none"), trial(without - 1)
+    verdict = judged("correct", best, [third, other])
+    assert verdict.kept is (best if is_kept else other)
+    (record,) = verdict.records
+    assert record.done is is_kept
+    assert record.what == "stage correct"
+    assert record.reason.startswith("kept: on samples held back" if is_kept else "left out: on samples held back")
+    assert judged("correct", best, []) == (best, ())
+
+
+def stage_record(choice, stage):
+    (record,) = [record for record in choice.report if record.what == f"stage {stage}"]
+    return record
+
+
+def test_a_correction_that_loses_on_samples_held_back_is_left_out(alike, monkeypatch):
+    off_by_much = alike.replace(params=alike.params | {"classifier.bias": alike.params["classifier.bias"] + 5})
+    monkeypatch.setattr(trials, "correct_each", lambda *_, **__: ((off_by_much, ()),))
+    choice = scale_as_configured(alike, batches(), PER_CHANNEL)
+    assert choice.correct == "none"
+    assert not stage_record(choice, "correct").done
+
+
+def test_what_is_judged_is_held_against_the_model_before_its_biases_were_corrected(alike):
+    """As an independent path has it: calibrated on one half, corrected, and simulated on the other, against float."""
+    config = replace(PER_CHANNEL, headroom=1.0, scaling="off")
+    choice = scale_as_configured(alike, batches(), replace(config, scaling="auto"))
+    found = {record.what.rpartition(" ")[2]: record for record in choice.report if record.what.startswith("scaling")}
+    used, held, _ = trials.divided(alike, batches(), 64)
+    for correct, record in found.items():
+        encodings = ptqjax.calibrate(alike, used, config)
+        model = alike if correct == "none" else ptqjax.correct_biases(alike, encodings, used)[0]
+        simulate = ptqjax.simulate(model, encodings)
+        evaluated = ptqjax.evaluate(
+            lambda batch, model=model, given=encodings, simulate=simulate: simulate(model.params, given, batch),
+            held,
+            reference=lambda batch: ptqjax.apply(alike.graph, alike.params, batch),
+        )
+        measured = record.after["SQNR on samples held back, dB"]
+        assert measured == pytest.approx(evaluated.sqnr, abs=0.5)  # single roundings may flip
+
+
+def test_equalization_that_loses_on_samples_held_back_is_left_out_as_a_whole(unequal, alike, monkeypatch):
+    """The model that absorption is to have made is the one whose channels differ by orders of magnitude."""
+    monkeypatch.setattr(selection, "_candidates", lambda *_: ("off",))
+    choice = scale_as_configured(unequal, batches(), PER_CHANNEL, plain=alike)
+    assert choice.model is alike
+    assert not choice.absorbs
+    record = stage_record(choice, "equalize")
+    assert not record.done
+    assert record.after["gain on samples held back, dB"] < -3
+    choice = scale_as_configured(alike, batches(), PER_CHANNEL, plain=unequal)
+    assert choice.model is alike
+    assert choice.absorbs
+    assert stage_record(choice, "equalize").done
+
+
+def test_what_changes_nothing_is_not_judged(alike):
+    choice = scale_as_configured(alike, batches(), replace(PER_CHANNEL, correct="none"))
+    assert [record for record in choice.report if record.what.startswith("stage")] == []
+
+
+def test_names_that_match_nothing_are_found_before_anything_runs(unequal, monkeypatch):
+    monkeypatch.setattr(selection, "_expected_gain", None)  # the first thing that would run
+    for config in (replace(PER_CHANNEL, exclude=("nosuch*",)), replace(PER_CHANNEL, exclude_nodes=("nosuch",))):
+        with pytest.raises(ConfigError, match="nosuch"):
+            scale_as_configured(unequal, batches(), config)
+
+
+def test_operators_that_scaling_makes_are_no_mistake(alike):
+    rule = Rule(operators=("Min",), of="activations", dtype="uint16")  # of its Clips
+    config = replace(PER_CHANNEL, rules=(rule,), scaling="noise")
+    assert scale_as_configured(alike, batches(), config).model.graph.nodes

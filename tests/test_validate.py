@@ -13,6 +13,7 @@ from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.quantize.qdq import insert_qdq
 from ptqjax.transforms.fuse_quantized import fuse_quantized
 from ptqjax.validate import decibels, run, session
+from ptqjax.validate.fusions import Fusions, otherwise_fused
 from ptqjax.validate.totals import NO_DISTANCE, with_elements
 from tests.models import Chain, build, node
 
@@ -50,6 +51,15 @@ def test_resnet20_equals_onnx_runtime_group_by_group(shared, tmp_path):
     assert found.integer.agreement == 1
     assert found.integer.sqnr > found.float.sqnr
     assert not [warning for warning in found.warnings if "VNNI" not in warning]
+
+
+def test_the_number_of_kernels_is_no_warning_where_all_integers_are_equal(quantized):
+    model = quantized[0]
+    foreseen = fuse_quantized(model)[0].graph
+    fusions = Fusions(plain=model.graph, exposed=model.graph, foreseen=foreseen)  # as if the runtime fused nothing
+    (warning,) = otherwise_fused(fusions, [])
+    assert "computes 0 groups by QLinearConv, and the simulation 3: there the two may differ by single steps" in warning
+    assert otherwise_fused(fusions, [], is_equal=True) == []
 
 
 def test_batches_add_up(quantized):

@@ -2,7 +2,7 @@
 
 from ptqjax.config.aimet import config_from_aimet
 from ptqjax.config.checks import FLOAT_DTYPES, SYMMETRIES, Symmetry, near_names
-from ptqjax.config.files import config_from_table, config_from_toml, config_to_toml, read_config, write_config
+from ptqjax.config.files import config_from_table, config_from_toml, config_to_toml, located, read_config, write_config
 from ptqjax.config.rules import Rule
 from ptqjax.config.settings import (
     ABSORPTIONS,
@@ -39,6 +39,7 @@ __all__ = [
     "config_from_toml",
     "config_to_toml",
     "load_target",
+    "located",
     "near_names",
     "read_config",
     "target_names",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -137,6 +138,15 @@ def check_texts(field: str, value: object, example: str) -> None:
     """Checks that `value` is a tuple of texts that are not empty."""
     if not isinstance(value, tuple) or not all(isinstance(each, str) and each for each in value):
         raise SettingError(field, f"{field}={value!r}: expected a tuple of {example}")
+
+
+def check_expressions(field: str, patterns: tuple[str, ...]) -> None:
+    """Checks that those of some patterns that begin with "re:" are regular expressions."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise SettingError(field, f"{field}: {pattern!r} is no regular expression: {error}") from error
 
 
 def _number(text: str) -> float | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,26 @@ def config_from_table(table: Mapping[str, Any], *, text: str, source: str, **set
         return QuantizationConfig.for_target(**{"target": "ort-cpu", **found})
     except SettingError as error:
         raise (error if error.field in settings else _at(source, text, error)) from error
+
+
+@contextmanager
+def located(text: str, source: str, *, given: Container[str] = ()) -> Iterator[None]:
+    """Gives what is wrong with a setting, once it meets a model, the line of the TOML text that it comes from.
+
+    Args:
+        text: The text.
+        source: What errors call it.
+        given: Settings that are from elsewhere.
+
+    Raises:
+        ConfigError: A `SettingError` was raised inside, and the text has the setting; other errors pass.
+    """
+    try:
+        yield
+    except SettingError as error:
+        if (error.rule is None and error.field in given) or not _line(text, error):
+            raise
+        raise _at(source, text, error) from error
 
 
 def write_config(config: QuantizationConfig, path: str | Path) -> None:
@@ -131,11 +152,14 @@ def _frozen(value: Any) -> Any:
 
 def _at(source: str, text: str, error: SettingError) -> ConfigError:
     """Returns the error with the line of the setting that it is about, where the text has it."""
-    if error.rule is not None:
-        line = _line_in_rule(text, error.rule, error.field)
-    else:
-        line = line_of(text.splitlines(), error.field)
+    line = _line(text, error)
     return ConfigError(f"{source}, line {line}: {error}" if line else f"{source}: {error}")
+
+
+def _line(text: str, error: SettingError) -> int:
+    if error.rule is not None:
+        return _line_in_rule(text, error.rule, error.field)
+    return line_of(text.splitlines(), error.field)
 
 
 def _line_in_rule(text: str, index: int, key: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +11,7 @@ from ptqjax.config.checks import (
     Symmetry,
     check_choice,
     check_dtype,
+    check_expressions,
     check_fixed_range,
     check_flag,
     check_granularity,
@@ -31,8 +31,8 @@ _MOST_BITS = 16
 class Rule:
     """Settings for some tensors; what is None stays as it was. Of several rules that match, the later wins.
 
-    A rule matches a tensor that fits all of `tensors`, `operators` and `dtypes` that are given, and is of the kind
-    `of`. It is an error if it matches none.
+    A rule matches a tensor that fits all of `tensors`, `nodes`, `operators` and `dtypes` that are given, and is of the
+    kind `of`. It is an error if it matches none.
 
     Raises:
         ConfigError: A field has a value that is not allowed, or nothing is set.
@@ -40,6 +40,9 @@ class Rule:
 
     tensors: tuple[str, ...] = ()
     """Names of tensors: glob patterns, or regular expressions that begin with "re:" (and match the whole name)."""
+    nodes: tuple[str, ...] = ()
+    """Names of nodes, as patterns: all that they read and write, so a layer's weight, bias, inputs and results. A node
+    without a name is called as the tensor that it produces."""
     operators: tuple[str, ...] = ()
     """Operator types, as in "Conv": of the node that produces an activation, or of one that reads a parameter."""
     operands: tuple[int, ...] = ()
@@ -69,12 +72,14 @@ class Rule:
 
     def __post_init__(self) -> None:
         check_texts("tensors", self.tensors, 'patterns, such as ("conv1*", "re:.*/Add")')
+        check_texts("nodes", self.nodes, 'patterns of names of nodes, such as ("/head/*",)')
         check_texts("operators", self.operators, 'operator types, such as ("Conv",)')
         check_texts("dtypes", self.dtypes, 'types, such as ("int16", "uint16")')
         check_choice("of", self.of, ROLES)
         for dtype in self.dtypes:
             check_choice("dtypes", dtype, DTYPES)
-        _check_expressions(self.tensors)
+        check_expressions("tensors", self.tensors)
+        check_expressions("nodes", self.nodes)
         _check_operands(self)
         checks = {
             "enabled": check_flag,
@@ -100,6 +105,7 @@ class Rule:
 def described(rule: Rule) -> str:
     """Returns the rule's conditions in a few words, for people."""
     parts = [repr(pattern) for pattern in rule.tensors]
+    parts += [f"nodes {'/'.join(map(repr, rule.nodes))}"] if rule.nodes else []
     where = "/".join(rule.operators)
     if rule.operands:
         where = f"input {' or '.join(map(str, rule.operands))} of {where}"
@@ -117,14 +123,6 @@ def set_fields(rule: Rule) -> dict[str, Any]:
 def field_names() -> tuple[str, ...]:
     """Returns the names of all fields of a rule."""
     return tuple(field.name for field in fields(Rule))
-
-
-def _check_expressions(patterns: tuple[str, ...]) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except re.error as error:
-            raise SettingError("tensors", f"tensors: {pattern!r} is no regular expression: {error}") from error
 
 
 def _check_operands(rule: Rule) -> None:

@@ -12,6 +12,7 @@ from ptqjax.config.checks import (
     Symmetry,
     check_choice,
     check_dtype,
+    check_expressions,
     check_flag,
     check_granularity,
     check_ranges,
@@ -128,6 +129,8 @@ class QuantizationConfig:
     """Of what is random: which samples learning looks at, and in which order."""
     exclude: tuple[str, ...] = ()
     """Patterns of tensors that stay in float, as `Rule.tensors` has them."""
+    exclude_nodes: tuple[str, ...] = ()
+    """Patterns of nodes that stay in float, as `Rule.nodes` has them: weights, inputs and results."""
     supergroups: tuple[tuple[str, ...], ...] = ()
     """Runs of operators that are rounded once, behind the last, as in ("Conv", "Sigmoid"); beside the target's own."""
     rules: tuple[Rule, ...] = ()
@@ -148,6 +151,9 @@ class QuantizationConfig:
         self._check_optional()
         self._check_numbers()
         check_texts("exclude", self.exclude, 'patterns, such as ("conv1*",)')
+        check_texts("exclude_nodes", self.exclude_nodes, 'patterns of names of nodes, such as ("/head/*",)')
+        check_expressions("exclude", self.exclude)
+        check_expressions("exclude_nodes", self.exclude_nodes)
         _check_supergroups(self.supergroups)
         if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
             raise SettingError("rules", f"rules={self.rules!r}: expected a tuple of Rule records")

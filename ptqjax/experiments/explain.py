@@ -22,7 +22,7 @@ from ptqjax.pipeline import Result
 from ptqjax.progress import Follow
 from ptqjax.quantize import Encodings, calibrate
 from ptqjax.quantize.batches import num_samples
-from ptqjax.quantize.rules import matches_name
+from ptqjax.quantize.names import matches_name, nodes_named
 from ptqjax.report.histograms import histogram_facts, weight_histogram
 from ptqjax.validate import Group, Validation, decibels, validate
 
@@ -141,6 +141,7 @@ def _fitting(config: QuantizationConfig, model: Model) -> QuantizationConfig:
     return replace(
         config,
         exclude=tuple(pattern for pattern in config.exclude if any(matches_name(pattern, name) for name in names)),
+        exclude_nodes=tuple(pattern for pattern in config.exclude_nodes if nodes_named(model.graph, [pattern])),
         rules=tuple(replace(rule, optional=True) for rule in config.rules),
     )
 

@@ -6,11 +6,12 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ptqjax.config import QuantizationConfig, config_from_table, near_names
+from ptqjax.config import QuantizationConfig, config_from_table, located, near_names
 from ptqjax.config.checks import read_text
 from ptqjax.config.files import line_of
 from ptqjax.errors import ConfigError
@@ -28,7 +29,8 @@ TRANSFORMS = ("equalize", "absorb", "scaling", "bounds", "correct", "headroom")
 """Settings of `QuantizationConfig` that stand in [transforms]; all may stand in [config]."""
 
 _TOP = ("model", "seed", "metrics", "report", "device", "data", "transforms", "config")
-_DATA = ("calibration", "evaluation", "preprocessing", "batch")
+_SETTINGS = ("config", "transforms")
+_DATA = ("calibration", "evaluation", "preprocessing", "batch", "batch_axes")
 _HEAD = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(#.*)?$")
 
 
@@ -80,6 +82,8 @@ class Recipe:
     """Data to evaluate on; None: nothing is measured."""
     batch: int
     """Samples at a time."""
+    batch_axes: tuple[tuple[str, int | None], ...]
+    """The axis of the samples by input, where it is told; None: one array serves all samples."""
     metrics: tuple[str, ...]
     """What is measured of the exported file, of `METRICS`; "top1" where there are labels."""
     report: str
@@ -122,11 +126,18 @@ def recipe_of(text: str, *, source: str, base: Path) -> Recipe:
         calibration=calibration,
         evaluation=evaluation,
         batch=reader.at_least("data", data, "batch", 1, 32),
+        batch_axes=reader.batch_axes(data),
         metrics=reader.metrics(table),
         report=reader.choice("", table, "report", REPORTS, "full"),
         device=reader.choice("", table, "device", DEVICES, "auto"),
         config=reader.config(table, has_data=calibration is not None),
     )
+
+
+def located_in(recipe: Recipe) -> AbstractContextManager[None]:
+    """Returns what gives errors about settings, raised inside, their lines in the recipe."""
+    reader = _Reader(text=recipe.text, source=recipe.source, base=recipe.base)
+    return located(reader.part(_SETTINGS), recipe.source)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,6 +221,16 @@ class _Reader:
         what = "missing" if found is None else repr(found)
         raise self.error("data", key, f"{key} is {what}; expected {expected}{none}")
 
+    def batch_axes(self, table: Mapping[str, Any]) -> tuple[tuple[str, int | None], ...]:
+        found = table.get("batch_axes", {})
+        is_axis = isinstance(found, Mapping) and all(
+            axis == NO_DATA or (type(axis) is int and axis >= 0) for axis in found.values()
+        )
+        if not is_axis:
+            expected = f"a table of inputs, {{state = 1}}, each the axis that counts its samples, or {NO_DATA!r}"
+            raise self.error("data", "batch_axes", f"batch_axes is {found!r}; expected {expected}")
+        return tuple((name, None if axis == NO_DATA else axis) for name, axis in found.items())
+
     def shared(self, table: Mapping[str, Any]) -> Mapping[str, Any]:
         found = table.get("preprocessing", {})
         if not isinstance(found, Mapping):
@@ -282,7 +303,7 @@ class _Reader:
                 f"correct='empirical' with calibration={NO_DATA!r}: the mean error is measured on samples; give some, "
                 "or take 'analytic' as correct",
             )
-        return config_from_table(settings, text=self.part(("config", "transforms")), source=self.source)
+        return config_from_table(settings, text=self.part(_SETTINGS), source=self.source)
 
 
 _KINDS = {str: "a text", int: "a whole number", list: "a list"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ class Data:
     """A hash of what they are: arrays, or pictures' files and what is done to them; not of names and places."""
 
 
-def load(source: Path | Pictures, graph: Graph, *, batch: int, keep: bool) -> Data:
+def load(
+    source: Path | Pictures, graph: Graph, *, batch: int, keep: bool, axes: Mapping[str, int | None] | None = None
+) -> Data:
     """Returns the data that a recipe names.
 
     Args:
@@ -40,6 +42,7 @@ def load(source: Path | Pictures, graph: Graph, *, batch: int, keep: bool) -> Da
         graph: The model's, for names and sizes of inputs.
         batch: Samples at a time, where the model does not fix it.
         keep: Whether pictures are decoded once and kept in memory, for data that are gone through often.
+        axes: The axis of the samples by input, where it is told.
 
     Raises:
         DataError: They are missing or do not fit the model.
@@ -47,12 +50,13 @@ def load(source: Path | Pictures, graph: Graph, *, batch: int, keep: bool) -> Da
     """
     if isinstance(source, Pictures):
         return _pictures(source, graph, batch, keep=keep)
-    samples = load_samples(source, graph)
+    parts = load_samples(source, graph, axes=axes)
+    labels = [part.labels for part in parts if part.labels is not None]
     return Data(
-        batches=Batches(samples, graph, size=batch),
-        labels=samples.labels,
-        num_samples=samples.num_samples,
-        digest=_samples_digest(samples),
+        batches=Batches(parts, graph, size=batch),
+        labels=np.concatenate(labels) if labels else None,
+        num_samples=sum(part.num_samples for part in parts),
+        digest=_digest(parts, axes),
     )
 
 
@@ -72,6 +76,12 @@ def settings_of(source: Path | Pictures | None) -> Mapping[str, Any] | None:
         return None
     chosen = {"folder", "split", "list", "count", "skip", "seed"}  # which pictures: their contents tell
     return {key: value for key, value in asdict(source).items() if key not in chosen}
+
+
+def _digest(parts: Sequence[Samples], axes: Mapping[str, int | None] | None) -> str:
+    """Returns a hash of samples, and of which axis they lie along where that is told."""
+    found = [_samples_digest(part) for part in parts]
+    return found[0] if len(found) == 1 and not axes else digest_of([found, sorted((axes or {}).items())])
 
 
 def _samples_digest(samples: Samples) -> str:

@@ -15,7 +15,7 @@ import jax
 from ptqjax import onnx_io
 from ptqjax.errors import ConfigError, OutputError
 from ptqjax.experiments import recipe_data
-from ptqjax.experiments.recipe import Pictures, Recipe, read_recipe
+from ptqjax.experiments.recipe import Pictures, Recipe, located_in, read_recipe
 from ptqjax.experiments.stages import STAGES, Task, metrics_of
 from ptqjax.experiments.store import digest_of, file_digest, look, put, remove_abandoned, write_file
 from ptqjax.export import fingerprint
@@ -98,7 +98,8 @@ def run_recipe(
         task = task_of(recipe, follow=follow or nothing, place=place or _as_they_are)
         identity = identity_of(task)
         folder = prepared(Path(out), task, identity)
-        stages = run_stages(task, folder, digest_of(identity), told or (lambda _: None))
+        with located_in(recipe):
+            stages = run_stages(task, folder, digest_of(identity), told or (lambda _: None))
     return Run(folder=folder, identity=identity, stages=stages, metrics=metrics_of(folder))
 
 
@@ -151,7 +152,10 @@ def task_of(recipe: Recipe, *, follow: Follow, place: Callable[[Iterable[Any]], 
     device = device_of(recipe.device)
 
     def loaded(source: Path | Pictures | None, *, keep: bool) -> recipe_data.Data | None:
-        return None if source is None else recipe_data.load(source, model.graph, batch=recipe.batch, keep=keep)
+        if source is None:
+            return None
+        axes = dict(recipe.batch_axes)
+        return recipe_data.load(source, model.graph, batch=recipe.batch, keep=keep, axes=axes)
 
     return Task(
         recipe=recipe,

@@ -35,7 +35,7 @@ from ptqjax.progress import Follow
 from ptqjax.publish import write_text
 from ptqjax.quantize import calibrate_and_report, check_not_quantized, widened
 from ptqjax.quantize.encodings import Encodings, concrete
-from ptqjax.transforms import fold_batch_norms, prepare
+from ptqjax.transforms import fold_batch_norms, prepare, without_absorption
 
 _MODEL, _STATISTICS, _ENCODINGS = "float.onnx", "statistics.safetensors", "encodings.safetensors"
 _RECORDS, _CHOICE, _CHANGED, _METRICS = "records.json", "choice.json", "changed.json", "metrics.json"
@@ -87,7 +87,9 @@ def _fold(task: Task, _: Path, folder: Path) -> None:
 def _equalize(task: Task, root: Path, folder: Path) -> None:
     config, folded = task.recipe.config, read_model(root / "fold")
     prepared, records = prepare(folded, config.absorb) if config.equalize else (folded, ())
-    choice = scale_as_configured(prepared, task.batches("equalize"), config)
+    plain = without_absorption(folded, records)
+    choice = scale_as_configured(prepared, task.batches("equalize"), config, plain=plain and plain[0])
+    records = records if choice.absorbs or plain is None else plain[1]
     write_model(folder, choice.model)
     _write_records(folder, (*records, *choice.report))
     _write_json(folder / _CHOICE, {"headroom": choice.headroom, "correct": choice.correct})

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError
 from ptqjax.fit.learned_scales import Learning, learn_scales
-from ptqjax.fit.trials import TRIAL_SHAPES, Judge, best_of, record_of
+from ptqjax.fit.trials import TRIAL_SHAPES, Judge, Trial, best_of, judged, record_of
 from ptqjax.fit.ways import BATCH, BEHAVIOUR_SHAPES, POLICIES, Policy, Ways, bounds_of, steps_of, without
 from ptqjax.ir import Model, Record, Report
+from ptqjax.quantize.placement import place
 from ptqjax.quantize.tensors import is_floating
 from ptqjax.transforms.behaviour import implied_behaviour
 from ptqjax.transforms.equalize import unscaled
@@ -41,12 +42,18 @@ class Choice:
     """How biases are to be corrected."""
     report: Report
     """What was tried, what it gave, and what the scaling that was chosen did."""
+    absorbs: bool = True
+    """Whether the model is the prepared one; False: the one that `plain` gave, whose biases were not absorbed."""
     scaling: str | None = None
     """The value of `QuantizationConfig.scaling` that gives the same model again, where one was chosen and does."""
 
 
 def scale_as_configured(
-    model: Model, batches: Iterable[Mapping[str, Any]] | None, config: QuantizationConfig
+    model: Model,
+    batches: Iterable[Mapping[str, Any]] | None,
+    config: QuantizationConfig,
+    *,
+    plain: Model | None = None,
 ) -> Choice:
     """Returns `model` scaled as `config.scaling` says, and how to go on.
 
@@ -55,19 +62,21 @@ def scale_as_configured(
     repeated on more of them and, where a weight has one scale for all channels, gone on with by learning, which judges
     itself on samples held back. Of batches that cannot be regrouped, such as text of unlike lengths, trials look at
     four shapes and predictions at two, which the report says. `effort` "fast" tries and learns nothing: the prediction
-    decides; "thorough" tries all.
+    decides; "thorough" tries all. The correction of biases, and equalization as a whole, are kept only where they are
+    no worse on the samples held back than the same without them.
     Without data the scales of least predicted noise are taken, where the prediction is clearly better.
 
     Args:
         model: The model, prepared: folded, constant channels removed, biases absorbed.
         batches: Calibration data; None where there are none.
         config: The settings.
+        plain: The model prepared without absorbing biases, where that is another; None: absorption is not judged.
 
     Raises:
         ConfigError: The scaling needs data, and there are none.
         DataError: The batches do not fit the model.
     """
-    return next(scale_each(model, batches, [config]))
+    return next(scale_each(model, batches, [config], plain=plain))
 
 
 def scale_each(
@@ -76,6 +85,7 @@ def scale_each(
     configs: Sequence[QuantizationConfig],
     *,
     labels: Sequence[str] | None = None,
+    plain: Model | None = None,
 ) -> Iterator[Choice]:
     """Yields what `scale_as_configured` returns for each configuration, in order, each made when it is asked for.
 
@@ -86,6 +96,7 @@ def scale_each(
         batches: Calibration data; None where there are none.
         configs: The settings.
         labels: What the message of a ConfigError about each of them begins with; None: nothing.
+        plain: As `scale_as_configured` takes it.
 
     Raises:
         PtqjaxError: As `scale_as_configured` does.
@@ -97,13 +108,32 @@ def scale_each(
         key = _dependence(config)
         if key not in made:
             try:
-                made[key] = _without_data(model, config) if ways is None else _with_data(ways, config)
+                _check_names(model, given)
+                made[key] = _without_data(model, config) if ways is None else _with_data(ways, config, plain)
             except ConfigError as error:
                 if not label:
                     raise
                 raise ConfigError(f"{label}{error}") from error
         own = {} if _is_chosen(config) else _as_asked(config, has_data=batches is not None)
         yield replace(made[key], **own)
+
+
+def _check_names(model: Model, config: QuantizationConfig) -> None:
+    """Checks before anything slow that what is said of single tensors and layers is of tensors and layers there are.
+
+    Scaling may make a Relu and a Min of a Clip, so that names and operators are those of either form.
+
+    Raises:
+        ConfigError: A pattern or a rule matches nothing in both.
+    """
+    if not (config.exclude or config.exclude_nodes or config.rules):
+        return
+    try:
+        place(model, config)
+    except ConfigError:
+        if not config.equalize:
+            raise
+        place(with_free_bounds(model), config)
 
 
 def _is_chosen(config: QuantizationConfig) -> bool:
@@ -125,7 +155,7 @@ def _as_asked(config: QuantizationConfig, *, has_data: bool) -> dict[str, Any]:
     return {"headroom": config.headroom or 1.0, "correct": correct}
 
 
-def _with_data(ways: Ways, config: QuantizationConfig) -> Choice:
+def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> Choice:
     model, asked = ways.model, _as_asked(config, has_data=True)
     if config.scaling != "auto":
         scaled, report = ways.scaled(config.scaling, config)
@@ -139,14 +169,20 @@ def _with_data(ways: Ways, config: QuantizationConfig) -> Choice:
     if not policy.trial_samples:
         return _by_prediction(ways, config, expected)
     candidates = _candidates(policy, expected.gain)
+    free_plain = plain
     if (learns or len(candidates) > 1) and bounds_of(config) == "exact":
         ways = Ways(with_free_bounds(model), ways.batches)  # one structure, and so one set of programs, for all
+        free_plain = None if plain is None else with_free_bounds(plain)
     judge = Judge.of(ways, config, policy.trial_samples)
-    best = best_of([trial for name in candidates for trial in judge.trials(name)])
-    best = best_of([best, *judge.corrections(best)])
+    trials = [trial for name in candidates for trial in judge.trials(name)]
+    corrected = judged("correct", (best := best_of(trials)), judge.corrections(best))
+    best = corrected.kept
+    equalized = judged("equalize", best, _without_equalization(judge, best, trials, free_plain))
+    best = equalized.kept
     less = without(judge.left_out, TRIAL_SHAPES)
     records = (expected.record, *(record_of(trial, less, is_chosen=trial is best) for trial in judge.tried))
-    scaled, report = ways.scaled(best.name, config)
+    records = (*records, *corrected.records, *equalized.records)
+    scaled, report = ways.scaled(best.name, config) if best.absorbs else (best.model, best.report)
     is_scaled = best.name != "off"
     if learns:
         samples = judge.used + judge.held
@@ -154,13 +190,24 @@ def _with_data(ways: Ways, config: QuantizationConfig) -> Choice:
         scaled, learned = learn_scales(scaled, samples, config, learning, bounds=bounds_of(config))
         is_scaled |= any(record.done for record in learned)
         report = (*report, *learned)
+    left = plain if plain is not None and not best.absorbs else model
     return Choice(
-        model=scaled if is_scaled else model,
+        model=scaled if is_scaled else left,
         headroom=best.headroom,
         correct=best.correct,
         report=(*records, *report),
+        absorbs=best.absorbs,
         scaling=None if learns else best.name,
     )
+
+
+def _without_equalization(judge: Judge, best: Trial, trials: Sequence[Trial], plain: Model | None) -> list[Trial]:
+    """Returns what is left of the best way without equalization; nothing where that is the same, or cannot win."""
+    unscaled_ones = [trial for trial in trials if trial.name == "off"]
+    if plain is not None and unscaled_ones:
+        return judge.unequalized(best, plain)
+    is_alike = bool(unscaled_ones) and best.name != "off" and best.correct == unscaled_ones[0].correct
+    return unscaled_ones if is_alike else []
 
 
 def _candidates(policy: Policy, gain: float) -> tuple[str, ...]:

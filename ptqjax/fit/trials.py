@@ -22,10 +22,14 @@ from ptqjax.lowering import apply
 from ptqjax.quantize import Encodings
 from ptqjax.quantize.calibrate import Calibrated, calibrate_and_measure
 from ptqjax.quantize.headroom import widened
+from ptqjax.quantize.observing import Means
 from ptqjax.quantize.tensors import is_floating
+from ptqjax.transforms.equalize import unscaled
 
 TRIAL_SHAPES = 4
 """Shapes of batches that cannot be regrouped that ways are tried on; each is compiled for."""
+JUDGED = "stage "
+"""What the record of a stage that was judged by itself begins with."""
 _CLEARLY = 0.25  # dB by which something must be better than what is simpler
 _HEADROOMS = (1.0, 1.2)  # tried; beyond, a coarser step costs more than clipping did (MobileNetV2: 1.3 as good as 1.2)
 
@@ -39,6 +43,8 @@ class Trial:
     report: Report
     headroom: float
     correct: str
+    absorbs: bool = True
+    """Whether biases are absorbed, where that is asked for."""
     decibels: float = -np.inf
 
 
@@ -75,6 +81,11 @@ class Judge:
         """Returns what the best way gives with simpler corrections than the one asked for."""
         return self._measured([replace(best, correct="none")] if best.correct != "none" else [])
 
+    def unequalized(self, best: Trial, model: Model) -> list[Trial]:
+        """Returns what the rest of the best way gives for `model`, whose biases were not absorbed, without scaling."""
+        report = unscaled(model, "neither this nor absorption was better on samples held back")
+        return self._measured([replace(best, name="off", model=model, report=report, absorbs=False)])
+
     def _measured(self, trials: Sequence[Trial]) -> list[Trial]:
         """Returns the trials, all of the same model, with what they gave."""
         if not trials:
@@ -91,22 +102,36 @@ class Judge:
         if trial.correct != "none":
             data = self.used if trial.correct == "empirical" else None
             ((model, _),) = correct_each(model, (encodings,), data, method=trial.correct, means=found.means)
-        return self._decibels(model, encodings, next(iter((found.means or {}).values()), {}))
+        return self._decibels(model, _uncorrected(model, trial.model), encodings, found.means)
 
-    def _decibels(self, model: Model, encodings: Encodings, means: Mapping[str, Any]) -> float:
-        """Returns the mean over outputs of noise over signal on the samples held back, by the program that corrects."""
-        axes = corrected_axes(model, encodings) if means else ()
+    def _decibels(self, model: Model, exact: Model, encodings: Encodings, means: Means | None) -> float:
+        """Returns the mean over outputs of noise over signal on the samples held back, by the program that corrects.
 
-        def outputs(encodings: Encodings) -> list[dict[str, Any]]:
+        Args:
+            model: What is judged.
+            exact: The same before its biases were corrected, which is what it is held against.
+            encodings: Of both.
+            means: As a pass over the samples kept them: the program takes some, and does nothing with them here.
+        """
+        kept = next(iter((means or {}).values()), {})
+        axes = corrected_axes(model, encodings) if kept else ()
+
+        def outputs(model: Model, encodings: Encodings) -> list[dict[str, Any]]:
             quantized = QuantizedPass(model, encodings, axes, biases=True)
-            return [quantized.run(batch, means, is_corrected=False).outputs for batch in self.held]
+            return [quantized.run(batch, kept, is_corrected=False).outputs for batch in self.held]
 
         if not self.wanted and bounds_of(self.config) == "exact":  # scaling keeps the function
             off = {name: encoding.replace(enabled=np.asarray(False)) for name, encoding in encodings.items()}
-            self.wanted.extend(outputs(off))
+            self.wanted.extend(outputs(exact, off))
         elif not self.wanted:
             self.wanted.extend(apply(self.ways.model.graph, self.ways.model.params, batch) for batch in self.held)
-        return _signal_to_noise(self.wanted, outputs(encodings))
+        return _signal_to_noise(self.wanted, outputs(model, encodings))
+
+
+def _uncorrected(corrected: Model, model: Model) -> Model:
+    """Returns `model` in the graph of its corrected form, in which some layers have got a bias: of zeros."""
+    params = {name: model.params.get(name, np.zeros_like(value)) for name, value in corrected.params.items()}
+    return corrected.replace(params=params)
 
 
 def _signal_to_noise(wanted: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> float:
@@ -160,12 +185,55 @@ def best_of(trials: Sequence[Trial]) -> Trial:
     return best
 
 
+class Verdict(NamedTuple):
+    """Which of two trials goes on, and the same for the report."""
+
+    kept: Trial
+    """The one that goes on."""
+    records: Report
+    """What is said of the stage; nothing where there was no second."""
+
+
+def judged(stage: str, best: Trial, without: Sequence[Trial]) -> Verdict:
+    """Returns the trial with a stage, unless it is worse than one without it on the samples held back.
+
+    Args:
+        stage: The stage, as the table of stages calls it.
+        best: What went on so far, with the stage.
+        without: The same without it; the best of them is compared.
+    """
+    if not without:
+        return Verdict(best, ())
+    other = max(without, key=lambda trial: trial.decibels)
+    is_kept = best.decibels >= other.decibels
+    figures = f"{best.decibels:.1f} dB with it, {other.decibels:.1f} without"
+    record = Record(
+        transform="choose",
+        done=is_kept,
+        what=f"{JUDGED}{stage}",
+        where=(),
+        reason=f"{'kept' if is_kept else 'left out'}: on samples held back {figures}",
+        after={"gain on samples held back, dB": float(best.decibels - other.decibels)},
+    )
+    return Verdict(best if is_kept else other, (record,))
+
+
+def verdicts(records: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Returns what was kept or left out because of samples held back, in sentences.
+
+    Args:
+        records: What and why of each record of a report.
+    """
+    return tuple(f"{what} was {why}" for what, why in records if what.startswith(JUDGED))
+
+
 def record_of(trial: Trial, less: str, *, is_chosen: bool) -> Record:
     """Returns what a trial gave, for the report; `less`: what is said of batches that were left out."""
     return Record(
         transform="choose",
         done=is_chosen,
-        what=f"scaling {trial.name}, headroom {trial.headroom:g}, correction {trial.correct}",
+        what=f"scaling {trial.name}, {'' if trial.absorbs else 'nothing absorbed, '}headroom {trial.headroom:g}, "
+        f"correction {trial.correct}",
         where=(),
         reason=("chosen: best on calibration samples held back" if is_chosen else "tried, and not clearly better")
         + less,

@@ -7,7 +7,7 @@ from typing import Any
 
 from ptqjax.errors import ModelError
 from ptqjax.ir.graph import Constant, Graph, Model, Node, Statistics, captured, place_of
-from ptqjax.ir.verify import verify
+from ptqjax.ir.verify import require_one_producer, verify
 
 
 def rebuild(
@@ -57,9 +57,10 @@ def sort_topologically(nodes: Iterable[Node]) -> tuple[Node, ...]:
     """Returns the nodes with each after the producers of what it reads; otherwise in the given order.
 
     Raises:
-        ModelError: The nodes form a cycle; the message names one of them.
+        ModelError: The nodes form a cycle, or two produce one tensor; the message names one of them.
     """
     nodes = tuple(nodes)
+    require_one_producer(nodes)
     producer = {output: node for node in nodes for output in node.outputs if output}
     state: dict[int, bool] = {}  # node -> done; present and False while its inputs are being visited
     ordered: list[Node] = []

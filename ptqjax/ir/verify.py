@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from ptqjax.errors import ModelError
-from ptqjax.ir.graph import Graph, Model, captured, place_of
+from ptqjax.ir.graph import Graph, Model, Node, captured, place_of
 
 
 def verify(model: Model) -> Model:
@@ -24,6 +25,23 @@ def verify(model: Model) -> Model:
         missing = sorted(set(model.graph.parameters) - set(model.params))
         raise ModelError(f"the graph and its parameters disagree: missing {missing}, surplus {surplus}")
     return model
+
+
+def require_one_producer(nodes: Iterable[Node]) -> None:
+    """Checks that no two nodes produce one tensor.
+
+    Raises:
+        ModelError: Two do; the message names both.
+    """
+    producers: dict[str, Node] = {}
+    for node in nodes:
+        for output in filter(None, node.outputs):
+            before = producers.setdefault(output, node)
+            if before is not node or node.outputs.count(output) > 1:
+                raise ModelError(
+                    f"tensor '{output}' is produced 2 times, by {place_of(before)} and by {place_of(node)}; expected "
+                    "one producer: rename one of the two results, and what reads it"
+                )
 
 
 def _verify_names(graph: Graph) -> None:

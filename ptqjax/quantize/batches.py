@@ -117,7 +117,7 @@ def _check_shape(spec: TensorSpec, shape: tuple[int, ...], place: str, symbols: 
             wanted = symbols.setdefault(declared, size) if isinstance(declared, str) else declared
             fits = fits and wanted in (None, size)
     if not fits:
-        expected = "x".join("?" if size is None else str(size) for size in spec.shape or ())
+        expected = "x".join("?" if size is None else str(size) for size in spec.shape or ()) or "a single number"
         found = "x".join(map(str, shape)) or "a single number"
         raise DataError(f"{place}: input '{spec.name}' has the shape {found}; expected {expected}")
     if 0 in shape:

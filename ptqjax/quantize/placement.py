@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptqjax.config import QuantizationConfig, Target, load_target
+from ptqjax.config.checks import SettingError
 from ptqjax.config.rules import described, set_fields
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Node
@@ -294,12 +295,12 @@ def _activation_site(
 def _check_effects(settled: Settled, placement: Placement) -> None:
     """Checks that each rule that sets a grid is for one tensor at least that has such a grid of its own."""
     own = {site.tensor: site for site in placement.sites if site.root == site.tensor}
-    for rule, matches in settled.matches:
+    for index, (rule, matches) in enumerate(settled.matches):
         wanted = set(set_fields(rule)) - {"enabled"}
         if rule.optional or not wanted or any(wanted & _settable(own[name]) for name in matches if name in own):
             continue
         why = _why_without_effect(matches[-1], own, placement)  # results come after parameters
-        raise ConfigError(f"rules: the {described(rule)} changes no grid, because {why}")
+        raise SettingError("rules", f"rules: the {described(rule)} changes no grid, because {why}", rule=index)
 
 
 def _settable(site: Site) -> set[str]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ptqjax.config import QuantizationConfig, Rule, Symmetry, Target, near_names
-from ptqjax.config.checks import FLOAT_DTYPES
+from ptqjax.config.checks import FLOAT_DTYPES, SettingError
 from ptqjax.config.constraints import resolved_symmetry
 from ptqjax.config.rules import described, set_fields
-from ptqjax.errors import ConfigError
-from ptqjax.ir import Graph, Model
+from ptqjax.ir import Graph, Model, Node
 from ptqjax.quantize.movement import moved_tensors
+from ptqjax.quantize.names import matches_name, node_name, nodes_named, tensors_around, without_match
 
 _DIGITS = re.compile(r"\d+")
 _WRITTEN_OTHERWISE = {
@@ -84,19 +83,19 @@ def settle(
     names, weights = tuple(floating), frozenset(weights)
     moved = moved_tensors(model, target)
     found = {name: _of_config(config, is_weight=name in weights) for name in names}
-    for pattern in config.exclude:
-        for name in _named("exclude", pattern, names):
-            found[name] = replace(found[name], off=f"excluded by the pattern {pattern!r}")
+    for name, reason in _excluded(model.graph, config, names, moved).items():
+        found[name] = replace(found[name], off=reason)
     for rule in target.exceptions:
         for name in _matching(model.graph, rule, found, moved):
             found[name] = _changed(found[name], rule, f"target {target.name!r}")
     matches = []
-    for rule in config.rules:
+    for index, rule in enumerate(config.rules):
         if not rule.optional:
-            _check_exists(model.graph, rule, names)
+            _check_exists(model.graph, rule, names, index)
         matching = tuple(_matching(model.graph, rule, found, moved))
         if not matching and not rule.optional:
-            raise ConfigError(f"rules: no tensor meets all conditions of the {described(rule)}; widen them, or drop it")
+            message = f"rules: no tensor meets all conditions of the {described(rule)}; widen them, or drop it"
+            raise SettingError("rules", message, rule=index)
         for name in matching:
             found[name] = _changed(found[name], rule, f"the {described(rule)}")
         matches.append((rule, matching))
@@ -106,13 +105,6 @@ def settle(
 def num_bits(dtype: str) -> int:
     """Returns the number of bits of a type's codes."""
     return int(_DIGITS.findall(dtype)[0])
-
-
-def matches_name(pattern: str, name: str) -> bool:
-    """Tells whether a pattern of a rule or of `exclude` matches a name."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
 
 
 def _of_config(config: QuantizationConfig, *, is_weight: bool) -> Settings:
@@ -126,10 +118,29 @@ def _of_config(config: QuantizationConfig, *, is_weight: bool) -> Settings:
     )
 
 
+def _excluded(
+    graph: Graph, config: QuantizationConfig, names: tuple[str, ...], moved: Mapping[str, tuple[str, ...]]
+) -> dict[str, str]:
+    """Returns the tensors that the configuration leaves out, with the reason."""
+    found: dict[str, str] = {}
+    for pattern in config.exclude:
+        _check_tensors(graph, pattern, names, "exclude")
+        found |= {name: f"excluded by the pattern {pattern!r}" for name in names if matches_name(pattern, name)}
+    for pattern in config.exclude_nodes:
+        around = tensors_around(_checked_nodes(graph, pattern, "exclude_nodes"), moved)
+        matching = [name for name in names if name in around]
+        if not matching:
+            message = f"exclude_nodes: no node that {pattern!r} matches reads or writes floating numbers; drop it"
+            raise SettingError("exclude_nodes", message)
+        found |= dict.fromkeys(matching, f"excluded with the nodes {pattern!r}")
+    return found
+
+
 def _matching(
     graph: Graph, rule: Rule, found: Mapping[str, Settings], moved: Mapping[str, tuple[str, ...]]
 ) -> Iterator[str]:
     inputs = {spec.name for spec in graph.inputs}
+    around = tensors_around(nodes_named(graph, rule.nodes), moved) if rule.nodes else frozenset(found)
     for name, settings in found.items():
         is_of = {
             "both": True,
@@ -139,6 +150,8 @@ def _matching(
             "outputs": name in graph.output_names,
         }
         if not is_of[rule.of] or (rule.dtypes and settings.dtype not in rule.dtypes):
+            continue
+        if name not in around:
             continue
         if rule.tensors and not any(matches_name(pattern, name) for pattern in rule.tensors):
             continue
@@ -181,19 +194,33 @@ def _changed(settings: Settings, rule: Rule, text: str) -> Settings:
     return replace(settings, **given, rules=(*settings.rules, f"{what} by {text}"), is_named=is_named)
 
 
-def _named(field: str, pattern: str, names: tuple[str, ...]) -> list[str]:
-    matching = [name for name in names if matches_name(pattern, name)]
-    if not matching:
-        near = near_names(pattern, names)
-        raise ConfigError(f"{field}: the pattern {pattern!r} matches none of {len(names)} tensors{near}")
-    return matching
-
-
-def _check_exists(graph: Graph, rule: Rule, names: tuple[str, ...]) -> None:
+def _check_exists(graph: Graph, rule: Rule, names: tuple[str, ...], index: int) -> None:
     for pattern in rule.tensors:
-        _named("rules", pattern, names)
+        _check_tensors(graph, pattern, names, "tensors", index)
+    for pattern in rule.nodes:
+        _checked_nodes(graph, pattern, "nodes", index)
     known = {node.op_type for node in graph.nodes}
     for operator in rule.operators:
         if operator not in known:
             near = near_names(operator, known) or _WRITTEN_OTHERWISE.get(operator, "")
-            raise ConfigError(f"rules: the model has no operator {operator!r} (of {len(known)} types){near}")
+            message = f"rules: the model has no operator {operator!r} (of {len(known)} types){near}"
+            raise SettingError("operators", message, rule=index)
+
+
+def _check_tensors(graph: Graph, pattern: str, names: tuple[str, ...], field: str, index: int | None = None) -> None:
+    if not any(matches_name(pattern, name) for name in names):
+        message = f"{_said(field, index)}: {without_match(pattern, names, graph, of='tensors')}"
+        raise SettingError(field, message, rule=index)
+
+
+def _checked_nodes(graph: Graph, pattern: str, field: str, index: int | None = None) -> tuple[Node, ...]:
+    nodes = nodes_named(graph, [pattern])
+    if not nodes:
+        names = [node_name(node) for node in graph.nodes]
+        message = f"{_said(field, index)}: {without_match(pattern, names, graph, of='nodes')}"
+        raise SettingError(field, message, rule=index)
+    return nodes
+
+
+def _said(field: str, index: int | None) -> str:
+    return field if index is None else "rules"

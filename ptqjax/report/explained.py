@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ptqjax.fit.trials import verdicts
 from ptqjax.report.charts import depth_plot, histogram_plot, share_bar
 from ptqjax.report.markup import code, decibels, figure, folded, gallery, percent, section, table
 from ptqjax.report.recommendations import shares, stage_gains
@@ -22,7 +23,8 @@ def recommended(report: Mapping[str, Any]) -> str:
         return ""
     items = "".join(map(_recommendation, report["recommendations"]))
     listed = f'<ol class="advice">{items}</ol>' if items else "<p>Nothing to recommend: no figure stands out.</p>"
-    gains = "".join(f"<li>{escape(text)}</li>" for text in gain_texts(report["stages"]))
+    judged = verdicts((record["what"], record["reason"]) for record in report.get("records", ()))
+    gains = "".join(f"<li>{escape(text)}</li>" for text in (*gain_texts(report["stages"]), *judged))
     return section(
         "recommendations",
         "What to do next",

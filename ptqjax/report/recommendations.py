@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ptqjax.fit.trials import JUDGED
 from ptqjax.report.plots import spread
 
 _GOOD_DB, _GOOD_AGREEMENT = 30.0, 0.99  # from which on nothing more is asked of the quantized model
@@ -115,8 +116,16 @@ def changed_function(report: Mapping[str, Any]) -> list[Recommendation]:
 
 
 def losing_stages(report: Mapping[str, Any]) -> list[Recommendation]:
-    """Recommends to leave out a stage after which less is left than before."""
+    """Recommends to leave out a stage after which less is left than before.
+
+    Not one that was kept because it was better on samples held back: on samples that grids were found on, what fits
+    these best looks best.
+    """
     options = {"equalize": "--no-equalize", "correct": "--correct none"}
+    kept = {
+        record["what"] for record in report.get("records", ()) if record["transform"] == "choose" and record["done"]
+    }
+    options = {stage: option for stage, option in options.items() if f"{JUDGED}{stage}" not in kept}
     return [
         Recommendation(
             reason="losing stage",

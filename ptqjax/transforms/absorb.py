@@ -25,7 +25,8 @@ from ptqjax.transforms.interfaces import Interface, find_interfaces
 from ptqjax.transforms.linear import Edit, edited, linear_layers
 from ptqjax.transforms.weights import WeightAndBias, weights_of, write_back
 
-_NAME = "absorb_biases"
+NAME = "absorb_biases"
+"""What records of absorption are called."""
 _WAYS = ("exact", "statistics")
 _WORTHWHILE = 1e-3  # of the channel's own magnitude: less is rounding, or what an earlier run left
 
@@ -182,7 +183,7 @@ def _shifted_limits(model: Model, interface: Interface, amount: Any) -> list[Edi
 
 def _record(interface: Interface, amount: _Amount | str) -> Record:
     where = (interface.tensors[-1], interface.producer.weight, interface.consumer.weight)
-    left = Record(transform=_NAME, done=False, what="left alone", where=where)
+    left = Record(transform=NAME, done=False, what="left alone", where=where)
     if isinstance(amount, str):
         return replace(left, reason=amount)
     channels = amount.channels

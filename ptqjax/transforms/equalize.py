@@ -8,6 +8,7 @@ from typing import Any
 
 from ptqjax.errors import ConfigError, PtqjaxWarning
 from ptqjax.ir import Model, Record, Report
+from ptqjax.transforms.absorb import NAME as ABSORPTION
 from ptqjax.transforms.absorb import absorb_biases
 from ptqjax.transforms.constant_channels import remove_constant_channels
 from ptqjax.transforms.fold import fold_batch_norms
@@ -73,6 +74,12 @@ def prepare(model: Model, absorb: str = "exact") -> tuple[Model, Report]:
     model, removed = remove_constant_channels(model)
     model, absorbed = absorb_biases(model, by=absorb) if absorb != "off" else (model, ())
     return model, (*folded, *removed, *absorbed)
+
+
+def without_absorption(folded: Model, prepared: Report) -> tuple[Model, Report] | None:
+    """Returns a folded model prepared without absorbing biases; None where `prepared` says that none was absorbed."""
+    absorbed = any(record.done and record.transform == ABSORPTION for record in prepared)
+    return prepare(folded, "off") if absorbed else None
 
 
 def _check(absorb: str, scaling: str) -> None:

@@ -63,14 +63,16 @@ def validate(
     groups = tuple(_group(fusions, quantized, name, tally) for name in tensors)
     unverified = [group.tensor for group in groups if not group.is_verified]
     saturating = saturating_weights(programs.fused)
+    likeness = tally.integer.likeness()
+    is_equal = likeness.equal == 1 and all(group.end_to_end.equal == 1 for group in groups)
     return Validation(
         groups=groups,
-        integer=tally.integer.likeness(),
+        integer=likeness,
         float=tally.floating.likeness() if in_float else None,
         num_samples=tally.num_samples,
         fusion=programs.report,
         saturating=saturating,
-        warnings=(*otherwise_fused(fusions, unverified), *warn_of_saturation(saturating)),
+        warnings=(*otherwise_fused(fusions, unverified, is_equal=is_equal), *warn_of_saturation(saturating)),
     )
 
 
