@@ -14,7 +14,7 @@ from ptqjax.errors import ConfigError
 from ptqjax.fit import Choice, scale_each
 from ptqjax.fit.bias_correction import correct_each, layer_axes
 from ptqjax.ir import Model, Report
-from ptqjax.quantize import Encoding, Encodings, check_not_quantized, guard_biases, widened
+from ptqjax.quantize import Encoding, Encodings, check_not_quantized, guard_biases, pairs_for, widened
 from ptqjax.quantize.alignment import aligned
 from ptqjax.quantize.bias import sums_in_fixed_point
 from ptqjax.quantize.calibrate import calibrate_and_measure
@@ -196,7 +196,7 @@ def _quantized(
         with stage("calibrate"):
             drafts = _calibrated(drafts, batches, frozen or {})
         with stage("correct"):
-            drafts = _corrected(drafts, batches)
+            drafts = _corrected([_fitted(draft, frozen or {}) for draft in drafts], batches)
             results = tuple(_finished(folded, draft) for draft in drafts)
         yield results
 
@@ -214,8 +214,10 @@ class _Draft:
     calibrate_report: Report = ()
     means: Means | None = None
     """Channel means of the float model's layers, as the pass that calibrated kept them."""
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    """Weights that take the place of the model's, so that no sum of two products saturates."""
     corrected: Model | None = None
-    """None where biases are not corrected."""
+    """None where neither weights nor biases are corrected."""
     correct_report: Report = ()
 
 
@@ -266,6 +268,17 @@ def _calibrated(
     return [found[position] for position in range(len(drafts))]
 
 
+def _fitted(draft: _Draft, frozen: Mapping[str, Encoding]) -> _Draft:
+    pairs = pairs_for(draft.config, draft.choice.model, draft.encodings, kept=frozen)
+    return replace(
+        draft,
+        encodings=pairs.encodings,
+        weights=pairs.weights,
+        corrected=pairs.applied(draft.choice.model) if pairs.has_changed else None,
+        correct_report=pairs.report,
+    )
+
+
 def _corrected(drafts: Sequence[_Draft], batches: Iterable[Mapping[str, Any]] | None) -> list[_Draft]:
     found = dict(enumerate(drafts))
     groups = _alike(drafts, lambda draft: (id(draft.choice.model), draft.choice.correct))
@@ -274,9 +287,11 @@ def _corrected(drafts: Sequence[_Draft], batches: Iterable[Mapping[str, Any]] | 
             some = [drafts[position] for position in positions]
             scaled = some[0].choice.model
             alike = aligned(scaled, [draft.encodings for draft in some], adds=False).encodings  # one program for all
-            each = correct_each(scaled, alike, batches, method=method, means=some[0].means)
+            weights = [draft.weights for draft in some]
+            each = correct_each(scaled, alike, batches, method=method, means=some[0].means, weights=weights)
             for position, draft, (corrected, report) in zip(positions, some, each, strict=True):
-                found[position] = replace(draft, corrected=corrected, correct_report=report)
+                records = (*draft.correct_report, *report)
+                found[position] = replace(draft, corrected=corrected, correct_report=records)
     return [found[position] for position in range(len(drafts))]
 
 

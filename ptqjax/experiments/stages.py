@@ -32,7 +32,7 @@ from ptqjax.ir.graph import Statistics
 from ptqjax.pipeline import Result, Stage
 from ptqjax.progress import Follow
 from ptqjax.publish import write_text
-from ptqjax.quantize import calibrate_and_report, check_not_quantized, guard_biases, widened
+from ptqjax.quantize import calibrate_and_report, check_not_quantized, guard_biases, pairs_for, widened
 from ptqjax.quantize.bias import sums_in_fixed_point
 from ptqjax.quantize.encodings import Encodings, concrete
 from ptqjax.transforms import fold_batch_norms, prepare
@@ -102,14 +102,17 @@ def _calibrate(task: Task, root: Path, folder: Path) -> None:
 
 def _correct(task: Task, root: Path, folder: Path) -> None:
     model, encodings = read_model(root / "equalize"), read_encodings(root / "calibrate")
-    correct, records = _read_json(root / "equalize" / _CHOICE)["correct"], ()
+    config, correct = task.recipe.config, _read_json(root / "equalize" / _CHOICE)["correct"]
+    pairs = pairs_for(config, model, encodings)
+    changed, records = pairs.applied(model), ()
     if correct != "none":
-        model, records = correct_biases(model, encodings, task.placed("correct"), method=correct)
+        batches = task.placed("correct")
+        changed, records = correct_biases(model, pairs.encodings, batches, method=correct, weights=pairs.weights)
     # Corrected biases may have grown.
-    encodings, guarded = guard_biases(model, encodings, fixed_point=sums_in_fixed_point(task.recipe.config))
-    write_model(folder, model)
+    encodings, guarded = guard_biases(changed, pairs.encodings, fixed_point=sums_in_fixed_point(config))
+    write_model(folder, changed)
     _write_encodings(folder, encodings)
-    _write_records(folder, (*records, *guarded))
+    _write_records(folder, (*pairs.report, *records, *guarded))
 
 
 def _export(task: Task, root: Path, folder: Path) -> None:
@@ -180,7 +183,7 @@ STAGES: Mapping[str, Callable[[Task, Path, Path], None]] = MappingProxyType(
 
 def result_of(root: Path, task: Task) -> Result:
     """Returns what `pipeline.quantize` would have returned, from what its stages stored."""
-    corrects = _read_json(root / "equalize" / _CHOICE)["correct"] != "none"
+    corrects = _read_json(root / "equalize" / _CHOICE)["correct"] != "none" or _is_changed(root / "correct")
     done = {"fold": True, "equalize": task.recipe.config.equalize, "calibrate": True, "correct": corrects}
     names = [name for name, is_done in done.items() if is_done]
     models = {name: read_model(root / name) for name in names if name != "calibrate"}
@@ -190,6 +193,10 @@ def result_of(root: Path, task: Task) -> Result:
         reports={name: _read_records(root / name) for name in names},
         stages=tuple(Stage(name=name, model=model) for name, model in models.items()),
     )
+
+
+def _is_changed(folder: Path) -> bool:
+    return any(record.done and record.transform == "fit_pairs" for record in _read_records(folder))
 
 
 def metrics_of(root: Path) -> Mapping[str, Any]:
