@@ -60,6 +60,8 @@ class Done:
     """What computed them."""
     aside: tuple[str, ...] = ()
     """Reports of an earlier model, by their new names."""
+    warning: str = ""
+    """Where the file's sums may saturate in a plain session, and what to do; "" where nowhere."""
 
 
 def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: Follow) -> Done:
@@ -82,8 +84,9 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
     result = ptqjax.quantize(source, data, job.config, frozen=frozen, stage=watch)
     with watch("export"):
         aside = _exported(job, result, folder)
+    warning = _saturation(result, job.config)
     if job.details == NO_REPORT:
-        return Done(aside=aside)
+        return Done(aside=aside, warning=warning)
     with _model_is_written(job.out):
         with watch("report"):
             facts = ptqjax.explain(
@@ -100,7 +103,14 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
             )
         _write_report(folder, facts | {"seconds": [each.as_dict() for each in watch.spent()]})
     publish(folder, job.out, option="--out")
-    return Done(stages=facts["stages"], measured_in=facts["measured_in"])
+    return Done(stages=facts["stages"], measured_in=facts["measured_in"], warning=warning)
+
+
+def _saturation(result: Result, config: QuantizationConfig) -> str:
+    from ptqjax.quantize import saturating_layers
+    from ptqjax.transforms.saturation import saturation_text
+
+    return saturation_text(saturating_layers(result.model, result.encodings, config))
 
 
 def _exported(job: Job, result: Result, folder: Path) -> tuple[str, ...]:
@@ -134,6 +144,8 @@ def say_done(job: Job, done: Done, watch: Stopwatch) -> None:
     click.echo(f"wrote {model}{what}")
     for name in done.aside:
         click.echo(f"a report of an earlier model was there: it is {job.out / name} now")
+    if done.warning:
+        click.echo(f"Warning: {done.warning}", err=True)
     click.echo(f"what the file is worth: ptqjax evaluate {model} --data TEST.npz --reference {job.model}")
     click.echo(summary(watch.spent()))
 

@@ -116,6 +116,8 @@ def changed_function(report: Mapping[str, Any]) -> list[Recommendation]:
 def losing_stages(report: Mapping[str, Any]) -> list[Recommendation]:
     """Recommends to leave out a stage after which less is left than before."""
     options = {"equalize": "--no-equalize", "correct": "--correct none"}
+    if report["settings"].get("correct") == "none":  # weights alone were corrected, for the target's kernels
+        del options["correct"]
     return [
         Recommendation(
             reason="losing stage",
@@ -127,6 +129,23 @@ def losing_stages(report: Mapping[str, Any]) -> list[Recommendation]:
         )
         for gain in stage_gains(report["stages"])
         if gain["stage"] in options and gain["sqnr_db"] < -_LOST_DB
+    ]
+
+
+def saturating_sums(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends the target whose weights are chosen for kernels that add two products in 16 bits."""
+    weights = report.get("saturating", ())
+    if not weights:
+        return []
+    return [
+        Recommendation(
+            reason="saturating sums",
+            what="Quantize for the target ort-cpu, or open sessions with the entry session.x64quantprecision=1.",
+            where=tuple(weights[:_MOST_NAMED]),
+            why=f"on an x86 without VNNI, ONNX Runtime adds products two by two in 16 bits, and at "
+            f"{_count(len(weights), 'weight', 'weights')} of this file two may exceed them.",
+            option="--target ort-cpu",
+        )
     ]
 
 
@@ -255,6 +274,7 @@ REASONS: tuple[Callable[[Mapping[str, Any]], list[Recommendation]], ...] = (
     without_samples,
     changed_function,
     losing_stages,
+    saturating_sums,
     one_grid_for_all_channels,
     dominant_groups,
     noisy_kind,
