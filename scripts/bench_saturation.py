@@ -188,8 +188,9 @@ def measured(plan: Mapping[str, Any]) -> dict[str, Any]:
         wanted = sessions["float"].run(None, batch)
         for name, session in sessions.items():
             for y, y_q in zip(wanted, session.run(None, batch), strict=True):
-                sums[name][0] += float(np.square(y.astype(np.float64)).sum())
-                sums[name][1] += float(np.square(y.astype(np.float64) - y_q).sum())
+                y64 = np.asarray(y, np.float64)
+                sums[name][0] += float(np.square(y64).sum())
+                sums[name][1] += float(np.square(y64 - np.asarray(y_q, np.float64)).sum())
     return {
         name: {"ms": 1e3 * float(np.median(times[name])), "sqnr": float(10 * np.log10(s / n)) if n else float("inf")}
         for name, (s, n) in sums.items()

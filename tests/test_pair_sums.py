@@ -6,6 +6,7 @@ from dataclasses import replace
 from importlib import resources
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import jax.numpy as jnp
@@ -205,7 +206,7 @@ def test_the_grids_of_an_earlier_run_give_the_same_integers_again(granularity):
 
 @pytest.mark.parametrize("changed", [{"target": "tensorrt", "activations": "int8"}, {"activations": "uint16"}])
 def test_where_nothing_is_added_in_pairs_nothing_changes(changed):
-    settings = {"activations_symmetric": True} if "target" in changed else {}
+    settings: dict[str, Any] = {"activations_symmetric": True} if "target" in changed else {}
     model, encodings, _, config = network(**changed, **settings)
     pairs = pairs_for(config, model, encodings)
     assert (pairs.weights, pairs.report) == ({}, ())
@@ -270,7 +271,7 @@ def quantized(tmp_path_factory):
     place = tmp_path_factory.mktemp("saturation")
     model, _, batch, _ = network()
     onnx_io.write(model, place / "m.onnx")
-    np.savez(place / "data.npz", **batch)
+    np.savez(place / "data.npz", x=batch["x"])
     text = (resources.files("ptqjax.targets") / "ort-cpu.toml").read_text(encoding="utf-8")
     (place / "free.toml").write_text(text.replace("pairs_in_16_bits = true", ""), encoding="utf-8")
     options = ["--calibration", place / "data.npz", "--no-equalize", "--report", "short", "--no-cache"]
