@@ -17,7 +17,7 @@ import ptqjax
 from ptqjax import QuantizationConfig, apply, calibrate, export, onnx_io, read
 from ptqjax.cli import commands
 from ptqjax.fit import correct_biases
-from ptqjax.kernels.pair_sums import fitted, paired, saturates, saturating_product, without_saturation
+from ptqjax.kernels.pair_sums import WEIGHT_OF_MOVES, fitted, paired, saturates, saturating_product, without_saturation
 from ptqjax.quantize import fit_pairs, pairs_for, saturating_layers
 from ptqjax.quantize.encodings import dequantize, fake_quantize, quantize
 from ptqjax.quantize.qdq import insert_qdq
@@ -132,8 +132,9 @@ def test_scales_are_raised_where_that_is_better_than_to_move_weights(shared):
 
     def error(factor):
         pairs, step = paired(terms), (scale * factor)[..., None]
-        codes = without_saturation(np.clip(np.round(pairs / step), -128, 127), pairs / step)
-        each = np.square(codes * step - pairs).sum((1, 2))
+        rounded = np.clip(np.round(pairs / step), -128, 127)
+        count = np.where(saturates(rounded)[..., None], WEIGHT_OF_MOVES, 1)
+        each = np.square(count * (without_saturation(rounded, pairs / step) * step - pairs)).sum((1, 2))
         return each.sum(keepdims=True) if shared else each
 
     assert np.allclose(found.error[:, 0], error(found.factor), rtol=1e-4)
