@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ptqjax.ops import lowers
     from ptqjax.pipeline import quantize
     from ptqjax.programs import keep_programs
-    from ptqjax.quantize import Encoding, calibrate, choose_encoding
+    from ptqjax.quantize import Encoding, calibrate, choose_encoding, fit_pairs
     from ptqjax.simulate import simulate
     from ptqjax.transforms import equalize, fold_batch_norms
     from ptqjax.validate import validate
@@ -73,6 +73,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "fit_pairs",
     "fold_batch_norms",
     "from_flax",
     "keep_programs",
@@ -121,6 +122,7 @@ _ROOM = {
     "evaluate": "evaluate",
     "explain": "experiments.explain",
     "export": "export",
+    "fit_pairs": "quantize",
     "fold_batch_norms": "transforms",
     "from_flax": "bridges",
     "keep_programs": "programs",

@@ -327,6 +327,10 @@ def evaluate(
         agreement   how often both name the same class, where an output looks like classes
         SQNR        10 log10(sum y^2 / sum (y - y_q)^2) of each output, in dB; of an output that joins
                     unlike parts, such as boxes and scores, of each part
+
+    The session is the one that ONNX Runtime opens without options. Where its sums may saturate on this processor (x86
+    without VNNI), figures of exact sums stand beside it.
+
     \b
     Examples:
         ptqjax evaluate quantized/model.onnx --data test.npz
@@ -340,14 +344,20 @@ def evaluate(
     files = data_files(data, "--data", preprocessing)
     say_reading(model, files, is_quiet=quiet)
     import ptqjax
+    from ptqjax.evaluate import evaluate_each
     from ptqjax.quantize.batches import checked_batches
     from ptqjax.report import tables
+    from ptqjax.transforms.saturation import warn_of_saturation
+    from ptqjax.validate import exact_function, may_saturate, saturates_here
 
-    graph = ptqjax.read(model).graph  # ONNX Runtime alone computes: it says where it can
+    quantized = ptqjax.read(model)
+    graph = quantized.graph  # ONNX Runtime alone computes: it says where it can
     labels, batches = load(files, graph, batch_axes)
+    saturating = may_saturate(quantized)
+    differs = bool(saturating) and device != "cuda" and saturates_here()
     with progress(is_quiet=quiet) as follow:
-        found = ptqjax.evaluate(
-            model,
+        found, *exact = evaluate_each(
+            [model, exact_function(model, device=device)] if differs else [model],
             checked_batches(graph, follow(batches, "evaluating")),
             labels=labels,
             reference=reference,
@@ -359,7 +369,9 @@ def evaluate(
             compared = ptqjax.evaluate(
                 reference, follow(batches, "evaluating the reference"), labels=labels, device=device
             )
-    tables.print_evaluation(model, found, compared)
+    tables.print_evaluation(model, found, compared, *exact)
+    for warning in warn_of_saturation(saturating):
+        click.echo(f"Warning: {warning}", err=True)
 
 
 @commands.command()

@@ -66,6 +66,8 @@ class Done:
     """What was kept or left out because of samples held back, in sentences."""
     aside: tuple[str, ...] = ()
     """Reports of an earlier model, by their new names."""
+    warning: str = ""
+    """Where the file's sums may saturate in a plain session, and what to do; "" where nowhere."""
 
 
 def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: Follow) -> Done:
@@ -88,8 +90,9 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
     result = ptqjax.quantize(source, data, job.config, frozen=frozen, stage=watch)
     with watch("export"):
         aside = _exported(job, result, folder)
+    warning = _saturation(result, job.config)
     if job.details == NO_REPORT:
-        return Done(judged=_judged(result), aside=aside)
+        return Done(judged=_judged(result), aside=aside, warning=warning)
     with _model_is_written(job.out):
         with watch("report"):
             facts = ptqjax.explain(
@@ -107,13 +110,20 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
             )
         _write_report(folder, facts | {"seconds": [each.as_dict() for each in watch.spent()]})
     publish(folder, job.out, option="--out")
-    return Done(stages=facts["stages"], measured_in=facts["measured_in"], judged=_judged(result))
+    return Done(stages=facts["stages"], measured_in=facts["measured_in"], judged=_judged(result), warning=warning)
 
 
 def _judged(result: Result) -> tuple[str, ...]:
     from ptqjax.fit.trials import verdicts
 
     return verdicts((record.what, record.reason) for records in result.reports.values() for record in records)
+
+
+def _saturation(result: Result, config: QuantizationConfig) -> str:
+    from ptqjax.quantize import saturating_layers
+    from ptqjax.transforms.saturation import saturation_text
+
+    return saturation_text(saturating_layers(result.model, result.encodings, config))
 
 
 def _exported(job: Job, result: Result, folder: Path) -> tuple[str, ...]:
@@ -149,6 +159,8 @@ def say_done(job: Job, done: Done, watch: Stopwatch) -> None:
     click.echo(f"wrote {model}{what}")
     for name in done.aside:
         click.echo(f"a report of an earlier model was there: it is {job.out / name} now")
+    if done.warning:
+        click.echo(f"Warning: {done.warning}", err=True)
     click.echo(f"what the file is worth: ptqjax evaluate {model} --data TEST.npz --reference {job.model}")
     click.echo(summary(watch.spent()))
 

@@ -69,8 +69,10 @@ def test_stages_and_reports_are_those_that_ran(model):
     assert [stage.name for stage in whole.stages] == ["fold", "equalize", "correct"]
     assert list(whole.reports) == ["fold", "equalize", "calibrate", "correct"]
     assert whole.stages[-1].model is whole.model
-    config = ptqjax.QuantizationConfig(equalize=False, correct="none")
+    config = ptqjax.QuantizationConfig(equalize=False, correct="none", target="generic-per-channel")
     assert [stage.name for stage in ptqjax.quantize(model, batches, config).stages] == ["fold"]
+    fitted = ptqjax.quantize(model, batches, replace(config, target="ort-cpu"))  # weights, for kernels that saturate
+    assert [stage.name for stage in fitted.stages] == ["fold", "correct"]
 
 
 def test_an_iterator_is_as_good_as_a_list(model):

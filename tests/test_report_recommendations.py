@@ -276,7 +276,7 @@ def test_each_reason_has_a_name_of_its_own_and_tells_figures(facts):
     assert {"few samples", "losing stage", "dominant groups", "noisy kind", "clipping"} == {f.reason for f in found}
     assert all(re.search(r"\d", each.why) for each in found)
     assert all(each["option"] and isinstance(each["where"], list) for each in as_facts(found))
-    assert len(REASONS) == 10
+    assert len(REASONS) == 11
 
 
 def with_outputs(facts: dict, **figures: float) -> dict:

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from ptqjax.ir import Model
-from ptqjax.transforms.saturation import saturating_weights, warn_of_saturation
+from ptqjax.transforms.saturation import (
+    in_order_of_terms,
+    in_order_of_weight,
+    saturating_weights,
+    warn_of_saturation,
+)
 from tests.models import build, node
 
 RANDOM = np.random.default_rng(0)
@@ -70,6 +75,24 @@ def test_the_terms_of_a_turned_gemm_lie_in_rows():
 def test_the_bound_is_that_of_16_bits(pair, is_named):
     weight = np.array(pair, np.int8).reshape(2, 1)
     assert bool(saturating_weights(layer("QLinearMatMul", weight))) == is_named == saturates(weight[:, 0])
+
+
+@pytest.mark.parametrize(("group", "num_pairs"), [(1, 4 * 2), (2, 4 * 2), (4, 0)])
+def test_kernels_with_one_input_channel_are_depthwise_only_with_one_output_channel_a_group(group, num_pairs):
+    """The terms of the others are the taps of the kernel, two by two (measured on AVX2 and AVX-512)."""
+    found = saturating_weights(layer("QLinearConv", np.full((4, 1, 1, 3), 127, np.int8), group=group))
+    assert sum(each.num_pairs for each in found) == num_pairs
+    assert sum(each.num_saturating for each in found) == num_pairs / 2
+
+
+@pytest.mark.parametrize(
+    ("op_type", "shape", "is_turned"),
+    [("Conv", (4, 3, 2, 5), False), ("MatMul", (2, 3, 4), False), ("Gemm", (3, 4), False), ("Gemm", (3, 4), True)],
+)
+def test_the_order_of_terms_is_undone(op_type, shape, is_turned):
+    weight = RANDOM.normal(size=shape)
+    terms = in_order_of_terms(weight, op_type, is_turned=is_turned)
+    assert np.array_equal(in_order_of_weight(terms, shape, op_type, is_turned=is_turned), weight)
 
 
 def test_depthwise_kernels_and_unsigned_weights_do_not_saturate():

@@ -57,6 +57,9 @@ class Target:
     fixed_point: bool = False
     """Whether sums are multiplied by s_x s_w / s_y in integers, with the output's zero point in the sum: weights then
     get scales for which both fit (`quantize.bias.guard_biases`)."""
+    pairs_in_16_bits: bool = False
+    """Whether some of its processors add products of 8 bits two by two in 16 bits, saturating: weights are then chosen
+    so that no pair does (`quantize.pairs.fit_pairs`)."""
     bounds_per_channel: bool = True
     """Whether a Min or Max with a bound for each channel is as good as a Clip."""
     exceptions: tuple[Rule, ...] = ()
@@ -195,6 +198,7 @@ _READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "biases": (_one_of("int32", "float"), '"int32" or "float"'),
     "exported_weights": (_one_of("integer", "float"), '"integer" or "float"'),
     "fixed_point": (_kind(bool), "true or false"),
+    "pairs_in_16_bits": (_kind(bool), "true or false"),
     "bounds_per_channel": (_kind(bool), "true or false"),
     "exceptions": (lambda value: tuple(map(rule_of, value)), "tables, each a rule"),
     "defaults": (lambda value: tuple(value.items()), "a table of settings"),

@@ -20,11 +20,11 @@ from ptqjax.export import export
 from ptqjax.ir import Graph, Model
 from ptqjax.pipeline import Result
 from ptqjax.progress import Follow
-from ptqjax.quantize import Encodings, calibrate
+from ptqjax.quantize import Encodings, calibrate, saturating_layers
 from ptqjax.quantize.batches import num_samples
 from ptqjax.quantize.names import matches_name, nodes_named
 from ptqjax.report.histograms import histogram_facts, weight_histogram
-from ptqjax.validate import Group, Validation, decibels, validate
+from ptqjax.validate import Group, Validation, decibels, saturates_here, validate
 
 _SAMPLES = {"fast": 8, "balanced": 16, "thorough": 32}
 _RUNTIME_SAMPLES = 16  # that ONNX Runtime's integers are compared on; each of them is exact
@@ -96,6 +96,7 @@ def explain(
         facts |= _depth_facts(result, follow(first, "explaining"))
         facts |= {"sensitivity": _sensitivity_facts(result, first, follow)}
         facts |= {"runtime": _runtime_facts(result, config, file, first)}
+    facts |= {"saturating": list(saturating_layers(result.model, result.encodings, config))}
     return facts | {"recommendations": report.as_facts(report.recommendations(facts))}
 
 
@@ -131,7 +132,21 @@ def measured(
         )
         for stage in result.stages
     ]
-    return report.measure(source, stages, batches, labels, metrics)
+    return report.measure(source, [*stages, *_plain_session(result, config)], batches, labels, metrics)
+
+
+def _plain_session(result: Result, config: QuantizationConfig) -> list[report.MeasuredStage]:
+    """Returns the last model as a user's session computes it, where that differs on this machine."""
+    if not saturating_layers(result.model, result.encodings, config) or not saturates_here():
+        return []
+    plain = report.MeasuredStage(
+        name=report.PLAIN_SESSION,
+        model=result.model,
+        encodings=result.encodings,
+        is_plain=True,
+        keeps_function=False,
+    )
+    return [plain]
 
 
 def _fitting(config: QuantizationConfig, model: Model) -> QuantizationConfig:

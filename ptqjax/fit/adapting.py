@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from ptqjax.quantize import Encoding, Encodings, guard_biases
 from ptqjax.quantize.alignment import aligned
 from ptqjax.quantize.bias import sums_in_fixed_point
 from ptqjax.quantize.observing import Means
+from ptqjax.quantize.pairs import Pairs, moves_for, pairs_for
 from ptqjax.transforms.linear import HOSTS
 
 _WHOLE = 8  # bits from which rounding to nearest is enough, where a channel has a scale of its own
@@ -41,7 +42,7 @@ def adapt_each(
     *,
     method: str,
     means: Means | None = None,
-    frozen: Iterable[str] = (),
+    frozen: Collection[str] = (),
 ) -> tuple[Adapted, ...]:
     """Returns the model adapted to each of several encodings, in order: its weights rounded, its biases corrected.
 
@@ -61,14 +62,15 @@ def adapt_each(
         PtqjaxError: As `solve_rounding` and `correct_each` do.
         ConfigError: Weights are to be solved for, and there are no data.
     """
+    pairs = [pairs_for(c, model, e, kept=frozen) for c, e in zip(configs, variants, strict=True)]
     has_data = batches is not None
-    solved = [is_solved_for(model, *each, has_data=has_data) for each in zip(variants, configs, strict=True)]
-    plain = [encodings for encodings, is_solved in zip(variants, solved, strict=True) if not is_solved]
+    solved = [is_solved_for(model, e.encodings, c, has_data=has_data) for e, c in zip(pairs, configs, strict=True)]
+    plain = [each for each, is_solved in zip(pairs, solved, strict=True) if not is_solved]
     corrected = iter(_corrected(model, plain, batches, method, means))
     found = []
-    for encodings, config, is_solved in zip(variants, configs, solved, strict=True):
-        each = _solved(model, encodings, config, batches or (), frozen) if is_solved else next(corrected)
-        found.append(_guarded(each, config))  # corrected biases may have grown
+    for each, config, is_solved in zip(pairs, configs, solved, strict=True):
+        one = _solved(model, each, config, batches or (), frozen) if is_solved else next(corrected)
+        found.append(_guarded(one, config))  # corrected biases may have grown
     return tuple(found)
 
 
@@ -104,31 +106,39 @@ def _is_coarse(encoding: Encoding, config: QuantizationConfig) -> bool:
 
 def _corrected(
     model: Model,
-    variants: Sequence[Encodings],
+    variants: Sequence[Pairs],
     batches: Iterable[Mapping[str, Any]] | None,
     method: str,
     means: Means | None,
 ) -> Iterator[Adapted]:
     if method == "none" or not variants:
-        return (Adapted(model, encodings, ()) for encodings in variants)
-    alike = aligned(model, variants, adds=False).encodings  # one program for all
-    each = correct_each(model, alike, batches, method=method, means=means)
-    return (Adapted(*pair[:1], encodings, pair[1]) for pair, encodings in zip(each, variants, strict=True))
+        return (
+            Adapted(each.applied(model) if each.has_changed else model, each.encodings, each.report)
+            for each in variants
+        )
+    alike = aligned(model, [each.encodings for each in variants], adds=False).encodings  # one program for all
+    weights = [each.weights for each in variants]
+    every = correct_each(model, alike, batches, method=method, means=means, weights=weights)
+    return (
+        Adapted(changed, each.encodings, (*each.report, *report))
+        for (changed, report), each in zip(every, variants, strict=True)
+    )
 
 
 def _solved(
     model: Model,
-    encodings: Encodings,
+    pairs: Pairs,
     config: QuantizationConfig,
     batches: Iterable[Mapping[str, Any]],
-    frozen: Iterable[str],
+    frozen: Collection[str],
 ) -> Adapted:
-    first = _guarded(Adapted(model, encodings, ()), config)  # a scale raised later would ask for other integers
+    first = _guarded(Adapted(model, pairs.encodings, pairs.report), config)  # raised later, a scale asks for others
     settings = Solving(
         seed=config.seed,
         samples=POLICIES[config.effort].rounding_samples,
         corrects=config.correct != "none",
         kept=frozenset(frozen),
+        moved=moves_for(config, model, first.encodings),
     )
     solved, report = solve_rounding(model, first.encodings, batches, settings)
     return Adapted(solved, first.encodings, (*first.report, *report))

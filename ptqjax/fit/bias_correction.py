@@ -56,7 +56,12 @@ class _Layer:
 
 
 def correct_biases(
-    model: Model, encodings: Encodings, batches: Iterable[Any] | None, *, method: str | None = None
+    model: Model,
+    encodings: Encodings,
+    batches: Iterable[Any] | None,
+    *,
+    method: str | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> tuple[Model, Report]:
     """Returns the model with biases that take out the mean error which quantization leaves in each layer's output.
 
@@ -75,6 +80,8 @@ def correct_biases(
         batches: Arrays by input name; samples along the first axis. Checked one by one as they come. None where there
             is no data.
         method: "empirical" or "analytic"; None for the empirical one where there is data, else the analytic one.
+        weights: Parameters, by name, that the quantized model has in place of `model`'s (`quantize.fit_pairs`); the
+            result has them. None: it has the model's.
 
     Returns:
         The corrected model, and a record per layer with the mean error of its worst channel, in the output's units.
@@ -91,7 +98,7 @@ def correct_biases(
         Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2
         and appendices B to D. There the empirical correction is measured layer by layer with a forward pass each.
     """
-    return correct_each(model, (encodings,), batches, method=method)[0]
+    return correct_each(model, (encodings,), batches, method=method, weights=(weights or {},))[0]
 
 
 def correct_each(
@@ -101,6 +108,7 @@ def correct_each(
     *,
     method: str | None = None,
     means: Means | None = None,
+    weights: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[tuple[Model, Report], ...]:
     """Returns what `correct_biases` returns for each of several encodings, in order, from one pass over the data.
 
@@ -114,28 +122,34 @@ def correct_each(
         method: As `correct_biases` takes it.
         means: Channel means of the tensors in `layer_axes(model)`, as a pass over the same batches kept them (see
             `observe`): then the float model does not run again. None: it does.
+        weights: For each encodings the parameters, by name, that the quantized model has in place of `model`'s, which
+            the mean errors are measured against all the same; the results have them.
     """
     if method not in (None, *_METHODS):
         raise ConfigError(f"method={method!r} is unknown; expected one of {', '.join(_METHODS)}, or None")
     check_not_quantized(model)
     for encodings in variants:
         check_tensors(model.graph, encodings)
+    changed = [model.replace(params={**model.params, **each}) for each in weights or [{}] * len(variants)]
     found = [_find_layers(model, encodings) for encodings in variants]
     if method == "analytic" or (method is None and batches is None):
-        return tuple(_analytic(model, encodings, *each) for encodings, each in zip(variants, found, strict=True))
-    each = _mean_errors(model, variants, [layers for layers, _ in found], checked_parts(model.graph, batches), means)
+        every = zip(changed, variants, found, strict=True)
+        return tuple(_analytic(model, own, encodings, *each) for own, encodings, each in every)
+    parts = checked_parts(model.graph, batches)
+    quantized = list(zip(changed, variants, strict=True))
+    each = _mean_errors(model, quantized, [layers for layers, _ in found], parts, means)
     results = []
-    for (layers, left_alone), errors in zip(found, each, strict=True):
-        corrected, records = _corrected_model(model, layers, errors)
+    for own, (layers, left_alone), errors in zip(changed, found, each, strict=True):
+        corrected, records = _corrected_model(own, layers, errors)
         results.append((corrected, (*records, *left_alone)))
     return tuple(results)
 
 
 def _analytic(
-    model: Model, encodings: Encodings, layers: tuple[_Layer, ...], left_alone: Report
+    model: Model, own: Model, encodings: Encodings, layers: tuple[_Layer, ...], left_alone: Report
 ) -> tuple[Model, Report]:
-    errors, unknown = expected_errors(model, encodings, [layer.output for layer in layers])
-    corrected, records = _corrected_model(model, tuple(each for each in layers if each.output in errors), errors)
+    errors, unknown = expected_errors(model, encodings, [layer.output for layer in layers], weights=own.params)
+    corrected, records = _corrected_model(own, tuple(each for each in layers if each.output in errors), errors)
     return corrected, (*records, *left_alone, *(_left(output, reason) for output, reason in unknown.items()))
 
 
@@ -262,7 +276,7 @@ def _obstacle(model: Model, layer: _Layer | None) -> str:
 
 def _mean_errors(
     model: Model,
-    variants: Sequence[Encodings],
+    variants: Sequence[tuple[Model, Encodings]],
     corrected: Sequence[tuple[_Layer, ...]],
     batches: Iterable[Parts],
     means: Means | None,
@@ -272,8 +286,8 @@ def _mean_errors(
     total_size = 0
     float_means = _FloatMeans(model, means)
     quantized = [
-        QuantizedPass(model, encodings, tuple((layer.output, layer.axis) for layer in layers), biases=False)
-        for encodings, layers in zip(variants, corrected, strict=True)
+        QuantizedPass(own, encodings, tuple((layer.output, layer.axis) for layer in layers), biases=False)
+        for (own, encodings), layers in zip(variants, corrected, strict=True)
     ]
     for index, parts in enumerate(batches):
         found = together(partial(_errors_of_parts, float_means, quantized, index, parts), is_shared=parts.is_shared)

@@ -45,9 +45,7 @@ class Problem:
         scale, zero = (along_axis(np.asarray(v), encoding, weight.shape) for v in (encoding.scale, encoding.zero_point))
 
         def view(array: Any) -> np.ndarray:
-            whole = np.broadcast_to(np.asarray(array, np.float32), weight.shape)
-            groups = grouped_view(whole, groups=layer.groups, inputs_first=layer.inputs_first)
-            return np.ascontiguousarray(groups.reshape(*groups.shape[:2], -1))
+            return _view(array, weight.shape, layer.groups, inputs_first=layer.inputs_first)
 
         grid = Grid(view(scale), view(encoding.qmin - zero), view(encoding.qmax - zero))
         taps = int(np.prod(weight.shape[2:])) if layer.kernel_rank else 1
@@ -55,8 +53,15 @@ class Problem:
 
     def nearest(self) -> Weights:
         """Returns the codes next to the weights, on the host."""
+        return self._codes(self.weights)
+
+    def codes(self, weight: np.ndarray) -> Weights:
+        """Returns the codes next to a weight in its own shape."""
+        return self._codes(_view(weight, self.shape, len(self.weights), inputs_first=self.inputs_first))
+
+    def _codes(self, weights: Weights) -> Weights:
         scale, low, high = self.grid
-        return np.clip(np.round(self.weights / scale), low, high)
+        return np.clip(np.round(weights / scale), low, high)
 
     def weight_of(self, codes: Weights) -> np.ndarray:
         """Returns the weight, in its own shape, that the codes stand for."""
@@ -103,6 +108,12 @@ class Problem:
                 here = codes[some, rows]
                 codes[some, rows] = solved[: here.shape[0], : here.shape[1], :inputs]
         return codes
+
+
+def _view(array: Any, shape: tuple[int, ...], groups: int, *, inputs_first: bool) -> Weights:
+    whole = np.broadcast_to(np.asarray(array, np.float32), shape)
+    view = grouped_view(whole, groups=groups, inputs_first=inputs_first)
+    return np.ascontiguousarray(view.reshape(*view.shape[:2], -1))
 
 
 def _padded_size(inputs: int) -> int:

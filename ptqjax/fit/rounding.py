@@ -7,7 +7,7 @@ read is kept, so that the time is that of two forward passes; statistics are tho
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,6 +49,8 @@ class Solving:
     """Whether biases take the mean error of their layers; layers without one get one."""
     kept: frozenset[str] = frozenset()
     """Weights whose integers stay those next to them."""
+    moved: Callable[[str, np.ndarray], np.ndarray] | None = None
+    """Returns a weight, by its name and as it was solved, with integers that the target's kernels can take."""
 
 
 def solve_rounding(
@@ -270,8 +272,9 @@ def _solve(walk: _Walk, layer: Linear, params: dict[str, Any]) -> Record:
     errors |= {ridge: problem.error(problem.solve(first.means(), ridge), second.means()) for ridge in RIDGES}
     ridge = min(errors, key=errors.__getitem__)  # of equal ones the first
     both = first.plus(second).means()
-    codes = problem.solve(both, ridge) if ridge else nearest
-    params[layer.weight] = problem.weight_of(codes).astype(weight.dtype)
+    solved = problem.weight_of(problem.solve(both, ridge) if ridge else nearest).astype(weight.dtype)
+    params[layer.weight] = solved if walk.settings.moved is None else walk.settings.moved(layer.weight, solved)
+    codes = problem.codes(params[layer.weight])
     if walk.settings.corrects and layer.bias and layer.node.attribute("beta", 1.0) == 1:
         bias = np.asarray(walk.model.params[layer.bias])
         params[layer.bias] = _shifted(bias, problem.shift(codes, both))

@@ -42,6 +42,7 @@ from ptqjax.ops import (  # noqa: F401 (importing a family registers its operato
     resize,
     rotary,
     sampling,
+    saturating,
     scattering,
     sequence,
     shape,

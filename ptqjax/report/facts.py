@@ -19,12 +19,16 @@ _NUM_STD = 3.0  # around the mean: 99.7 % of a normal channel
 _WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}  # operator -> axis of the weight's output channels
 
 
+PLAIN_SESSION = "plain session"
+"""The row of the last model as a session without options computes it, where its sums saturate on this machine."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One row of the table: the model after a stage, against the float model as it was read."""
 
     stage: str
-    """What was done last: "float", "fold", "equalize", "correct"."""
+    """What was done last: "float", "fold", "equalize", "correct"; or `PLAIN_SESSION`."""
     metrics: Mapping[str, float]
     """Figures by name. Of the model computed in float: "float_sqnr_db" (dB). Quantized: "sqnr_db" (dB, over all
     outputs), "worst_sqnr_db" (dB, of the output or part that has least, where there are several), "agreement" (where an

@@ -41,6 +41,8 @@ class MeasuredStage:
     """The float model after the stage."""
     encodings: Encodings | None
     """Grids that were calibrated for it; None: it is not measured quantized."""
+    is_plain: bool = False
+    """Whether ONNX Runtime computes it with the sums of a session without options; else with exact ones."""
     keeps_function: bool
     """Whether the stage promises the same function in float (a bias correction does not: it anticipates rounding)."""
 
@@ -127,7 +129,7 @@ def _in_runtime(source: Model, stages: Sequence[MeasuredStage]) -> _Programs | N
             reference=_session(source),
             in_float={stage.name: _session(stage.model) for stage in stages if stage.keeps_function},
             quantized={
-                stage.name: _session(quantized_model(stage.model, stage.encodings))
+                stage.name: _session(quantized_model(stage.model, stage.encodings), exact=not stage.is_plain)
                 for stage in stages
                 if stage.encodings is not None
             },
@@ -137,8 +139,8 @@ def _in_runtime(source: Model, stages: Sequence[MeasuredStage]) -> _Programs | N
         return None
 
 
-def _session(model: Model) -> Function:
-    runtime = session(model)
+def _session(model: Model, *, exact: bool = True) -> Function:
+    runtime = session(model, exact=exact)
     return lambda batch: run(runtime, batch)
 
 

@@ -126,6 +126,8 @@ def losing_stages(report: Mapping[str, Any]) -> list[Recommendation]:
         record["what"] for record in report.get("records", ()) if record["transform"] == "choose" and record["done"]
     }
     options = {stage: option for stage, option in options.items() if f"{JUDGED}{stage}" not in kept}
+    if report["settings"].get("correct") == "none":  # weights alone were corrected, for the target's kernels
+        options.pop("correct", None)
     return [
         Recommendation(
             reason="losing stage",
@@ -172,6 +174,23 @@ def unlike_parts(report: Mapping[str, Any]) -> list[Recommendation]:
         )
         for done, (first, *_), where, reason, what in (
             [record[key] for key in ("done", "where", "where", "reason", "what")] for record in found[:_MOST_NAMED]
+        )
+    ]
+
+
+def saturating_sums(report: Mapping[str, Any]) -> list[Recommendation]:
+    """Recommends the target whose weights are chosen for kernels that add two products in 16 bits."""
+    weights = report.get("saturating", ())
+    if not weights:
+        return []
+    return [
+        Recommendation(
+            reason="saturating sums",
+            what="Quantize for the target ort-cpu, or open sessions with the entry session.x64quantprecision=1.",
+            where=tuple(weights[:_MOST_NAMED]),
+            why=f"on an x86 without VNNI, ONNX Runtime adds products two by two in 16 bits, and at "
+            f"{_count(len(weights), 'weight', 'weights')} of this file two may exceed them.",
+            option="--target ort-cpu",
         )
     ]
 
@@ -303,6 +322,7 @@ REASONS: tuple[Callable[[Mapping[str, Any]], list[Recommendation]], ...] = (
     losing_stages,
     unlike_parts,
     weak_output,
+    saturating_sums,
     one_grid_for_all_channels,
     dominant_groups,
     noisy_kind,

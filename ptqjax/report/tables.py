@@ -92,8 +92,20 @@ def _percent(fraction: float) -> str:
     return "100.000" if fraction == 1 else f"{min(100 * fraction, 99.999):.3f}"
 
 
-def print_evaluation(path: Path, found: Evaluation, reference: Evaluation | None) -> None:
-    """Prints what a file is worth in ONNX Runtime, and the reference's accuracy beside it where that is known."""
+def print_evaluation(
+    path: Path, found: Evaluation, reference: Evaluation | None, exact: Evaluation | None = None
+) -> None:
+    """Prints what a file is worth in the session that users open; beside it in exact sums, where that may differ.
+
+    The reference's accuracy is shown where it is known.
+    """
+    every = [_evaluation_rows(each, reference) for each in (found, exact) if each is not None]
+    rows = [[row[0], *(other[1] for other in same)] for row, *same in zip(every[0], *every, strict=True)]
+    headings = ["", ""] if exact is None else ["", "plain session", "exact sums"]
+    _table(f"{path} in ONNX Runtime", headings, rows, numbers_from=1)
+
+
+def _evaluation_rows(found: Evaluation, reference: Evaluation | None) -> list[list[str]]:
     figures = {
         "top-1 of the reference, %": None if reference is None else reference.top1,
         "top-1, %": found.top1,
@@ -106,7 +118,7 @@ def print_evaluation(path: Path, found: Evaluation, reference: Evaluation | None
         rows += [[f"the worst output: '{found.worst[0]}'; SQNR, dB", f"{found.worst[1]:.2f}"]]
     elif found.sqnr is not None:
         rows += [["SQNR, dB", f"{found.sqnr:.2f}"]]
-    _table(f"{path} in ONNX Runtime", ["", ""], rows, numbers_from=1)
+    return rows
 
 
 def print_inspection(path: Path, found: Inspection) -> None:

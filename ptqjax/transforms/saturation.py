@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ptqjax.ir import Model, Node, value_of
+from ptqjax.ir import Model, Node, rebuild, value_of
+from ptqjax.kernels.pair_sums import OPERATORS, paired, saturates
 
 _NAMED = 3  # weights in the warning
-_WEIGHT = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3, "MatMulIntegerToFloat": 1}  # position among the inputs
+_WEIGHT = {  # position among the inputs
+    "QLinearConv": 3,
+    "QLinearMatMul": 3,
+    "QGemm": 3,
+    "MatMulIntegerToFloat": 1,
+    "MatMulInteger": 1,
+    "DynamicQuantizeMatMul": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +47,8 @@ def saturating_weights(fused: Model) -> tuple[Saturation, ...]:
 
     Those kernels (instruction VPMADDUBSW) add two products uint8 x int8 that are neighbours in their order of terms,
     and saturate at [-2**15, 2**15 - 1]. With inputs from 0 to 255, a pair can exceed it where its positive weights come
-    to more than 128, or its negative ones to less than -128. A product's terms are in the order of the sum, a
-    convolution's with channels last. Depthwise kernels add in 32 bits. int8 inputs are made uint8 by the runtime.
+    to more than 128, or its negative ones to less than -128. `in_order_of_terms` says which are neighbours. Depthwise
+    kernels add in 32 bits, those of uint8 x uint8 widen first. int8 inputs are made uint8 by the runtime.
 
     Args:
         fused: A model with integer operators, as `fuse_quantized` returns it, with concrete weights.
@@ -53,13 +61,68 @@ def warn_of_saturation(weights: Sequence[Saturation]) -> list[str]:
     """Returns a warning that says where x86 kernels without VNNI may saturate, if they may anywhere."""
     if not weights:
         return []
-    named = ", ".join(f"{each.weight}: {100 * each.fraction:.1f} % of its pairs" for each in weights[:_NAMED])
-    shown = named + (f", and {len(weights) - _NAMED} more" if len(weights) > _NAMED else "")
-    warning = (
-        f"on an x86 without VNNI, ONNX Runtime's default kernels may saturate at {len(weights)} weights ({shown}); "
-        "there, open sessions with the entry session.x64quantprecision=1, as ptqjax does"
+    return [saturation_text([f"{each.weight}: {100 * each.fraction:.1f} % of its pairs" for each in weights])]
+
+
+def saturation_text(weights: Sequence[str]) -> str:
+    """Returns what to say of weights, each named in its own way; "" where there are none."""
+    if not weights:
+        return ""
+    named = ", ".join(weights[:_NAMED]) + (f", and {len(weights) - _NAMED} more" if len(weights) > _NAMED else "")
+    return (
+        f"on an x86 without VNNI, ONNX Runtime's default kernels may saturate at {len(weights)} weights ({named}); "
+        "there, open sessions with the entry session.x64quantprecision=1, or quantize for the target ort-cpu"
     )
-    return [warning]
+
+
+def without_vnni(fused: Model) -> Model:
+    """Returns the model with the operators whose sums may saturate replaced by such as do: what x86 without VNNI gives.
+
+    They are of the domain `OPERATORS`, which `apply` knows.
+
+    Args:
+        fused: As for `saturating_weights`.
+    """
+    outputs = {each.output for each in saturating_weights(fused) if each.operator in _EMULATED}
+    nodes = [replace(node, domain=OPERATORS) if node.output in outputs else node for node in fused.graph.nodes]
+    if not outputs:
+        return fused
+    graph = replace(fused.graph, opsets=tuple(sorted({**dict(fused.graph.opsets), OPERATORS: 1}.items())))
+    return rebuild(fused.replace(graph=graph), nodes=nodes)
+
+
+_EMULATED = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat")
+
+
+def is_depthwise(weight_shape: tuple[int, ...], group: int) -> bool:
+    """Tells whether a Conv has one input and one output channel a group: such kernels add in 32 bits."""
+    return weight_shape[1] == 1 and weight_shape[0] == group
+
+
+def in_order_of_terms(weight: np.ndarray, op_type: str, *, is_turned: bool = False) -> np.ndarray:
+    """Returns the weights of each sum in the order in which they are added, [sums, terms]; neighbours are paired.
+
+    A convolution's terms have their channels last: the input channels of the first place of the kernel come first.
+    A product's are in the order of its sum.
+
+    Args:
+        weight: [o, c / group, *kernel] of a convolution, [..., k, m] of a product.
+        op_type: "Conv" or "QLinearConv", or the operator of a product.
+        is_turned: Whether a product's weight is [m, k] (transB).
+    """
+    if op_type in {"Conv", "QLinearConv"}:
+        return np.moveaxis(weight, 1, -1).reshape(len(weight), -1)
+    by_sum = weight if is_turned else np.swapaxes(weight, -1, -2)
+    return by_sum.reshape(-1, by_sum.shape[-1])
+
+
+def in_order_of_weight(
+    terms: np.ndarray, shape: tuple[int, ...], op_type: str, *, is_turned: bool = False
+) -> np.ndarray:
+    """Returns what `in_order_of_terms` was given, a weight of `shape`."""
+    if op_type in {"Conv", "QLinearConv"}:
+        return np.moveaxis(terms.reshape(shape[0], *shape[2:], shape[1]), -1, 1)
+    return terms.reshape(shape) if is_turned else np.swapaxes(terms.reshape(*shape[:-2], shape[-1], shape[-2]), -1, -2)
 
 
 def _saturation(fused: Model, node: Node) -> Saturation | None:
@@ -67,33 +130,17 @@ def _saturation(fused: Model, node: Node) -> Saturation | None:
     weight = value_of(fused, name)
     if weight is None or weight.dtype != np.int8:
         return None
-    if node.op_type == "QLinearConv" and weight.shape[1] == 1:
+    if node.op_type == "QLinearConv" and is_depthwise(weight.shape, int(node.attribute("group", 1))):
         return None
-    pairs = _pairs(_terms(np.asarray(weight), node))
-    info = np.iinfo(np.int16)
-    high = 255 * np.maximum(pairs, 0).sum(-1) > info.max
-    low = 255 * np.minimum(pairs, 0).sum(-1) < info.min
-    num_saturating = int(np.count_nonzero(high | low))
+    terms = in_order_of_terms(np.asarray(weight), node.op_type, is_turned=bool(node.attribute("transB", 0)))
+    found = saturates(paired(terms.astype(np.int32)))
+    num_saturating = int(np.count_nonzero(found))
     if not num_saturating:
         return None
     return Saturation(
         weight=name,
         operator=node.op_type,
         output=node.output,
-        num_pairs=high.size,
+        num_pairs=found.size,
         num_saturating=num_saturating,
     )
-
-
-def _terms(weight: np.ndarray, node: Node) -> np.ndarray:
-    """Returns the weights of each sum in the order in which they are added, [sums, terms]."""
-    if node.op_type == "QLinearConv":
-        return np.moveaxis(weight, 1, -1).reshape(len(weight), -1)
-    by_sum = weight if node.attribute("transB", 0) else np.swapaxes(weight, -1, -2)
-    return by_sum.reshape(-1, by_sum.shape[-1])
-
-
-def _pairs(terms: np.ndarray) -> np.ndarray:
-    """Returns the terms in twos, [sums, pairs, 2], in 32 bits; an odd one is paired with zero."""
-    padded = np.pad(terms.astype(np.int32), ((0, 0), (0, terms.shape[1] % 2)))
-    return padded.reshape(len(terms), -1, 2)

@@ -19,8 +19,10 @@ from ptqjax.ir import Graph, Model
 _FP8 = {"tensor(float8e4m3fn)": ml_dtypes.float8_e4m3fn, "tensor(float8e5m2)": ml_dtypes.float8_e5m2}
 
 
-def session(source: Model | str | os.PathLike[str] | bytes, *, device: str = "cpu", **options: Any) -> Any:
-    """Returns an ONNX Runtime session, exact on every x86.
+def session(
+    source: Model | str | os.PathLike[str] | bytes, *, device: str = "cpu", exact: bool = True, **options: Any
+) -> Any:
+    """Returns an ONNX Runtime session, exact on every x86 unless the one is asked for that users open.
 
     Without VNNI, ONNX Runtime's default kernels for uint8 x int8 saturate at 16 bits; the session is opened with
     `session.x64quantprecision`, which takes exact ones.
@@ -28,6 +30,7 @@ def session(source: Model | str | os.PathLike[str] | bytes, *, device: str = "cp
     Args:
         source: The model: a file, its bytes, or as read.
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        exact: Whether sums are exact; False: as ONNX Runtime computes them by default.
         options: Further attributes of `onnxruntime.SessionOptions`.
 
     Raises:
@@ -42,7 +45,7 @@ def session(source: Model | str | os.PathLike[str] | bytes, *, device: str = "cp
         ) from error
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors only
-    settings.add_session_config_entry("session.x64quantprecision", "1")
+    settings.add_session_config_entry("session.x64quantprecision", str(int(exact)))
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a third of the processor's time else
     for name, value in options.items():
         setattr(settings, name, value)
