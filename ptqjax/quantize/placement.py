@@ -19,6 +19,7 @@ from ptqjax.quantize.bias import BiasSite, bias_sites
 from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, weight_site, weight_uses
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
 from ptqjax.quantize.movement import moves_data
+from ptqjax.quantize.repaid import unrepaid
 from ptqjax.quantize.rules import Settings, Settled, settle
 from ptqjax.quantize.sites import ACTIVATION, CONSTANT, WEIGHT, Placement, Site, Skipped, kind_of
 from ptqjax.quantize.tensors import check_not_quantized, check_types, floating_tensors
@@ -41,6 +42,8 @@ class _Plan:
     """Other parameters that are rounded like weights -> the operator that reads them."""
     wanted: frozenset[str] | None
     """The activations to be rounded; None for all."""
+    unrepaid: Mapping[str, str]
+    """Tensors whose rounding no integer kernel repays -> the reason."""
 
 
 def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
@@ -57,14 +60,17 @@ def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
     floating = floating_tensors(model)
     uses, others = weight_uses(model), rounded_parameters(model, target)
     settled = settle(model, config, target, floating, (*uses, *others))
+    groups = find_groups(model, target, config.supergroups)
+    off = frozenset(tensor for tensor, found in settled.by_tensor.items() if found.off)
     plan = _Plan(
         model=model,
         target=target,
         settings=settled.by_tensor,
-        groups=find_groups(model, target, config.supergroups),
+        groups=groups,
         weights=uses,
         parameters=others,
         wanted=wanted_tensors(model, target),
+        unrepaid=unrepaid(model, target, groups, off),
     )
     layers = {site.bias: site for site in bias_sites(model)}
     decided: dict[str, Site | Skipped] = {}
@@ -105,12 +111,22 @@ def _decision(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
     if settings.off:
         return Skipped(tensor=tensor, reason=settings.off)
     if tensor in plan.weights:
+        if not settings.on and (operators := _without_kernel(plan, tensor)):
+            return Skipped(
+                tensor=tensor, reason=f"weight of {operators}, which target {plan.target.name!r} has in float"
+            )
         return weight_site(plan.model, tensor, plan.weights[tensor], settings)
     if tensor in plan.parameters:
         return parameter_site(tensor, settings, f"parameter of {plan.parameters[tensor]}")
     if tensor in plan.model.params:
         return _constant(plan, tensor)
     return _activation(plan, tensor, decided)
+
+
+def _without_kernel(plan: _Plan, weight: str) -> str:
+    """Returns the operators that read a weight where the target computes none of them in integers; "" elsewhere."""
+    operators = sorted({use.node.op_type for use in plan.weights[weight]})
+    return "" if not plan.target.products or plan.target.products.intersection(operators) else ", ".join(operators)
 
 
 # Biases
@@ -175,7 +191,7 @@ def _reason_for_float(plan: _Plan, tensor: str, readers: tuple[Node, ...]) -> st
         return "bounds of an activation, one per channel"
     if all(_is_of_affine(plan.model, node) for node in readers):
         return "parameter of an affine map per channel, like that of a BatchNormalization"
-    return ""
+    return plan.unrepaid.get(tensor, "")
 
 
 def _is_of_affine(model: Model, node: Node) -> bool:
@@ -210,12 +226,14 @@ def _activation(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
 def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
     """Returns why an activation stays in float, for people; "" where it does not."""
     root, node = plan.groups.bounded.get(tensor), plan.model.graph.producers.get(tensor)
-    if root is not None and plan.settings[root].off:
+    if root is not None and (plan.settings[root].off or root in plan.unrepaid):
         return f"bounded into '{root}', which stays in float"
     if plan.settings[tensor].on:
         return ""
     if tensor in plan.groups.inside:
         return plan.groups.inside[tensor]
+    if root is None and tensor in plan.unrepaid:
+        return plan.unrepaid[tensor]
     if plan.wanted is not None and tensor not in plan.wanted:
         return f"no operator reads it that target {plan.target.name!r} rounds for"
     if (

@@ -1,0 +1,90 @@
+"""Where ONNX Runtime has no integer kernel, nothing is rounded for its sake: graphs beside what is rounded in them."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from ptqjax.config import QuantizationConfig, Rule
+from ptqjax.ir import Model
+from ptqjax.onnx_io import read
+from ptqjax.quantize import place
+
+RNG = np.random.default_rng(0)
+WEIGHTS = {
+    "w": RNG.normal(size=(4, 4, 1, 1)).astype(np.float32),
+    "v": RNG.normal(size=(4, 4, 1, 1)).astype(np.float32),
+    "m": RNG.normal(size=(8, 8)).astype(np.float32),
+    "n": RNG.normal(size=(8, 8)).astype(np.float32),
+    "g": np.ones(8, np.float32),
+    "h": np.zeros(8, np.float32),
+    "slope": RNG.normal(size=(4, 1, 1)).astype(np.float32),
+}
+
+
+def build(text: str, outputs: str = "y") -> Model:
+    """Returns a model of lines `outputs = Operator inputs`, of an input x [1, 4, 8, 8]."""
+    lines = [line.split() for line in text.strip().splitlines()]
+    nodes = [helper.make_node(line[2], line[3:], line[0].split(",")) for line in lines]
+    read_names = {name for line in lines for name in line[3:]}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 4, 8, 8))],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs.split()],
+        [numpy_helper.from_array(value, name) for name, value in WEIGHTS.items() if name in read_names],
+    )
+    return read(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def rounded(model: Model, **settings) -> set[str]:
+    """Returns the tensors that have a grid."""
+    return {site.tensor for site in place(model, QuantizationConfig(**settings)).sites}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("y = Softmax x", ""),
+        ("y = ConvTranspose x w", ""),
+        ("t = ConvTranspose x w\np = PRelu t slope\ny = Conv p v", "p v y"),
+        ("t = ConvTranspose x w\nr = Relu t\ny = Sigmoid r", ""),
+        ("c = Conv x w\np = PRelu c slope\ny = Conv p v", "x w c p v y"),
+        ("c = Conv x w\np = HardSigmoid c\nq = Mul c p\ny = Conv q v", "x w c p q v y"),
+        ("c = Conv x w\nr = Relu c\ny = LayerNormalization r g h", "x w r"),
+        ("c = Conv x w\ny = Softmax c", "x w c"),
+        ("a = MatMul x m\ns = Softmax a\ny = MatMul s n", "x m s n y"),
+        ("a = MatMul x m\nt = Transpose a\ns = Softmax t\ny = MatMul s n", "x m s n y"),
+        ("a = MatMul x m\nb = Add a x\nc = LayerNormalization b g h\nd = MatMul c n\ny = Add b d", "x m c n"),
+        ("a = MatMul x m\nt = Transpose a\ny = MatMul t n", "x m a t n y"),
+        ("s = Sqrt x\nt = Mul s g\nz = Add t h\ny = MatMul z n", "z n y"),
+    ],
+    ids=lambda value: "+".join(line.split()[2] for line in value.splitlines()) if "=" in str(value) else "",
+)
+def test_what_no_integer_kernel_needs_stays_in_float(text: str, expected: str) -> None:
+    assert rounded(build(text)) == set(expected.split())
+
+
+def test_a_target_that_does_not_tell_its_kernels_rounds_everywhere() -> None:
+    assert rounded(build("s = Sqrt x\ny = Softmax s"), target="generic-per-channel") == {"x", "s", "y"}
+
+
+def test_what_reads_a_tensor_left_in_float_is_no_kernel() -> None:
+    model = build("s = Sqrt x\na = MatMul s m\ny = Softmax a")
+    assert rounded(model) == {"s", "m"}
+    assert rounded(model, exclude=("m",)) == set()
+
+
+def test_a_rule_that_asks_for_it_rounds_all_the_same() -> None:
+    rule = Rule(tensors=("s",), enabled=True)
+    assert "s" in rounded(build("s = Sqrt x\ny = Softmax s"), rules=(rule,))
+    assert rounded(build("y = ConvTranspose x w"), rules=(Rule(tensors=("w",), enabled=True),)) == {"w"}
+
+
+def test_the_reason_names_the_target() -> None:
+    placement = place(build("y = ConvTranspose x w"))
+    reasons = {entry.tensor: entry.reason for entry in placement.skipped}
+    assert reasons == {
+        "x": "nothing that target 'ort-cpu' has in integers needs it",
+        "w": "weight of ConvTranspose, which target 'ort-cpu' has in float",
+        "y": "nothing that target 'ort-cpu' has in integers needs it",
+    }
