@@ -230,10 +230,9 @@ def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
         return f"bounded into '{root}', which stays in float"
     if plan.settings[tensor].on:
         return ""
-    if tensor in plan.groups.inside:
-        return plan.groups.inside[tensor]
-    if root is None and tensor in plan.unrepaid:
-        return plan.unrepaid[tensor]
+    needless = plan.groups.inside if root is not None else {**plan.unrepaid, **plan.groups.inside}
+    if tensor in needless:
+        return needless[tensor]
     if plan.wanted is not None and tensor not in plan.wanted:
         return f"no operator reads it that target {plan.target.name!r} rounds for"
     if (

@@ -33,7 +33,7 @@ def unrepaid(model: Model, target: Target, groups: Groups, off: Container[str]) 
     forced, given = _forward(survey)
     repaid = _backward(survey, forced, given)
     tensors = {name for node in model.graph.nodes for name in (*node.inputs, *node.outputs)} - {""}
-    return {name: f"nothing that target {target.name!r} has in integers needs it" for name in tensors - repaid}
+    return dict.fromkeys(tensors - repaid, f"nothing that target {target.name!r} has in integers needs it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ptqjax.report import running
 from ptqjax.report.markup import code, figure, folded, gallery, section, table
 from ptqjax.report.plots import channel_plot, range_bar, spread
 from ptqjax.report.texts import METRICS, by_transform, figure_texts, metric_headings, metric_text
@@ -24,9 +25,10 @@ def head(report: Mapping[str, Any], title: str) -> str:
         first = next((stage["metrics"][name] for stage in stages if name in stage["metrics"]), None)
         note = f", from {metric_text(name, first)}" if name == "top1" else ""
         cards.append((metric_text(name, last.get(name)) or "?", f"{METRICS[name][0]}{note}"))
+    cards += running.cards(report)
     cards.append((str(len(kinds)), f"grids: {kinds.count('weight')} weights, {kinds.count('activation')} activations"))
     cells = "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in cards)
-    return f'<h1>{escape(title)}</h1>\n<div class="cards">{cells}</div>\n'
+    return f'<h1>{escape(title)}</h1>\n<div class="cards">{cells}</div>\n{running.warnings(report)}'
 
 
 def stages(report: Mapping[str, Any]) -> str:
