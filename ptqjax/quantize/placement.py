@@ -111,7 +111,7 @@ def _decision(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
     if settings.off:
         return Skipped(tensor=tensor, reason=settings.off)
     if tensor in plan.weights:
-        if not settings.on and (operators := _without_kernel(plan, tensor)):
+        if not settings.is_asked_for and (operators := _without_kernel(plan, tensor)):
             return Skipped(
                 tensor=tensor, reason=f"weight of {operators}, which target {plan.target.name!r} has in float"
             )
@@ -191,7 +191,7 @@ def _reason_for_float(plan: _Plan, tensor: str, readers: tuple[Node, ...]) -> st
         return "bounds of an activation, one per channel"
     if all(_is_of_affine(plan.model, node) for node in readers):
         return "parameter of an affine map per channel, like that of a BatchNormalization"
-    return plan.unrepaid.get(tensor, "")
+    return _unrepaid(plan, tensor)
 
 
 def _is_of_affine(model: Model, node: Node) -> bool:
@@ -230,9 +230,8 @@ def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
         return f"bounded into '{root}', which stays in float"
     if plan.settings[tensor].on:
         return ""
-    needless = plan.groups.inside if root is not None else {**plan.unrepaid, **plan.groups.inside}
-    if tensor in needless:
-        return needless[tensor]
+    if reason := plan.groups.inside.get(tensor) or ("" if root is not None else _unrepaid(plan, tensor)):
+        return reason
     if plan.wanted is not None and tensor not in plan.wanted:
         return f"no operator reads it that target {plan.target.name!r} rounds for"
     if (
@@ -242,6 +241,11 @@ def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
     ):
         return f"{node.op_type} of '{node.inputs[0]}', which stays in float"
     return ""
+
+
+def _unrepaid(plan: _Plan, tensor: str) -> str:
+    """Returns why no integer kernel repays rounding a tensor that no rule asks for; "" where one does."""
+    return "" if plan.settings[tensor].is_asked_for else plan.unrepaid.get(tensor, "")
 
 
 def _tied(plan: _Plan, tensor: str, root: str, reason: str, decided: Decided) -> Site:

@@ -202,24 +202,25 @@ def layers_of(model: Model, graph: Graph) -> tuple[Layer, ...]:
     found = []
     for node in (node for node in all_nodes(model.graph) if node.op_type in _LAYERS and not node.domain):
         codes, weight = _codes(model, node)
+        results = _quantized(model, node)
         record = foreseen.get(node.output)
-        known = {codes} if codes else {node.output, *_quantized(model, node)}
+        known = {codes} if codes else {node.output, *results}
         in_integers = id(node) in own and not known.isdisjoint(read_as_codes)
         reason = "" if in_integers else _reason(node, record.reason if record else "", inside=id(node) not in own)
-        found.append(Layer(name=weight or node.output, operator=node.op_type, in_integers=in_integers, reason=reason))
+        name = (weight or min(results, default=node.output)).removesuffix("_quantized")
+        found.append(Layer(name=name, operator=node.op_type, in_integers=in_integers, reason=reason))
     return tuple(found)
 
 
 def _codes(model: Model, node: Node) -> tuple[str, str]:
-    """Returns the codes of a layer's weight, and the weight's name; "" where there are none."""
+    """Returns the codes of a layer's weight, and what holds the weight; "" where there are none."""
     for operand in node.inputs[1::-1]:
         tensor, producers = operand, model.graph.producers
         while (before := producers.get(tensor)) is not None and before.op_type in _ON_THE_WAY:
             tensor = before.inputs[0]
         if tensor in model.params:
             is_float = np.issubdtype(np.asarray(model.params[tensor]).dtype, np.floating)
-            name = tensor.removesuffix("_quantized")
-            return ("" if is_float else tensor), name
+            return ("" if is_float else tensor), tensor
     return "", ""
 
 
