@@ -150,7 +150,7 @@ def _in_steps(
                 yield {**frame, **memory}
                 break
             found = session.run(list(states.values()), {**frame, **memory})
-            memory = dict(zip(states, found, strict=True))
+            memory = {name: np.asarray(value) for name, value in zip(states, found, strict=True)}
 
 
 def _dtln() -> Iterator[Batch]:
