@@ -1,6 +1,6 @@
 """Compares quantized files where they run: ours, ONNX Runtime's own and the float one, in one process.
 
-    python scripts/bench_runtime.py [--effort fast] [--networks other/nanodet_m ...] [--document docs/runtime.md]
+    python scripts/bench_runtime.py [--effort fast | --plain] [--networks NAME ...] [--document docs/runtime.md]
 
 Ours is made with the defaults of `ptqjax.quantize`, the peer's by `onnxruntime.quantization.quantize_static` (QDQ,
 uint8 activations, int8 weights per channel, MinMax) after its own preprocessing, from the same 32 samples. Of 16
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import onnx
 from bench_header import header
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from runtime_samples import NETWORKS, Batch, Samples, path_of, samples_of
+from runtime_samples import NETWORKS, NUM_CALIBRATION, NUM_EVALUATION, Batch, Samples, path_of, samples_of
 
 import ptqjax
 from ptqjax.validate import decibels, milliseconds, plain_session
@@ -62,9 +62,9 @@ class _Reader(CalibrationDataReader):
         return next(self.left, None)
 
 
-def own_file(network: str, samples: Samples, folder: Path, effort: str) -> Path:
+def own_file(network: str, samples: Samples, folder: Path, settings: Mapping[str, Any]) -> Path:
     """Writes our file."""
-    model, config = ptqjax.read(path_of(network)), ptqjax.QuantizationConfig(effort=effort)
+    model, config = ptqjax.read(path_of(network)), ptqjax.QuantizationConfig(**settings)
     result = ptqjax.quantize(model, samples.calibration, config)
     ptqjax.export(result.model, result.encodings, folder, "ours")
     return folder / "ours.onnx"
@@ -199,11 +199,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--effort", default="balanced", choices=("fast", "balanced", "thorough"))
+    parser.add_argument("--plain", action="store_true", help="ranges alone: no equalization, no corrected biases")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long runs of a network are timed")
     parser.add_argument("--document", type=Path)
     parser.add_argument("--files", type=Path, help="a folder for the files, which are made where they are missing")
     arguments = parser.parse_args()
-    head = header(also=f"effort {arguments.effort}, 32 samples to calibrate, 16 to evaluate")
+    settings = {"equalize": False, "correct": "none"} if arguments.plain else {"effort": arguments.effort}
+    told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    head = header(also=f"ours with {told}; {NUM_CALIBRATION} samples to calibrate, {NUM_EVALUATION} to evaluate")
     print(f"{head}\n\n{table_head()}", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -214,7 +217,7 @@ def main() -> None:
             peer = folder / "peer.onnx"
             peer = peer if peer.is_file() else peer_file(network, samples, folder)
             ours = folder / "ours.onnx"
-            ours = ours if ours.is_file() else own_file(network, samples, folder, arguments.effort)
+            ours = ours if ours.is_file() else own_file(network, samples, folder, settings)
             files = {"float": path_of(network), "ours": ours} | ({} if peer is None else {"ORT": peer})
             found = figures(files, samples, seconds=arguments.seconds)
             rows.append(row(network, found))

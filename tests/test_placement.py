@@ -79,7 +79,7 @@ SAME = {"pads": [1, 1, 1, 1]}
             [("MaxPool", "c", "p", {"kernel_shape": [1, 1]}), ("Concat", "p x", "y", {"axis": 1})],
             {"c": "as y", "p": "as y", "y": "own"},
         ),
-        ([("Mul", "c one", "y")], {"c": "own", "y": "own", "one": "float"}),
+        ([("Mul", "c one", "y")], {"c": "own", "y": "own", "one": "own"}),
         ([("Mul", "c bound", "y")], {"c": "own", "y": "own", "bound": "own"}),
     ],
     ids=lambda value: "+".join(node[0] for node in value) if isinstance(value, list) else "",

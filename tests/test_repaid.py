@@ -7,7 +7,10 @@ from onnx import TensorProto, helper, numpy_helper
 from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.ir import Model
 from ptqjax.onnx_io import read
-from ptqjax.quantize import place
+from ptqjax.quantize import calibrate, place
+from ptqjax.quantize.encodings import fake_quantize
+from ptqjax.quantize.qdq import insert_qdq
+from ptqjax.validate import validate
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {
@@ -21,17 +24,17 @@ WEIGHTS = {
 }
 
 
-def build(text: str, outputs: str = "y") -> Model:
-    """Returns a model of lines `outputs = Operator inputs`, of an input x [1, 4, 8, 8]."""
+def build(text: str, **numbers: np.floating) -> Model:
+    """Returns a model of lines `outputs = Operator inputs`, of an input x [n, 4, 8, 8], with an output y."""
     lines = [line.split() for line in text.strip().splitlines()]
     nodes = [helper.make_node(line[2], line[3:], line[0].split(",")) for line in lines]
     read_names = {name for line in lines for name in line[3:]}
     graph = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 4, 8, 8))],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs.split()],
-        [numpy_helper.from_array(value, name) for name, value in WEIGHTS.items() if name in read_names],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 4, 8, 8))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in {**WEIGHTS, **numbers}.items() if k in read_names],
     )
     return read(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
 
@@ -62,6 +65,24 @@ def rounded(model: Model, **settings) -> set[str]:
 )
 def test_what_no_integer_kernel_needs_stays_in_float(text: str, expected: str) -> None:
     assert rounded(build(text)) == set(expected.split())
+
+
+@pytest.mark.parametrize("operator", ["Add", "Mul"])
+@pytest.mark.parametrize("number", [0.3, -7.0, 1e-3, 0.0])
+def test_a_number_gets_a_grid_that_holds_it_where_the_kernel_lacks_nothing_else(operator: str, number: float) -> None:
+    model = build(f"c = Conv x w\ny = {operator} c k", k=np.float32(number))
+    sample = {"x": RNG.normal(size=(2, 4, 8, 8)).astype(np.float32)}
+    encodings = calibrate(model, [sample], QuantizationConfig())
+    assert float(fake_quantize(np.float32(number), encodings["k"])) == pytest.approx(number, rel=1e-6)
+    found = validate(insert_qdq(model, encodings), [sample])
+    assert [group.operator for group in found.groups if group.integer] == ["QLinearConv", f"QLinear{operator}"]
+    assert found.largest <= 1
+
+
+def test_numbers_elsewhere_stay_in_float() -> None:
+    for text in ("c = Sqrt x\ny = Mul c k", "c = MatMul x m\nd = Mul c k\ny = Softmax d", "c = Conv x w\ny = Div c k"):
+        assert "k" not in rounded(build(text, k=np.float32(2)))
+        assert "k" not in rounded(build("c = Conv x w\ny = Mul c k", k=np.float32(2)), target="generic-per-channel")
 
 
 def test_a_target_that_does_not_tell_its_kernels_rounds_everywhere() -> None:

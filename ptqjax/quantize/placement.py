@@ -183,7 +183,7 @@ def _constant(plan: _Plan, tensor: str) -> Site | Skipped:
 
 def _reason_for_float(plan: _Plan, tensor: str, readers: tuple[Node, ...]) -> str:
     operators = sorted({node.op_type for node in readers})
-    if np.size(plan.model.params[tensor]) == 1:
+    if np.size(plan.model.params[tensor]) == 1 and not _reaches_a_kernel(plan, tensor, readers):
         return "a single number"
     if not set(operators) <= plan.target.constant_operands:
         return f"parameter of {', '.join(operators)}"
@@ -192,6 +192,16 @@ def _reason_for_float(plan: _Plan, tensor: str, readers: tuple[Node, ...]) -> st
     if all(_is_of_affine(plan.model, node) for node in readers):
         return "parameter of an affine map per channel, like that of a BatchNormalization"
     return _unrepaid(plan, tensor)
+
+
+def _reaches_a_kernel(plan: _Plan, number: str, readers: tuple[Node, ...]) -> bool:
+    """Tells whether a number's readers are integer kernels for want of nothing but its grid, which holds it exactly."""
+    return bool(plan.target.companions) and all(
+        node.op_type in ("Add", "Mul")
+        and number not in plan.unrepaid
+        and node.output not in {*plan.unrepaid, *plan.groups.inside, *plan.groups.bounded}
+        for node in readers
+    )
 
 
 def _is_of_affine(model: Model, node: Node) -> bool:
