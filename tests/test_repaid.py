@@ -27,7 +27,8 @@ WEIGHTS = {
 def build(text: str, **numbers: np.floating) -> Model:
     """Returns a model of lines `outputs = Operator inputs`, of an input x [n, 4, 8, 8], with an output y."""
     lines = [line.split() for line in text.strip().splitlines()]
-    nodes = [helper.make_node(line[2], line[3:], line[0].split(",")) for line in lines]
+    attributes = {"Concat": {"axis": 1}}
+    nodes = [helper.make_node(line[2], line[3:], [line[0]], **attributes.get(line[2], {})) for line in lines]
     read_names = {name for line in lines for name in line[3:]}
     graph = helper.make_graph(
         nodes,
@@ -109,3 +110,19 @@ def test_the_reason_names_the_target() -> None:
         "w": "weight of ConvTranspose, which target 'ort-cpu' has in float",
         "y": "nothing that target 'ort-cpu' has in integers needs it",
     }
+
+
+def test_convolutions_before_any_activation_run_in_integers_as_simulated() -> None:
+    kinds = ("LeakyRelu", "HardSwish", "Elu", "Selu", "PRelu")
+    lines = ["c = Conv x w"]
+    for kind in kinds:
+        lines += [f"a{kind} = {kind} c {'slope' if kind == 'PRelu' else ''}", f"d{kind} = Conv a{kind} v"]
+    lines.append(f"y = Concat {' '.join(f'd{kind}' for kind in kinds)}")
+    model = build("\n".join(lines))
+    sample = {"x": RNG.normal(size=(2, 4, 8, 8)).astype(np.float32)}
+    found = validate(insert_qdq(model, calibrate(model, [sample])), [sample], in_float=False)
+    convolutions = [group for group in found.groups if group.operator == "QLinearConv"]
+    assert len(convolutions) == 1 + len(kinds)
+    assert all(group.integer and group.largest == 0 for group in convolutions)
+    assert found.largest <= 1  # exp is another one in each library
+    assert found.unverified == ()
