@@ -27,8 +27,9 @@ WEIGHTS = {
 def build(text: str, **numbers: np.floating) -> Model:
     """Returns a model of lines `outputs = Operator inputs`, of an input x [n, 4, 8, 8], with an output y."""
     lines = [line.split() for line in text.strip().splitlines()]
-    attributes = {"Concat": {"axis": 1}}
-    nodes = [helper.make_node(line[2], line[3:], [line[0]], **attributes.get(line[2], {})) for line in lines]
+    nodes = [helper.make_node(line[2], line[3:], [line[0]]) for line in lines]
+    for node in nodes:
+        node.attribute.extend([helper.make_attribute("axis", 1)] if node.op_type == "Concat" else [])
     read_names = {name for line in lines for name in line[3:]}
     graph = helper.make_graph(
         nodes,
