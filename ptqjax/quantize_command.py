@@ -64,6 +64,8 @@ class Done:
     """What computed them."""
     judged: tuple[str, ...] = ()
     """What was kept or left out because of samples held back, in sentences."""
+    execution: Mapping[str, Any] | None = None
+    """What a session makes of the file, as `explain` tells it; None where that was not looked at."""
     aside: tuple[str, ...] = ()
     """Reports of an earlier model, by their new names."""
     warning: str = ""
@@ -105,12 +107,19 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
                 origin=origin,
                 device=device,
                 file=job.out / MODEL[0],
+                float_file=job.model,
                 full=job.details == "full",
                 follow=follow,
             )
         _write_report(folder, facts | {"seconds": [each.as_dict() for each in watch.spent()]})
     publish(folder, job.out, option="--out")
-    return Done(stages=facts["stages"], measured_in=facts["measured_in"], judged=_judged(result), warning=warning)
+    return Done(
+        stages=facts["stages"],
+        measured_in=facts["measured_in"],
+        judged=_judged(result),
+        execution=facts.get("execution"),
+        warning=warning,
+    )
 
 
 def _judged(result: Result) -> tuple[str, ...]:
@@ -147,11 +156,15 @@ def _write_report(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def say_done(job: Job, done: Done, watch: Stopwatch) -> None:
     """Says what was written, what it is worth, and what it took."""
-    from ptqjax.report import tables
+    from ptqjax.report import running, tables
 
     tables.print_stages(done.stages, done.measured_in)
     for sentence in done.judged:
         click.echo(sentence)
+    for line in running.lines(done.execution):
+        click.echo(line)
+    for warning in (done.execution or {}).get("warnings", ()):
+        click.echo(f"Warning: {warning}; what runs in float and why is in the report", err=True)
     model, has_report = job.out / MODEL[0], job.details != NO_REPORT
     if has_report and not job.data:
         click.echo("nothing was measured, because there are no samples: ranges and corrections are from batch norms")

@@ -209,8 +209,7 @@ def test_models_of_every_opset_run_in_integers(tmp_path, opset, granularity):
         node("Clip", ["d"], "e", min=0.0, max=2.0) if opset < 11 else node("Clip", ["d", "low", "high"], "e"),
         node("GlobalAveragePool", ["e"], "g"),
         node("Flatten", ["g"], "f"),
-        node("Gemm", ["f", "u", "t"], "h", transB=1),
-        node("Softmax", ["h"], "y", axis=1),
+        node("Gemm", ["f", "u", "t"], "y", transB=1),
     ]
     params = {"w": normal(6, 3, 3, 3), "b": normal(6), "v": normal(8, 6, 3, 3), "u": normal(5, 8), "t": normal(5)}
     bounds = {"low": np.zeros((), np.float32), "high": np.full((), 2, np.float32)}
@@ -231,7 +230,8 @@ def test_models_of_every_opset_run_in_integers(tmp_path, opset, granularity):
     assert not [warning for warning in found.warnings if "VNNI" not in warning]
     (y,) = run(session(tmp_path), batch).values()
     (expected,) = apply(model.graph, model.params, batch).values()
-    np.testing.assert_allclose(y, expected, atol=0.1)  # the mend keeps the meaning: 8 bits through three layers
+    # The mend keeps the meaning: 8 bits through three layers.
+    np.testing.assert_allclose(y, expected, atol=0.05 * np.abs(expected).max())
 
 
 def test_an_operator_that_bars_the_way_to_integers_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ptqjax.config import QuantizationConfig
 from ptqjax.quantize import place
 from ptqjax.transforms import fold_batch_norms
 from tests.models import Chain, assert_same_function
@@ -22,4 +23,6 @@ def test_a_scale_alone_and_a_shift_of_another_shape_are_rounded_each() -> None:
     chain.add("Mul", chain.param("k", np.ones((4, 1, 1)) * 2))
     chain.add("Add", chain.param("shift", np.ones((1, 4, 1, 1)) * 3))
     model = chain.build()
-    assert {"t1", "t2", "k1", "shift2"} <= {site.tensor for site in place(model).sites}
+    assert {"t1", "t2", "k1", "shift2"} <= {
+        site.tensor for site in place(model, QuantizationConfig(target="generic-per-channel")).sites
+    }

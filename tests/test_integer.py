@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.kernels import integer
 from ptqjax.kernels.quotient import quotient
 from ptqjax.quantize import calibrate
@@ -104,7 +104,8 @@ def validation(request):
     """What `validate` finds on the zoo, by name of the float tensor."""
     model = zoo()
     batch = {"x": np.random.default_rng(1).normal(size=(4, 16, 17, 15)).astype(np.float32)}
-    config = QuantizationConfig(granularity=request.param, ranges="min-max")
+    rounded = Rule(operators=("Softmax",), enabled=True)  # left in float else: it is faster so
+    config = QuantizationConfig(granularity=request.param, ranges="min-max", rules=(rounded,))
     return validate(insert_qdq(model, calibrate(model, [batch], config)), [batch])
 
 
@@ -181,7 +182,7 @@ def test_a_product_of_matrices_and_its_bias_are_one_operator(shape, order, relu,
     nodes = [nodes[0], node("Add", order, "a"), node("Relu", ["a"], "y")] if relu else nodes
     model = build(nodes, {"w": normal(6, 5), "b": normal(*shape)}, input_shape=("n", 6), outputs=["y"])
     found = as_foreseen(model, {"x": normal(8, 6)}, granularity=granularity)
-    assert found == (["QLinearMatMul"] if shape == (1,) else ["QGemm"])
+    assert found == ([] if shape == (1,) else ["QGemm"])  # a MatMulIntegerToFloat, which adds nothing
 
 
 def test_a_product_of_more_axes_stays_apart_from_its_bias():

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.errors import ConfigError, ModelError
 from ptqjax.ir import Graph, Model, Node, first_quantized_node
 from ptqjax.onnx_io import read
@@ -36,6 +36,10 @@ def build(*nodes: tuple, inputs=(("x", (1, 4, 6, 6)),), outputs=("y",), **initia
     return read(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
 
 
+EVERYWHERE = QuantizationConfig(target="generic-per-channel")
+"""Of a target that rounds whatever arises."""
+
+
 def floats(*shape: int) -> np.ndarray:
     return RNG.normal(size=shape).astype(np.float32)
 
@@ -56,8 +60,8 @@ SAME = {"pads": [1, 1, 1, 1]}
     [
         ([("Relu", "c", "y")], {"c": "float", "y": "own"}),
         ([("Clip", "c lo hi", "y")], {"c": "float", "y": "own", "lo": "float", "hi": "float"}),
-        ([("LeakyRelu", "c", "y")], {"c": "float", "y": "own"}),
-        ([("PRelu", "c slope", "y")], {"c": "float", "y": "own", "slope": "float"}),
+        ([("LeakyRelu", "c", "y")], {"c": "own", "y": "own"}),
+        ([("PRelu", "c slope", "y")], {"c": "own", "y": "float", "slope": "float"}),
         ([("Relu", "c", "r"), ("Min", "r bound", "y")], {"c": "float", "r": "as y", "y": "own", "bound": "float"}),
         ([("Max", "c bound", "m"), ("Min", "m bound", "y")], {"c": "as y", "m": "as y", "y": "own", "bound": "float"}),
         ([("Sigmoid", "c", "y")], {"c": "own", "y": "own"}),
@@ -70,12 +74,12 @@ SAME = {"pads": [1, 1, 1, 1]}
             {"c": "float", "r": "as y", "x": "own", "y": "own"},
         ),
         ([("Concat", "c c", "y", {"axis": 1})], {"c": "own", "y": "own"}),
-        ([("Softmax", "c", "s"), ("Concat", "s x", "y", {"axis": 1})], {"c": "own", "s": "own", "y": "own"}),
+        ([("Softmax", "c", "s"), ("Concat", "s x", "y", {"axis": 1})], {"c": "own", "s": "float", "y": "float"}),
         (
             [("MaxPool", "c", "p", {"kernel_shape": [1, 1]}), ("Concat", "p x", "y", {"axis": 1})],
             {"c": "as y", "p": "as y", "y": "own"},
         ),
-        ([("Mul", "c one", "y")], {"c": "own", "y": "own", "one": "float"}),
+        ([("Mul", "c one", "y")], {"c": "own", "y": "own", "one": "own"}),
         ([("Mul", "c bound", "y")], {"c": "own", "y": "own", "bound": "own"}),
     ],
     ids=lambda value: "+".join(node[0] for node in value) if isinstance(value, list) else "",
@@ -93,7 +97,7 @@ def test_ways_to_pad() -> None:
     for value, mode, expected in ((0.0, "constant", "as x"), (1.0, "constant", "own"), (1.0, "reflect", "as x")):
         pads = np.asarray([0, 0, 1, 1, 0, 0, 1, 1])
         model = build(("Pad", "x p v", "y", {"mode": mode}), p=pads, v=np.float32(value))
-        assert plan(place(model))["y"] == expected
+        assert plan(place(model, EVERYWHERE))["y"] == expected
 
 
 GELU = [("Div", "h two", "d"), ("Erf", "d", "e"), ("Add", "e one", "a")]
@@ -112,7 +116,7 @@ def test_nothing_is_rounded_inside_a_decomposed_gelu(tail, inside: str) -> None:
     numbers |= {"half": np.float32(0.5)} if any("half" in node[1] for node in tail) else {}
     model = build(("Softplus", "x", "h"), *GELU, *tail, **numbers)
     expected = dict.fromkeys([*inside, *numbers], "float") | dict.fromkeys("xhy", "own")
-    assert plan(place(model)) == expected
+    assert plan(place(model, EVERYWHERE)) == expected
 
 
 MATRIX = (("x", (5, 8)),)
@@ -126,7 +130,7 @@ def test_a_bias_behind_a_product_is_part_of_it() -> None:
 
 def test_a_constant_that_is_no_vector_is_an_operand_and_no_bias() -> None:
     model = build(("MatMul", "x w", "m"), ("Add", "m p", "y"), inputs=MATRIX, w=floats(8, 3), p=floats(5, 3))
-    placement = place(model)
+    placement = place(model, EVERYWHERE)
     assert plan(placement) == {"x": "own", "w": "own", "p": "own", "m": "own", "y": "own"}
     site = placement.site("p")
     assert site is not None
@@ -153,7 +157,8 @@ def test_scales_run_along_the_output_channels_of_a_matrix(node, shape, axis: int
 def test_scales_of_convolutions_and_blocks() -> None:
     def axes(granularity: str, op: str) -> tuple[int | None, int | None]:
         model = build((op, "x w", "y"), w=floats(4, 4, 3, 3))
-        site = place(model, QuantizationConfig(granularity=granularity)).site("w")
+        config = QuantizationConfig(granularity=granularity, rules=(Rule(tensors=("w",), enabled=True),))
+        site = place(model, config).site("w")
         assert site is not None
         return site.axis, site.block_size
 
@@ -203,7 +208,7 @@ def test_types_are_those_of_the_configuration() -> None:
 
 
 def test_a_known_range_is_fixed() -> None:
-    site = place(build(("Softmax", "x", "y"))).site("y")
+    site = place(build(("Softmax", "x", "y")), EVERYWHERE).site("y")
     assert site is not None
     assert site.fixed_range == (0, 1)
 
@@ -226,11 +231,11 @@ def test_integers_have_no_place() -> None:
 def test_a_model_in_another_type_is_refused_by_name(dtype: type) -> None:
     model = build(("Cast", "x", "h", {"to": helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}), ("Relu", "h", "y"))
     with pytest.raises(ModelError, match=f"tensor 'h' has the type {np.dtype(dtype).name}.*convert .* to float32"):
-        place(model)
+        place(model, EVERYWHERE)
     graph = model.graph
     other = replace(graph, inputs=tuple(replace(spec, dtype=np.dtype(dtype)) for spec in graph.inputs))
     with pytest.raises(ModelError, match=f"tensor 'x' has the type {np.dtype(dtype).name}"):
-        place(model.replace(graph=other))
+        place(model.replace(graph=other), EVERYWHERE)
     weight = build(("Conv", "x w", "y"), w=floats(4, 4, 3, 3))
     with pytest.raises(ModelError, match=f"tensor 'w' has the type {np.dtype(dtype).name}"):
         place(weight.replace(params={"w": weight.params["w"].astype(dtype)}))
@@ -272,7 +277,7 @@ def test_a_quantized_model_is_refused() -> None:
 def test_excluded_tensors_and_what_depends_on_them_stay_in_float() -> None:
     nodes = [("Conv", "x w b", "c", SAME), ("MaxPool", "c", "p", {"kernel_shape": [2, 2]}), ("Neg", "p", "y")]
     model = build(*nodes, **CONV)
-    excluded = plan(place(model, QuantizationConfig(exclude=("c",))))
+    excluded = plan(place(model, replace(EVERYWHERE, exclude=("c",))))
     assert excluded == {"x": "own", "w": "own", "b": "int32", "c": "float", "p": "float", "y": "own"}
     assert plan(place(model, QuantizationConfig(exclude=("w",))))["b"] == "float"
     assert set(plan(place(model, QuantizationConfig(exclude=("*",)))).values()) == {"float"}
@@ -380,7 +385,7 @@ def test_every_floating_tensor_of_the_real_models_has_one_place(shared: Path) ->
         ("mobilenet_v2_1.0_224", 53, 65, 1),
         ("resnet20_cifar10", 20, 1 + 1 + 9 * 3 + 2, 1),
         ("squeezenet_v1.1", 26, 2 + 8 * 2 + 2, 26),
-        ("tiny_vit_cifar10", 18, 3 + 4 * 13 + 3, 18),
+        ("tiny_vit_cifar10", 18, 2 + 4 * 6 + 2, 18),
     ],
 )
 def test_counts_of_the_real_models(shared: Path, name: str, weights: int, observed: int, biases: int) -> None:

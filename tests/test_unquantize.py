@@ -11,7 +11,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 import ptqjax
 from ptqjax import onnx_io
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.encoding_files.own_fields import is_identical
 from ptqjax.errors import ModelError
 from ptqjax.export import quantized_model
@@ -221,7 +221,8 @@ def test_copies_of_a_shared_weight_have_its_grid(tmp_path, kind):
 def test_rounded_it_is_the_function_that_was_exported(tmp_path):
     """The simulation of what was read equals that of what was exported, although Relu and Clip are gone."""
     model = network()
-    encodings, batch = calibrated(model)
+    outputs = Rule(operators=("ConvTranspose", "Sigmoid"), of="activations", enabled=True)
+    encodings, batch = calibrated(model, rules=(outputs,))
     again, found, _ = unquantize(quantized_model(model, encodings))
     assert "Relu" not in {each.op_type for each in again.graph.nodes}
     for arithmetic in ("float", "integer"):

@@ -48,6 +48,13 @@ class Target:
     """Operators, and those of their results that have the encoding of the first."""
     rounded_for: frozenset[str] = frozenset()
     """Operators in front of which activations are rounded; empty: activations are rounded wherever they arise."""
+    products: frozenset[str] = frozenset()
+    """Operators that sum products of integers: roundings in front of and behind them are repaid; empty: every rounding
+    is made, repaid or not."""
+    float_results: frozenset[str] = frozenset()
+    """Those of them that may give what they sum up in float."""
+    companions: frozenset[str] = frozenset()
+    """Operators that are computed in integers where they get and give integers anyway."""
     rounded_parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """Operators, and those of their parameters (positions of inputs) that are rounded like weights, with one scale."""
     biases: str = "int32"
@@ -188,7 +195,7 @@ _LIST = (lambda value: frozenset(_names(value)), "a list of operators")
 _READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "description": (_kind(str), "a text"),
     **dict.fromkeys(("heads", "clamps", "activations", "data_movement", "adopt_output", "constant_operands"), _LIST),
-    **dict.fromkeys(("forward_ties", "rounded_for"), _LIST),
+    **dict.fromkeys(("forward_ties", "rounded_for", "products", "float_results", "companions"), _LIST),
     "fixed_ranges": (_by_operator(_pair), "a table: operator = [low, high]"),
     "supergroups": (lambda value: tuple(map(_names, value)), "a list of lists of operators"),
     **dict.fromkeys(

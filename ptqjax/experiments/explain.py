@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ptqjax import report
+from ptqjax import onnx_io, report
 from ptqjax.config import QuantizationConfig, load_target
 from ptqjax.errors import ConfigError, DataDependentError, DataError, ModelError, UnsupportedOperatorError
 from ptqjax.experiments.depth import Depth, Sums, measure_depth, pieces
@@ -24,10 +24,11 @@ from ptqjax.quantize import Encodings, calibrate, saturating_layers
 from ptqjax.quantize.batches import num_samples
 from ptqjax.quantize.names import matches_name, nodes_named
 from ptqjax.report.histograms import histogram_facts, weight_histogram
-from ptqjax.validate import Group, Validation, decibels, saturates_here, validate
+from ptqjax.validate import Group, Validation, decibels, execution, saturates_here, validate
 
 _SAMPLES = {"fast": 8, "balanced": 16, "thorough": 32}
 _RUNTIME_SAMPLES = 16  # that ONNX Runtime's integers are compared on; each of them is exact
+_SECONDS = {"fast": 0.2, "balanced": 0.5, "thorough": 1.0}  # that runs are timed
 _WORST_GROUPS = 10  # of the runtime's that are told one by one
 _SCALE = ("scale_channels", "learn_scales")  # the transforms after which a model has other grids
 _CANNOT = (ConfigError, DataDependentError, DataError, ModelError, UnsupportedOperatorError)
@@ -45,6 +46,7 @@ def explain(
     origin: Mapping[str, Any] | None = None,
     device: str | None = None,
     file: str | Path | None = None,
+    float_file: str | Path | None = None,
     full: bool = True,
     follow: Follow | None = None,
 ) -> dict[str, Any]:
@@ -52,8 +54,9 @@ def explain(
 
     Beside what `report.facts` has: the table of stages; "tensors", how far each tensor is from the float model's and
     what its own rounding adds; "histograms", what meets each grid; "sensitivity", the share of each group of tensors in
-    the noise of the output; "runtime", how ONNX Runtime's integers compare with ours, or why they were not compared;
-    "recommendations". Without batches only the first and the last.
+    the noise of the output; "execution", what runs in integers, size and time of `file` beside `float_file`, where
+    the target tells its kernels; "runtime", how ONNX Runtime's integers compare with ours, or why they were not
+    compared; "recommendations". Without batches only the first and the last.
 
     Args:
         source: The float model as it was read.
@@ -67,6 +70,7 @@ def explain(
         origin: Where model and data come from, as the page is to say it: "model", "num_samples" and the like.
         device: What computed, as the page is to say it; None: JAX's first device.
         file: The exported model; None: it is exported, to compare it with ONNX Runtime, and removed.
+        float_file: The float model's file; None: what runs in integers, and how long it takes, is not looked at.
         full: Whether to look for more than the table of stages; that takes a few compilations.
         follow: What shows how far each pass over samples is; None: nothing does.
 
@@ -91,6 +95,8 @@ def explain(
         before=result.stages[0].model,
         after=result.model,
     )
+    if file and float_file and batches is not None and load_target(config.target).products:
+        facts |= {"execution": _execution_facts(float_file, file, batches, config)}
     if full and batches is not None:
         first = tuple(pieces(result.model.graph, batches, samples or _SAMPLES[config.effort]))
         facts |= _depth_facts(result, follow(first, "explaining"))
@@ -233,6 +239,18 @@ def _runtime_facts(
             return _compared(validate(file or Path(folder) / "model.onnx", chosen, in_float=False))
         except _CANNOT as error:
             return {"compared": False, "reason": str(error)}
+
+
+def _execution_facts(
+    reference: str | Path, file: str | Path, batches: Iterable[Mapping[str, Any]], config: QuantizationConfig
+) -> dict[str, Any]:
+    """Returns what a session makes of the file, timed on the first sample; or why that cannot be told."""
+    try:
+        graph = onnx_io.read(file).graph
+        sample = next(iter(pieces(graph, batches, 1)))
+        return {"measured": True} | execution(file, reference, sample, seconds=_SECONDS[config.effort]).as_dict()
+    except _CANNOT as error:
+        return {"measured": False, "reason": str(error)}
 
 
 def _compared(found: Validation) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ptqjax.quantize.bias import BiasSite, bias_sites
 from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, weight_site, weight_uses
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
 from ptqjax.quantize.movement import keeps_all, moves_data
+from ptqjax.quantize.repaid import unrepaid
 from ptqjax.quantize.rules import Settings, Settled, settle
 from ptqjax.quantize.sites import ACTIVATION, CONSTANT, WEIGHT, Placement, Site, Skipped, kind_of
 from ptqjax.quantize.tensors import check_not_quantized, check_types, floating_tensors
@@ -44,6 +45,8 @@ class _Plan:
     """The activations to be rounded; None for all."""
     apart: Mapping[str, str]
     """Activations that are left in float because their parts are unlike -> the reason."""
+    unrepaid: Mapping[str, str]
+    """Tensors whose rounding no integer kernel repays -> the reason."""
 
 
 def place(
@@ -68,15 +71,18 @@ def place(
     floating = floating_tensors(model)
     uses, others = weight_uses(model), rounded_parameters(model, target)
     settled = settle(model, config, target, floating, (*uses, *others))
+    groups = find_groups(model, target, config.supergroups)
+    off = frozenset(tensor for tensor, found in settled.by_tensor.items() if found.off)
     plan = _Plan(
         model=model,
         target=target,
         settings=settled.by_tensor,
-        groups=find_groups(model, target, config.supergroups),
+        groups=groups,
         weights=uses,
         parameters=others,
         wanted=wanted_tensors(model, target),
         apart=apart or {},
+        unrepaid=unrepaid(model, target, groups, off),
     )
     layers = {site.bias: site for site in bias_sites(model)}
     decided: dict[str, Site | Skipped] = {}
@@ -124,12 +130,22 @@ def _decision(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
     if settings.off:
         return Skipped(tensor=tensor, reason=settings.off)
     if tensor in plan.weights:
+        if not settings.is_asked_for and (operators := _without_kernel(plan, tensor)):
+            return Skipped(
+                tensor=tensor, reason=f"weight of {operators}, which target {plan.target.name!r} has in float"
+            )
         return weight_site(plan.model, tensor, plan.weights[tensor], settings)
     if tensor in plan.parameters:
         return parameter_site(tensor, settings, f"parameter of {plan.parameters[tensor]}")
     if tensor in plan.model.params:
         return _constant(plan, tensor)
     return _activation(plan, tensor, decided)
+
+
+def _without_kernel(plan: _Plan, weight: str) -> str:
+    """Returns the operators that read a weight where the target computes none of them in integers; "" elsewhere."""
+    operators = sorted({use.node.op_type for use in plan.weights[weight]})
+    return "" if not plan.target.products or plan.target.products.intersection(operators) else ", ".join(operators)
 
 
 # Biases
@@ -186,7 +202,7 @@ def _constant(plan: _Plan, tensor: str) -> Site | Skipped:
 
 def _reason_for_float(plan: _Plan, tensor: str, readers: tuple[Node, ...]) -> str:
     operators = sorted({node.op_type for node in readers})
-    if np.size(plan.model.params[tensor]) == 1:
+    if np.size(plan.model.params[tensor]) == 1 and not _reaches_a_kernel(plan, tensor, readers):
         return "a single number"
     if not set(operators) <= plan.target.constant_operands:
         return f"parameter of {', '.join(operators)}"
@@ -194,7 +210,17 @@ def _reason_for_float(plan: _Plan, tensor: str, readers: tuple[Node, ...]) -> st
         return "bounds of an activation, one per channel"
     if all(_is_of_affine(plan.model, node) for node in readers):
         return "parameter of an affine map per channel, like that of a BatchNormalization"
-    return ""
+    return _unrepaid(plan, tensor)
+
+
+def _reaches_a_kernel(plan: _Plan, number: str, readers: tuple[Node, ...]) -> bool:
+    """Tells whether a number's readers are integer kernels for want of nothing but its grid, which holds it exactly."""
+    return bool(plan.target.companions) and all(
+        node.op_type in ("Add", "Mul")
+        and number not in plan.unrepaid
+        and node.output not in {*plan.unrepaid, *plan.groups.inside, *plan.groups.bounded}
+        for node in readers
+    )
 
 
 def _is_of_affine(model: Model, node: Node) -> bool:
@@ -229,12 +255,13 @@ def _activation(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
 def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
     """Returns why an activation stays in float, for people; "" where it does not."""
     root, node = plan.groups.bounded.get(tensor), plan.model.graph.producers.get(tensor)
-    if root is not None and plan.settings[root].off:
+    if root is not None and (plan.settings[root].off or root in plan.unrepaid):
         return f"bounded into '{root}', which stays in float"
     if plan.settings[tensor].on:
         return ""
-    if tensor in plan.groups.inside or tensor in plan.apart:
-        return plan.groups.inside.get(tensor) or plan.apart[tensor]
+    kept = plan.apart.get(tensor, "") or ("" if root is not None else _unrepaid(plan, tensor))
+    if reason := plan.groups.inside.get(tensor) or kept:
+        return reason
     if plan.wanted is not None and tensor not in plan.wanted:
         return f"no operator reads it that target {plan.target.name!r} rounds for"
     if node is not None and _shares_float(plan, node, decided):
@@ -256,6 +283,11 @@ def _origin(plan: _Plan, tensor: str) -> str:
             break
         tensor = node.inputs[0]
     return tensor
+
+
+def _unrepaid(plan: _Plan, tensor: str) -> str:
+    """Returns why no integer kernel repays rounding a tensor that no rule asks for; "" where one does."""
+    return "" if plan.settings[tensor].is_asked_for else plan.unrepaid.get(tensor, "")
 
 
 def _tied(plan: _Plan, tensor: str, root: str, reason: str, decided: Decided) -> Site:

@@ -50,6 +50,11 @@ class Settings:
     """Whether one of these rules is for this tensor by name."""
 
     @property
+    def is_asked_for(self) -> bool:
+        """Whether a rule asks for the tensor to be rounded, or sets its grid by its name."""
+        return self.on or self.is_named
+
+    @property
     def symmetric(self) -> Symmetry:
         """How 0 lies on the grid."""
         return resolved_symmetry(self.given_symmetry, self.dtype, of_weights=self.is_weight)

@@ -7,20 +7,22 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from ptqjax.report import explained, sections
+from ptqjax.report import explained, running, sections
 
 
 def page(report: Mapping[str, Any]) -> str:
     """Returns the page for `facts(...)` or `ptqjax.explain(...)`, in the order in which a reader asks.
 
-    What only `explain` finds (histograms, noise along the depth, sensitivity, what the runtime computes) is left out
-    where the facts do not have it, and so is what the stages took, where "seconds" is not among them.
+    What only `explain` finds (what runs in integers, histograms, noise along the depth, sensitivity, what the runtime
+    computes) is left out where the facts do not have it, and so is what the stages took, where "seconds" is not among
+    them.
     """
     title = f"{report['source'].get('model', 'model')}, quantized"
     style = resources.files("ptqjax.report").joinpath("style.css").read_text()
     parts = (
         sections.head(report, title),
         sections.stages(report),
+        running.execution(report),
         explained.recommended(report),
         explained.sensitivity(report),
         explained.depth(report),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ptqjax.report import running
 from ptqjax.report.markup import code, figure, folded, gallery, section, table
 from ptqjax.report.plots import channel_plot, range_bar, spread
 from ptqjax.report.texts import METRICS, by_transform, figure_texts, metric_headings, metric_text, output_rows
@@ -25,9 +26,10 @@ def head(report: Mapping[str, Any], title: str) -> str:
         note = f", from {metric_text(name, first)}" if name == "top1" else ""
         note = f": {output_rows(stages)[0][0]}" if name == "worst_sqnr_db" and output_rows(stages) else note
         cards.append((metric_text(name, last.get(name)) or "?", f"{METRICS[name][0]}{note}"))
+    cards += running.cards(report)
     cards.append((str(len(kinds)), f"grids: {kinds.count('weight')} weights, {kinds.count('activation')} activations"))
     cells = "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in cards)
-    return f'<h1>{escape(title)}</h1>\n<div class="cards">{cells}</div>\n'
+    return f'<h1>{escape(title)}</h1>\n<div class="cards">{cells}</div>\n{running.warnings(report)}'
 
 
 def stages(report: Mapping[str, Any]) -> str:
