@@ -14,7 +14,7 @@ import numpy as np
 from ptqjax.config import QuantizationConfig, Target, load_target
 from ptqjax.config.rules import described, set_fields
 from ptqjax.errors import ConfigError
-from ptqjax.ir import Model, Node
+from ptqjax.ir import Model, Node, Origin, only_reader, origins_of
 from ptqjax.quantize.bias import BiasSite, bias_sites
 from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, weight_site, weight_uses
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
@@ -41,6 +41,8 @@ class _Plan:
     """Other parameters that are rounded like weights -> the operator that reads them."""
     wanted: frozenset[str] | None
     """The activations to be rounded; None for all."""
+    origins: Mapping[str, Origin]
+    """What the values of each tensor depend on."""
 
 
 def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
@@ -65,6 +67,7 @@ def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
         weights=uses,
         parameters=others,
         wanted=wanted_tensors(model, target),
+        origins=origins_of(model.graph),
     )
     layers = {site.bias: site for site in bias_sites(model)}
     decided: dict[str, Site | Skipped] = {}
@@ -187,6 +190,11 @@ def _is_of_affine(model: Model, node: Node) -> bool:
 
 # Activations
 
+_WITHOUT_DATA = {
+    Origin.CONSTANT: "depends on no input, and is computed beforehand",
+    Origin.SIZE: "depends on sizes alone, on no element of an input",
+}
+
 
 def _activation(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
     if reason := _reason_to_skip(plan, tensor, decided):
@@ -209,13 +217,20 @@ def _activation(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
 
 def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
     """Returns why an activation stays in float, for people; "" where it does not."""
+    if reason := _WITHOUT_DATA.get(plan.origins[tensor]):
+        return reason
     root, node = plan.groups.bounded.get(tensor), plan.model.graph.producers.get(tensor)
     if root is not None and plan.settings[root].off:
         return f"bounded into '{root}', which stays in float"
-    if plan.settings[tensor].on:
-        return ""
+    return "" if plan.settings[tensor].on else _reason_by_place(plan, tensor, node, decided)
+
+
+def _reason_by_place(plan: _Plan, tensor: str, node: Node | None, decided: Decided) -> str:
+    """Returns why an activation that no rule asks for is left alone: what stands around it."""
     if tensor in plan.groups.inside:
         return plan.groups.inside[tensor]
+    if node is not None and (mean := _mean_by_size(plan, node)):
+        return f"inside a mean, sum over size, which produces '{mean}'"
     if plan.wanted is not None and tensor not in plan.wanted:
         return f"no operator reads it that target {plan.target.name!r} rounds for"
     if (
@@ -225,6 +240,15 @@ def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
     ):
         return f"{node.op_type} of '{node.inputs[0]}', which stays in float"
     return ""
+
+
+def _mean_by_size(plan: _Plan, node: Node) -> str:
+    """Returns the mean that a sum becomes by a size: unlike the sum, it grows with no size; "" where it is none."""
+    division = only_reader(plan.model.graph, node.output) if node.op_type == "ReduceSum" else None
+    if division is None or division.op_type not in ("Div", "Mul"):
+        return ""
+    is_by_size = any(plan.origins[name] == Origin.SIZE for name in division.inputs)
+    return division.output if is_by_size else ""
 
 
 def _tied(plan: _Plan, tensor: str, root: str, reason: str, decided: Decided) -> Site:
