@@ -7,7 +7,7 @@ Every floating tensor of the graph gets exactly one of: a `Site` (it has an enco
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,9 +16,11 @@ from ptqjax.config.rules import described, set_fields
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Node, Origin, only_reader, origins_of
 from ptqjax.quantize.bias import BiasSite, bias_sites
+from ptqjax.quantize.counting import WithoutNever
 from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, weight_site, weight_uses
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
 from ptqjax.quantize.movement import moves_data
+from ptqjax.quantize.never import Nevers, find_nevers
 from ptqjax.quantize.rules import Settings, Settled, settle
 from ptqjax.quantize.sites import ACTIVATION, CONSTANT, WEIGHT, Placement, Site, Skipped, kind_of
 from ptqjax.quantize.tensors import check_not_quantized, check_types, floating_tensors
@@ -43,6 +45,8 @@ class _Plan:
     """The activations to be rounded; None for all."""
     origins: Mapping[str, Origin]
     """What the values of each tensor depend on."""
+    nevers: Nevers
+    """What values that mean "never" decide."""
 
 
 def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
@@ -68,6 +72,7 @@ def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
         parameters=others,
         wanted=wanted_tensors(model, target),
         origins=origins_of(model.graph),
+        nevers=Nevers() if config.compatibility else find_nevers(model),
     )
     layers = {site.bias: site for site in bias_sites(model)}
     decided: dict[str, Site | Skipped] = {}
@@ -170,8 +175,10 @@ def _constant(plan: _Plan, tensor: str) -> Site | Skipped:
 
 def _reason_for_float(plan: _Plan, tensor: str, readers: tuple[Node, ...]) -> str:
     operators = sorted({node.op_type for node in readers})
-    if np.size(plan.model.params[tensor]) == 1:
-        return "a single number"
+    if np.size(plan.model.params[tensor]) <= 1:
+        return "a single number" if np.size(plan.model.params[tensor]) else "has no values"
+    if tensor in plan.nevers.in_float:
+        return plan.nevers.in_float[tensor]
     if not set(operators) <= plan.target.constant_operands:
         return f"parameter of {', '.join(operators)}"
     if all(node.op_type in ("Min", "Max") for node in readers):
@@ -201,18 +208,34 @@ def _activation(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
         return Skipped(tensor=tensor, reason=reason)
     node, settings = plan.model.graph.producers.get(tensor), plan.settings[tensor]
     if node is None:
-        return _activation_site(tensor, settings, "graph input", tensor)
-    if moves_data(plan.model, node, plan.target):
-        source = node.inputs[0]
-        return _tied(plan, tensor, source, f"{node.op_type} moves the values of '{source}'", decided)
+        return _own_site(plan, tensor, "graph input")
+    if moves := _moves_values(plan, node):
+        return _tied(plan, tensor, node.inputs[0], moves, decided)
     if tensor in plan.groups.bounded:
         root = plan.groups.bounded[tensor]
-        return _activation_site(tensor, settings, f"bounded by Min or Max into '{root}', whose encoding it has", root)
+        reason = f"bounded by Min or Max into '{root}', whose encoding it has"
+        return _activation_site(tensor, settings, reason, root)
     fixed = dict(plan.target.fixed_ranges).get(node.op_type)
     tie = passed_on(node, tensor, plan.target)
     if tie is not None and fixed is None and settings.fixed_range is None:
         return _tied(plan, tensor, *tie, decided)
-    return _activation_site(tensor, settings, f"result of {node.op_type}", tensor, fixed)
+    return _own_site(plan, tensor, f"result of {node.op_type}", fixed)
+
+
+def _moves_values(plan: _Plan, node: Node) -> str:
+    """Returns why the node's result has the encoding of its first input, whose values it moves; "" where it has not."""
+    if moves_data(plan.model, node, plan.target):
+        return f"{node.op_type} moves the values of '{node.inputs[0]}'"
+    if node.op_type == "Pad" and isinstance(plan.nevers.counted.get(node.output), WithoutNever):
+        return f"Pad moves the values of '{node.inputs[0]}', and adds what means never"
+    return ""
+
+
+def _own_site(plan: _Plan, tensor: str, reason: str, fixed: tuple[float, float] | None = None) -> Site:
+    """Returns the site of a tensor with an encoding of its own, found from the values that count."""
+    said = "; ".join(filter(None, (reason, plan.nevers.reasons.get(tensor))))
+    site = _activation_site(tensor, plan.settings[tensor], said, tensor, fixed)
+    return replace(site, counted=plan.nevers.counted.get(tensor))
 
 
 def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
@@ -220,7 +243,7 @@ def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
     if reason := _WITHOUT_DATA.get(plan.origins[tensor]):
         return reason
     root, node = plan.groups.bounded.get(tensor), plan.model.graph.producers.get(tensor)
-    if root is not None and plan.settings[root].off:
+    if root is not None and (plan.settings[root].off or root in plan.nevers.in_float):
         return f"bounded into '{root}', which stays in float"
     return "" if plan.settings[tensor].on else _reason_by_place(plan, tensor, node, decided)
 
@@ -229,12 +252,15 @@ def _reason_by_place(plan: _Plan, tensor: str, node: Node | None, decided: Decid
     """Returns why an activation that no rule asks for is left alone: what stands around it."""
     if tensor in plan.groups.inside:
         return plan.groups.inside[tensor]
+    if tensor in plan.nevers.in_float:
+        return plan.nevers.in_float[tensor]
     if node is not None and (mean := _mean_by_size(plan, node)):
         return f"inside a mean, sum over size, which produces '{mean}'"
     if plan.wanted is not None and tensor not in plan.wanted:
         return f"no operator reads it that target {plan.target.name!r} rounds for"
     if (
         node is not None
+        and tensor not in plan.nevers.reasons
         and moves_data(plan.model, node, plan.target)
         and isinstance(decided.get(node.inputs[0]), Skipped)
     ):
@@ -256,9 +282,9 @@ def _tied(plan: _Plan, tensor: str, root: str, reason: str, decided: Decided) ->
     settings, source = plan.settings[tensor], decided.get(root)
     node = plan.model.graph.producers[tensor]
     if not isinstance(source, Site):
-        return _activation_site(tensor, settings, f"result of {node.op_type}", tensor)
+        return _own_site(plan, tensor, f"result of {node.op_type}")
     if differs(settings, _root_of(source, decided)):
-        return _activation_site(tensor, settings, f"result of {node.op_type}, apart from '{root}'", tensor)
+        return _own_site(plan, tensor, f"result of {node.op_type}, apart from '{root}'")
     return _activation_site(tensor, settings, reason, root)
 
 

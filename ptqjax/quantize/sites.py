@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ptqjax.kernels.ranges import GridKind, Symmetry, grid_kind
 from ptqjax.quantize.bias import BiasSite
+from ptqjax.quantize.counting import Counting
 
 WEIGHT, ACTIVATION, CONSTANT = "weight", "activation", "constant"
 """Kinds of sites: a parameter that is multiplied and summed; what flows; a parameter with one scale like what flows."""
@@ -39,6 +40,8 @@ class Site:
     """For low-power blocks (LPBQ): bits of the integers that blocks' scales are multiples of the channel's by."""
     ranges: str = ""
     """The scheme that chooses the range, as `QuantizationConfig.ranges` has it; "": that of the configuration."""
+    counted: Counting | None = None
+    """Which values the range is to hold; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
