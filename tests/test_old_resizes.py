@@ -22,7 +22,7 @@ def network(operator: str, mode: str, opset: int, scales: tuple[float, ...]) -> 
     nodes = [helper.make_node("Conv", ["x", "W", "b"], ["c"])]
     initializers = dict(CONV)
     if opset == 7:
-        nodes.append(helper.make_node(operator, ["c"], ["y"], mode=mode, scales=scales))
+        nodes.append(helper.make_node(operator, ["c"], ["y"], mode=mode, scales=[float(scale) for scale in scales]))
     else:
         nodes.append(helper.make_node(operator, ["c", "s"], ["y"], mode=mode))
         initializers["s"] = np.asarray(scales, np.float32)

@@ -36,7 +36,7 @@ def with_new_resize(model: Model, index: int) -> Model:
     node, constants = graph.nodes[index], dict(graph.constants)
     roi = fresh_name(graph, f"{node.output}_roi")
     constants[roi] = Constant(np.zeros(0, np.float32))
-    scales = node.inputs[1] if len(node.inputs) > 1 else fresh_name(graph, f"{node.output}_scales")
+    scales = next(iter(node.inputs[1:]), "") or fresh_name(graph, f"{node.output}_scales")
     if scales not in graph.producers and scales not in graph.parameters:
         constants.setdefault(scales, Constant(np.asarray(_scales(model, node), np.float32)))
     attributes = {

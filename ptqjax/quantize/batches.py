@@ -130,7 +130,7 @@ def _check_shape(spec: TensorSpec, shape: tuple[int, ...], place: str, symbols: 
         expected = "x".join("?" if size is None else str(size) for size in spec.shape or ())
         found = "x".join(map(str, shape)) or "a single number"
         raise DataError(f"{place}: input '{spec.name}' has the shape {found}; expected {expected}")
-    if 0 in shape:
+    if 0 in shape[:1]:
         raise DataError(f"{place}: input '{spec.name}' has no elements (shape {shape}); leave the batch out")
 
 

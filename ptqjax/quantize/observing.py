@@ -17,6 +17,7 @@ from ptqjax.ir import Graph, Model
 from ptqjax.lowering import axis_in_layout, compiled, interpret
 from ptqjax.quantize.batches import checked_part, checked_parts, num_samples
 from ptqjax.quantize.counting import Counting
+from ptqjax.quantize.ids import check_ids
 from ptqjax.quantize.observers import Extremes, Observer
 from ptqjax.quantize.parts import Parts, merged, together
 
@@ -117,7 +118,7 @@ def observe(model: Model, batches: Iterable[Any], wanted: Iterable[Wanted], *, m
     plan = _Plan(graph=model.graph, parts=_in_order(model.graph, wanted), measured=measured)
     if not plan.parts:
         for parts in data:  # bad ones are an error even where none are needed
-            together(partial(_check, model.graph, parts), is_shared=parts.is_shared)
+            together(partial(_check, model, parts), is_shared=parts.is_shared)
         return Seen(observed={}, means=None)
     states, is_shared, means = _states(model, plan, wanted, data)
     observed = {
@@ -175,6 +176,7 @@ def _advance(
     running = []
     for part in parts.here:  # all devices work before the first is waited for
         inputs = checked_part(plan.graph, part)
+        check_ids(plan.graph, params[part.device], inputs, part.place)
         looked, means = _look(plan, params[part.device], inputs)
         states[part.device], is_finite = _absorb(plan.observers, states[part.device], looked)
         running.append((part, is_finite, means))
@@ -232,6 +234,9 @@ def _look(plan: _Plan, params: dict[str, Any], inputs: dict[str, Any]) -> tuple[
 
 
 def _counted(value: jax.Array, way: Counting | None, channel_axis: int | None) -> jax.Array:
+    """Returns what is to be looked at; of what has no elements, as a past of length 0, zeros, which every grid has."""
+    if not value.size:
+        return jnp.zeros(value.shape[:1], value.dtype)
     return value if way is None else way.of(value, channel_axis)
 
 
@@ -264,9 +269,9 @@ def _check_room(wanted: Sequence[Wanted], seen: int, index: int) -> None:
             )
 
 
-def _check(graph: Graph, parts: Parts) -> None:
+def _check(model: Model, parts: Parts) -> None:
     for part in parts.here:
-        checked_part(graph, part)
+        check_ids(model.graph, model.params, checked_part(model.graph, part), part.place)
 
 
 def _check_order(wanted: Sequence[Wanted], parts: Parts, index: int) -> None:
