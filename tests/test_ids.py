@@ -50,3 +50,18 @@ def test_an_empty_constant_has_no_grid() -> None:
     network = read(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
     assert {entry.tensor: entry.reason for entry in place(network).skipped}["none"] == "has no values"
     assert "c" in calibrate(network, [{"x": TABLE[:1, :3]}])
+
+
+@pytest.mark.parametrize("ranges", ["min-max", "sqnr", "moving-average"])
+def test_a_past_of_no_length_changes_no_range(ranges) -> None:
+    nodes = [helper.make_node("Concat", ["x", "past"], ["c"], axis=1), helper.make_node("Neg", ["c"], ["y"])]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", None, 4]) for name in ("x", "past")]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    network = read(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    x, past = TABLE[None, :3], TABLE[None, 3:]
+    config = QuantizationConfig(ranges=ranges)
+    whole = calibrate(network, [{"x": x, "past": past}], config)
+    both = calibrate(network, [{"x": x, "past": past[:, :0]}, {"x": x, "past": past}], config)
+    assert float(both["past"].scale) == float(whole["past"].scale)
+    with pytest.raises(DataError, match="has no elements"):
+        calibrate(network, [{"x": x[:0], "past": past[:0]}], config)

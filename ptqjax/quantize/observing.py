@@ -234,10 +234,7 @@ def _look(plan: _Plan, params: dict[str, Any], inputs: dict[str, Any]) -> tuple[
 
 
 def _counted(value: jax.Array, way: Counting | None, channel_axis: int | None) -> jax.Array:
-    """Returns what is to be looked at; of what has no elements, as a past of length 0, zeros, which every grid has."""
-    if not value.size:
-        return jnp.zeros(value.shape[:1], value.dtype)
-    return value if way is None else way.of(value, channel_axis)
+    return value if way is None or not value.size else way.of(value, channel_axis)
 
 
 def channel_means(value: jax.Array, axis: int, channel_axis: int | None) -> Float[Array, " c"]:
