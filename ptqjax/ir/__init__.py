@@ -13,6 +13,7 @@ from ptqjax.ir.graph import (
     captured,
     place_of,
 )
+from ptqjax.ir.origins import Origin, origins_of
 from ptqjax.ir.query import (
     all_nodes,
     bias_behind,
@@ -36,6 +37,7 @@ __all__ = [
     "Graph",
     "Model",
     "Node",
+    "Origin",
     "Record",
     "Report",
     "SparseConstant",
@@ -49,6 +51,7 @@ __all__ = [
     "is_one_per_output",
     "is_private",
     "only_reader",
+    "origins_of",
     "place_of",
     "rebuild",
     "scalar_of",

@@ -36,6 +36,10 @@ Intercept: TypeAlias = Callable[[str, jax.Array, int | None], tuple[jax.Array, A
 
 _NUM_OUTPUTS = "num_node_outputs"  # a lowering with this keyword is told how many outputs the node has
 
+# What fusion makes of groups, in graphs of older opsets as well, which export raises.
+_MADE_BY_FUSION = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
+_INTEGER_SINCE = 10
+
 _NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -193,6 +197,7 @@ def _function(graph: Graph, scope: _Scope) -> Callable[..., tuple[Any, ...]]:
 
 def _lower(node: Node, scope: _Scope, opset: int) -> list[Value]:
     """Returns the values of all outputs that the node names."""
+    opset = max(opset, _INTEGER_SINCE) if node.op_type in _MADE_BY_FUSION and not node.domain else opset
     lowering = find_lowering(node.op_type, opset=opset, domain=node.domain, place=place_of(node))
     for name in captured(node):
         scope.read(name)  # comes into being outside of the loop or branch that reads it

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ptqjax.ir import Graph, Node, captured
+from ptqjax.ir import Graph, Node, Origin, captured, origins_of
 from ptqjax.lowering.partition import unspecified
-
-_SIZES = frozenset({"Shape", "Size"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,8 @@ def stretches(graph: Graph, starts: Collection[str], crossing: Collection[str]) 
     """
     runs = list(_runs(graph, frozenset(starts)))
     own = {name for run in runs for node in run for name in node.outputs}
-    across = (frozenset(crossing) & own & data_tensors(graph)) | {spec.name for spec in graph.inputs}
+    data = {name for name, origin in origins_of(graph).items() if origin == Origin.DATA}
+    across = (frozenset(crossing) & own & data) | {spec.name for spec in graph.inputs}
     full = [_with_producers(graph, run, across) for run in runs]
     read = [_read_from_outside(graph, run) for run in full]
     found = []
@@ -59,15 +58,6 @@ def stretches(graph: Graph, starts: Collection[str], crossing: Collection[str]) 
         later = {name for names in read[index + 1 :] for name in names} | graph.output_names
         found.append(_stretch(graph, run, inputs, [name for name in written if name in later]))
     return tuple(found)
-
-
-def data_tensors(graph: Graph) -> frozenset[str]:
-    """Returns the tensors that depend on the values of the graph's inputs, and not on their sizes alone."""
-    found = {spec.name for spec in graph.inputs}
-    for node in graph.nodes:
-        if node.op_type not in _SIZES and found.intersection((*node.inputs, *captured(node))):
-            found.update(filter(None, node.outputs))
-    return frozenset(found)
 
 
 def _runs(graph: Graph, starts: frozenset[str]) -> Iterator[tuple[Node, ...]]:

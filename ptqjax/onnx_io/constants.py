@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ptqjax.ir import Constant, Graph, Node, TensorSpec, captured
+from ptqjax.onnx_io.element_types import as_cast, element_types
 from ptqjax.onnx_io.identities import with_subgraphs
 from ptqjax.onnx_io.protos import node_proto
 from ptqjax.onnx_io.result_size import is_bounded, largest_result
@@ -63,8 +64,10 @@ def _folded(
     """
     own = dict(graph.constant_values)
     values, shaped = outer.new_child(own), outer_shaped.new_child(_with_known_shape(graph))
+    types = element_types(graph)
     kept: list[Node] = []
-    for node in graph.nodes:
+    for each in graph.nodes:
+        node = as_cast(each, types) if each.inputs and each.inputs[0] in values else each
         inner = with_subgraphs(node, lambda body: _folded(body, values, shaped, budget))
         results = _results(inner, graph.opset(), values, shaped, budget)
         if results is None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ptqjax.ir import Constant, Model, Node, fresh_name
 from ptqjax.onnx_io.protos import to_proto
+from ptqjax.onnx_io.resizing import is_old_resize, keeps_places, with_new_resize
 from ptqjax.onnx_io.schema import schema
 from ptqjax.onnx_io.write import inferred
 
@@ -62,14 +63,17 @@ def blocking_node(model: Model, opset: int) -> Node | None:
     nodes = [node for node in model.graph.nodes if not node.domain]
     ranks = _ranks(model) if any(node.op_type in _ALONG_AN_AXIS for node in nodes) else {}
     single = all(np.dtype(value.dtype).kind != "f" or value.dtype == np.float32 for value in model.params.values())
-    return next((node for node in nodes if not _can_be_raised(node, old, opset, ranks, single=single)), None)
+    raised = (node for node in nodes if not is_old_resize(node, old, opset) or not keeps_places(model, node))
+    return next((node for node in raised if not _can_be_raised(node, old, opset, ranks, single=single)), None)
 
 
 def with_opset(model: Model, opset: int) -> Model:
     """Returns the model at a newer opset, attributes that became inputs converted; `blocking_node` says None of it."""
     old = model.graph.opset()
     for index, node in enumerate(model.graph.nodes):
-        if not node.domain:
+        if is_old_resize(node, old, opset):
+            model = with_new_resize(model, index)
+        elif not node.domain:
             model = _with_node(model, index, node, old, opset)
     opsets = dict(model.graph.opsets) | {"": opset}
     return model.replace(graph=replace(model.graph, opsets=tuple(sorted(opsets.items()))))

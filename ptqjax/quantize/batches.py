@@ -11,6 +11,7 @@ import numpy as np
 from ptqjax.config import near_names
 from ptqjax.errors import DataError
 from ptqjax.ir import Graph, TensorSpec
+from ptqjax.quantize.never import mask_inputs
 from ptqjax.quantize.parts import Part, Parts, parts_of, parts_on_host
 
 
@@ -84,10 +85,14 @@ def _check_names(graph: Graph, batch: Any, place: str) -> None:
 
 def _checked(graph: Graph, batch: Mapping[str, Any], place: str) -> dict[str, Any]:
     symbols: dict[str, int] = {}
-    return {spec.name: _checked_array(spec, batch[spec.name], place, symbols) for spec in graph.inputs}
+    masks = mask_inputs(graph)
+    return {
+        spec.name: _checked_array(spec, batch[spec.name], place, symbols, is_mask=spec.name in masks)
+        for spec in graph.inputs
+    }
 
 
-def _checked_array(spec: TensorSpec, value: Any, place: str, symbols: dict[str, int]) -> Any:
+def _checked_array(spec: TensorSpec, value: Any, place: str, symbols: dict[str, int], *, is_mask: bool) -> Any:
     array = value if isinstance(value, np.ndarray | jax.Array) else _as_array(spec, value, place)
     if array.dtype != spec.dtype:
         raise DataError(
@@ -95,10 +100,15 @@ def _checked_array(spec: TensorSpec, value: Any, place: str, symbols: dict[str, 
             f"(convert it with .astype('{spec.dtype.name}'))"
         )
     _check_shape(spec, tuple(array.shape), place, symbols)
-    if np.issubdtype(spec.dtype, np.floating) and not np.isfinite(host := np.asarray(array)).all():
-        at = tuple(int(i) for i in np.argwhere(~np.isfinite(host))[0])
+    if np.issubdtype(spec.dtype, np.floating) and not (fits := _counts(np.asarray(array), is_mask=is_mask)).all():
+        host, at = np.asarray(array), tuple(int(i) for i in np.argwhere(~fits)[0])
         raise DataError(f"{place}: input '{spec.name}' holds {host[at]} at {at}; expected finite numbers")
     return array
+
+
+def _counts(values: np.ndarray, *, is_mask: bool) -> np.ndarray:
+    """Tells which values a model may be given: finite ones, and -inf in a mask, where it means never."""
+    return np.isfinite(values) | (is_mask & np.isneginf(values))
 
 
 def _as_array(spec: TensorSpec, value: Any, place: str) -> np.ndarray:
@@ -120,7 +130,7 @@ def _check_shape(spec: TensorSpec, shape: tuple[int, ...], place: str, symbols: 
         expected = "x".join("?" if size is None else str(size) for size in spec.shape or ()) or "a single number"
         found = "x".join(map(str, shape)) or "a single number"
         raise DataError(f"{place}: input '{spec.name}' has the shape {found}; expected {expected}")
-    if 0 in shape:
+    if 0 in shape[:1]:
         raise DataError(f"{place}: input '{spec.name}' has no elements (shape {shape}); leave the batch out")
 
 

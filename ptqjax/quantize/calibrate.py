@@ -16,7 +16,7 @@ from ptqjax.quantize.bias_resolution import resolve_biases
 from ptqjax.quantize.data_free import encode_from_statistics
 from ptqjax.quantize.encodings import Encoding, Encodings
 from ptqjax.quantize.observers import Extremes, RangeScheme
-from ptqjax.quantize.observing import Axes, Means, Observed, Wanted, observe
+from ptqjax.quantize.observing import Axes, Means, Observed, Wanted, Watched, observe
 from ptqjax.quantize.placement import ACTIVATION, Placement, Site, kind_of, place
 from ptqjax.quantize.schemes import MIN_MAX, find_scheme
 from ptqjax.quantize.search import encode_constants
@@ -314,7 +314,7 @@ def _encode_observed(
 ) -> tuple[dict[_Search, Ranged], Means | None]:
     groups = list(_alike(searches))
     wanted = [
-        Wanted(observer=scheme.observer, tensors=tuple(each.site.tensor for each in alike), scheme=scheme.name)
+        Wanted(observer=scheme.observer, tensors=tuple(map(_watched, alike)), scheme=scheme.name)
         for scheme, alike in groups
     ]
     seen = observe(model, batches, wanted, measured=measured)
@@ -324,18 +324,22 @@ def _encode_observed(
     return found, seen.means
 
 
+def _watched(search: _Search) -> Watched:
+    return search.site.tensor, search.site.counted
+
+
 def _finished(scheme: RangeScheme, observed: Observed, alike: Sequence[_Search]) -> list[Ranged]:
-    ends = observed.extremes([search.site.tensor for search in alike])
+    ends = observed.extremes([_watched(search) for search in alike])
     encodings = _grids_of(scheme, observed, alike, ends)
     return [Ranged(*each) for each in zip(encodings, ends.lowest, ends.highest, strict=True)]
 
 
 def _grids_of(scheme: RangeScheme, observed: Observed, alike: Sequence[_Search], ends: Extremes) -> list[Encoding]:
     sites = [search.site for search in alike]
-    tensors = [site.tensor for site in sites]
+    watched = [_watched(search) for search in alike]
     if is_float(sites[0]):
         return [encoding_of_range(*each) for each in zip(sites, ends.lowest, ends.highest, strict=True)]
-    grids = zip(*scheme.finish(observed.of(tensors), stack_kinds([kind_of(site) for site in sites])), strict=True)
+    grids = zip(*scheme.finish(observed.of(watched), stack_kinds([kind_of(site) for site in sites])), strict=True)
     if alike[0].compatibility is not None:
         is_zero = (ends.lowest == 0) & (ends.highest == 0)
         sites = [as_aimet_has_it(s, scheme.name, is_all_zero=bool(z)) for s, z in zip(sites, is_zero, strict=True)]

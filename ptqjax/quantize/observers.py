@@ -136,7 +136,7 @@ def _init_extremes(num_tensors: int) -> Extremes:
 
 def _batch_extremes(values: Sequence[Any], num_samples: int = 1) -> Extremes:
     del num_samples  # extremes do not depend on how the values are grouped
-    ends = [_ends(value, tuple(range(value.ndim))) for value in values]
+    ends = [_ends(value, tuple(range(value.ndim))) for value in map(_or_zero, values)]
     lowest, highest = (jnp.stack([each[i] for each in ends]).astype(jnp.float32) for i in range(2))
     return Extremes(lowest=_beyond(lowest, -jnp.inf), highest=_beyond(highest, jnp.inf))
 
@@ -160,6 +160,11 @@ def _beyond(values: Float[Array, "..."], end: float) -> Float[Array, "..."]:
     return jnp.where(jnp.isnan(values), jnp.asarray(end, values.dtype), values)
 
 
+def _or_zero(value: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns a value; of one without elements, as a past of length 0 has none, a zero, which every grid has."""
+    return value if value.size else jnp.zeros((1,), value.dtype)
+
+
 def _merge_extremes(first: Extremes, second: Extremes) -> Extremes:
     return Extremes(lowest=jnp.minimum(first.lowest, second.lowest), highest=jnp.maximum(first.highest, second.highest))
 
@@ -174,11 +179,15 @@ def _init_mean_extremes(num_tensors: int) -> MeanExtremes:
 
 def _look_at_means(values: Sequence[Any], num_samples: int) -> MeanExtremes:
     """Returns the extremes of each sample, [t, 2, n], in place of their sums, and how many there are of each tensor."""
-    each = [_ends_of_samples(_by_samples(value, num_samples)) for value in values]
+    each = [
+        _ends_of_samples(_by_samples(value, num_samples)) if value.size else jnp.zeros((2, 0), jnp.float32)
+        for value in values
+    ]
+    whole = [ends if ends.size else jnp.zeros((2, 1), jnp.float32) for ends in each]
     longest = max(ends.shape[1] for ends in each)
     return MeanExtremes(
         extremes=Extremes(
-            lowest=jnp.stack([ends[0].min() for ends in each]), highest=jnp.stack([ends[1].max() for ends in each])
+            lowest=jnp.stack([ends[0].min() for ends in whole]), highest=jnp.stack([ends[1].max() for ends in whole])
         ),
         sums=jnp.stack([jnp.pad(ends, ((0, 0), (0, longest - ends.shape[1]))) for ends in each]),  # zeros add nothing
         counts=jnp.asarray([ends.shape[1] for ends in each], dtype=jnp.int32),
@@ -223,7 +232,7 @@ class _SampledValues(PyTreeNode):
 
 
 def _look_at_values(values: Sequence[Any], num_samples: int) -> _SampledValues:
-    chosen = [sampled(value, num_samples) for value in values]
+    chosen = [sampled(_or_zero(value), num_samples) for value in values]
     length = _row_length(max(value.shape[0] for value in chosen), num_samples)
     return _SampledValues(
         extremes=_batch_extremes(values),

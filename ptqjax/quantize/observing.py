@@ -16,8 +16,13 @@ from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.ir import Graph, Model
 from ptqjax.lowering import axis_in_layout, compiled, interpret
 from ptqjax.quantize.batches import checked_part, checked_parts, num_samples
+from ptqjax.quantize.counting import Counting
+from ptqjax.quantize.ids import check_ids
 from ptqjax.quantize.observers import Extremes, Observer
 from ptqjax.quantize.parts import Parts, merged, together
+
+Watched: TypeAlias = tuple[str, Counting | None]
+"""A tensor, and which of its values count; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,17 +31,17 @@ class Observed:
 
     observer: Observer
     """The way to observe."""
-    rows: Mapping[str, int]
+    rows: Mapping[Watched, int]
     """Where each tensor is along the first axis of the state's arrays."""
     state: Any
     """The observer's state, its leaves NumPy arrays."""
 
-    def of(self, tensors: Sequence[str]) -> Any:
+    def of(self, tensors: Sequence[Watched]) -> Any:
         """Returns the state of these tensors alone, in this order, on NumPy."""
         rows = np.asarray([self.rows[name] for name in tensors])
         return jax.tree.map(lambda leaf: leaf[rows], self.state)
 
-    def extremes(self, tensors: Sequence[str]) -> Extremes:
+    def extremes(self, tensors: Sequence[Watched]) -> Extremes:
         """Returns the extremes of these tensors, as NumPy arrays."""
         return jax.tree.map(np.asarray, self.observer.extremes(self.of(tensors)))
 
@@ -66,7 +71,7 @@ class _Plan:
 
     graph: Graph
     """The model's graph."""
-    parts: tuple[tuple[Observer, tuple[str, ...]], ...]
+    parts: tuple[tuple[Observer, tuple[Watched, ...]], ...]
     """The ways to observe, and the tensors that each is for."""
     measured: Axes
     """The tensors whose channel means are kept."""
@@ -79,7 +84,7 @@ class _Plan:
     @property
     def tensors(self) -> tuple[str, ...]:
         """All tensors that are observed, once for each way."""
-        return tuple(name for _, names in self.parts for name in names)
+        return tuple(name for _, watched in self.parts for name, _ in watched)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +93,7 @@ class Wanted:
 
     observer: Observer
     """The way to observe."""
-    tensors: tuple[str, ...]
+    tensors: tuple[Watched, ...]
     """The tensors."""
     scheme: str
     """The scheme that asks for it, for messages."""
@@ -113,16 +118,16 @@ def observe(model: Model, batches: Iterable[Any], wanted: Iterable[Wanted], *, m
     plan = _Plan(graph=model.graph, parts=_in_order(model.graph, wanted), measured=measured)
     if not plan.parts:
         for parts in data:  # bad ones are an error even where none are needed
-            together(partial(_check, model.graph, parts), is_shared=parts.is_shared)
+            together(partial(_check, model, parts), is_shared=parts.is_shared)
         return Seen(observed={}, means=None)
     states, is_shared, means = _states(model, plan, wanted, data)
     observed = {
         observer: Observed(
             observer=observer,
-            rows={name: row for row, name in enumerate(names)},
+            rows={each: row for row, each in enumerate(watched)},
             state=jax.tree.map(np.asarray, merged(observer.merge, [each[i] for each in states], is_shared=is_shared)),
         )
-        for i, (observer, names) in enumerate(plan.parts)
+        for i, (observer, watched) in enumerate(plan.parts)
     }
     return Seen(observed=observed, means=means)
 
@@ -171,6 +176,7 @@ def _advance(
     running = []
     for part in parts.here:  # all devices work before the first is waited for
         inputs = checked_part(plan.graph, part)
+        check_ids(plan.graph, params[part.device], inputs, part.place)
         looked, means = _look(plan, params[part.device], inputs)
         states[part.device], is_finite = _absorb(plan.observers, states[part.device], looked)
         running.append((part, is_finite, means))
@@ -181,17 +187,20 @@ def _advance(
 
 
 def _initial(plan: _Plan) -> Any:
-    return tuple(observer.init(len(names)) for observer, names in plan.parts)
+    return tuple(observer.init(len(watched)) for observer, watched in plan.parts)
 
 
-def _in_order(graph: Graph, wanted: Sequence[Wanted]) -> tuple[tuple[Observer, tuple[str, ...]], ...]:
+def _in_order(graph: Graph, wanted: Sequence[Wanted]) -> tuple[tuple[Observer, tuple[Watched, ...]], ...]:
     """Returns observers by name and their tensors in the graph's order, so that equal sets are one program."""
     place = _places(graph)
-    tensors: dict[Observer, set[str]] = {}
+    tensors: dict[Observer, set[Watched]] = {}
     for each in wanted:
         tensors.setdefault(each.observer, set()).update(each.tensors)
-    observers = sorted((observer for observer, names in tensors.items() if names), key=lambda each: each.name)
-    return tuple((observer, tuple(sorted(tensors[observer], key=place.__getitem__))) for observer in observers)
+    observers = sorted((observer for observer, watched in tensors.items() if watched), key=lambda each: each.name)
+    return tuple(
+        (observer, tuple(sorted(tensors[observer], key=lambda each: (place[each[0]], repr(each[1])))))
+        for observer in observers
+    )
 
 
 def _places(graph: Graph) -> dict[str, int]:
@@ -202,20 +211,30 @@ def _places(graph: Graph) -> dict[str, int]:
 @partial(compiled, is_brief=True)
 def _look(plan: _Plan, params: dict[str, Any], inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
     """Returns what each observer is to keep of one batch, and channel means; the forward pass, and little beside it."""
-    tensors, wanted, axes = plan.tensors, frozenset(plan.tensors), dict(plan.measured)
+    axes = dict(plan.measured)
+    ways: dict[str, list[Counting | None]] = {}
+    for name, counted in dict.fromkeys(each for _, watched in plan.parts for each in watched):
+        ways.setdefault(name, []).append(counted)
 
     def seen(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, Any]:
+        if name not in ways and name not in axes:
+            return value, None
         mean = channel_means(value, axes[name], channel_axis) if name in axes else None
-        return value, (value if name in wanted else None, mean) if name in wanted or name in axes else None
+        return value, ([_counted(value, way, channel_axis) for way in ways.get(name, ())], mean)
 
     _, found = interpret(plan.graph, params, inputs, intercept=seen)
-    absent = [name for name in tensors if name not in found]
+    absent = [name for name in ways if name not in found]
     if absent:
         raise ModelError(f"tensor '{absent[0]}' depends on constants alone; fold it into a parameter, or exclude it")
     looked = tuple(
-        observer.look([found[name][0] for name in names], num_samples(inputs)) for observer, names in plan.parts
+        observer.look([found[name][0][ways[name].index(way)] for name, way in watched], num_samples(inputs))
+        for observer, watched in plan.parts
     )
     return looked, {name: found[name][1] for name in axes if name in found}
+
+
+def _counted(value: jax.Array, way: Counting | None, channel_axis: int | None) -> jax.Array:
+    return value if way is None or not value.size else way.of(value, channel_axis)
 
 
 def channel_means(value: jax.Array, axis: int, channel_axis: int | None) -> Float[Array, " c"]:
@@ -247,9 +266,9 @@ def _check_room(wanted: Sequence[Wanted], seen: int, index: int) -> None:
             )
 
 
-def _check(graph: Graph, parts: Parts) -> None:
+def _check(model: Model, parts: Parts) -> None:
     for part in parts.here:
-        checked_part(graph, part)
+        check_ids(model.graph, model.params, checked_part(model.graph, part), part.place)
 
 
 def _check_order(wanted: Sequence[Wanted], parts: Parts, index: int) -> None:

@@ -7,7 +7,7 @@ Every floating tensor of the graph gets exactly one of: a `Site` (it has an enco
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,11 +15,13 @@ from ptqjax.config import QuantizationConfig, Target, load_target
 from ptqjax.config.checks import SettingError
 from ptqjax.config.rules import described, set_fields
 from ptqjax.errors import ConfigError
-from ptqjax.ir import Model, Node
+from ptqjax.ir import Model, Node, Origin, only_reader, origins_of
 from ptqjax.quantize.bias import BiasSite, bias_sites
+from ptqjax.quantize.counting import WithoutNever
 from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, weight_site, weight_uses
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
 from ptqjax.quantize.movement import keeps_all, moves_data
+from ptqjax.quantize.never import Nevers, find_nevers
 from ptqjax.quantize.repaid import unrepaid
 from ptqjax.quantize.rules import Settings, Settled, settle
 from ptqjax.quantize.sites import ACTIVATION, CONSTANT, WEIGHT, Placement, Site, Skipped, kind_of
@@ -47,6 +49,10 @@ class _Plan:
     """Activations that are left in float because their parts are unlike -> the reason."""
     unrepaid: Mapping[str, str]
     """Tensors whose rounding no integer kernel repays -> the reason."""
+    origins: Mapping[str, Origin]
+    """What the values of each tensor depend on."""
+    nevers: Nevers
+    """What values that mean "never" decide."""
 
 
 def place(
@@ -83,6 +89,8 @@ def place(
         wanted=wanted_tensors(model, target),
         apart=apart or {},
         unrepaid=unrepaid(model, target, groups, off),
+        origins=origins_of(model.graph),
+        nevers=Nevers() if config.compatibility else find_nevers(model),
     )
     layers = {site.bias: site for site in bias_sites(model)}
     decided: dict[str, Site | Skipped] = {}
@@ -202,8 +210,11 @@ def _constant(plan: _Plan, tensor: str) -> Site | Skipped:
 
 def _reason_for_float(plan: _Plan, tensor: str, readers: tuple[Node, ...]) -> str:
     operators = sorted({node.op_type for node in readers})
-    if np.size(plan.model.params[tensor]) == 1 and not _reaches_a_kernel(plan, tensor, readers):
-        return "a single number"
+    size = np.size(plan.model.params[tensor])
+    if not size or (size == 1 and not _reaches_a_kernel(plan, tensor, readers)):
+        return "a single number" if size else "has no values"
+    if tensor in plan.nevers.in_float:
+        return plan.nevers.in_float[tensor]
     if not set(operators) <= plan.target.constant_operands:
         return f"parameter of {', '.join(operators)}"
     if all(node.op_type in ("Min", "Max") for node in readers):
@@ -232,39 +243,68 @@ def _is_of_affine(model: Model, node: Node) -> bool:
 
 # Activations
 
+_WITHOUT_DATA = {
+    Origin.CONSTANT: "depends on no input, and is computed beforehand",
+    Origin.SIZE: "depends on sizes alone, on no element of an input",
+}
+
 
 def _activation(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
     if reason := _reason_to_skip(plan, tensor, decided):
         return Skipped(tensor=tensor, reason=reason)
     node, settings = plan.model.graph.producers.get(tensor), plan.settings[tensor]
     if node is None:
-        return _activation_site(tensor, settings, "graph input", tensor)
-    if moves_data(plan.model, node, plan.target):
-        source = node.inputs[0]
-        return _tied(plan, tensor, source, f"{node.op_type} moves the values of '{source}'", decided)
+        return _own_site(plan, tensor, "graph input")
+    if moves := _moves_values(plan, node):
+        return _tied(plan, tensor, node.inputs[0], moves, decided)
     if tensor in plan.groups.bounded:
         root = plan.groups.bounded[tensor]
-        return _activation_site(tensor, settings, f"bounded by Min or Max into '{root}', whose encoding it has", root)
+        reason = f"bounded by Min or Max into '{root}', whose encoding it has"
+        return _activation_site(tensor, settings, reason, root)
     fixed = dict(plan.target.fixed_ranges).get(node.op_type)
     tie = passed_on(node, tensor, plan.target)
     if tie is not None and fixed is None and settings.fixed_range is None:
         return _tied(plan, tensor, *tie, decided)
-    return _activation_site(tensor, settings, f"result of {node.op_type}", tensor, fixed)
+    return _own_site(plan, tensor, f"result of {node.op_type}", fixed)
+
+
+def _moves_values(plan: _Plan, node: Node) -> str:
+    """Returns why the node's result has the encoding of its first input, whose values it moves; "" where it has not."""
+    if moves_data(plan.model, node, plan.target):
+        return f"{node.op_type} moves the values of '{node.inputs[0]}'"
+    if node.op_type == "Pad" and isinstance(plan.nevers.counted.get(node.output), WithoutNever):
+        return f"Pad moves the values of '{node.inputs[0]}', and adds what means never"
+    return ""
+
+
+def _own_site(plan: _Plan, tensor: str, reason: str, fixed: tuple[float, float] | None = None) -> Site:
+    """Returns the site of a tensor with an encoding of its own, found from the values that count."""
+    said = "; ".join(filter(None, (reason, plan.nevers.reasons.get(tensor))))
+    site = _activation_site(tensor, plan.settings[tensor], said, tensor, fixed)
+    return replace(site, counted=plan.nevers.counted.get(tensor))
 
 
 def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
     """Returns why an activation stays in float, for people; "" where it does not."""
-    root, node = plan.groups.bounded.get(tensor), plan.model.graph.producers.get(tensor)
-    if root is not None and (plan.settings[root].off or root in plan.unrepaid):
-        return f"bounded into '{root}', which stays in float"
-    if plan.settings[tensor].on:
-        return ""
-    kept = plan.apart.get(tensor, "") or ("" if root is not None else _unrepaid(plan, tensor))
-    if reason := plan.groups.inside.get(tensor) or kept:
+    if reason := _WITHOUT_DATA.get(plan.origins[tensor]):
         return reason
+    root, node = plan.groups.bounded.get(tensor), plan.model.graph.producers.get(tensor)
+    if root is not None and (plan.settings[root].off or root in plan.unrepaid or root in plan.nevers.in_float):
+        return f"bounded into '{root}', which stays in float"
+    return "" if plan.settings[tensor].on else _reason_by_place(plan, tensor, node, decided)
+
+
+def _reason_by_place(plan: _Plan, tensor: str, node: Node | None, decided: Decided) -> str:
+    """Returns why an activation that no rule asks for is left alone: what stands around it."""
+    kept = "" if tensor in plan.groups.bounded else _unrepaid(plan, tensor)
+    found = (plan.groups.inside.get(tensor), plan.nevers.in_float.get(tensor), plan.apart.get(tensor), kept)
+    if reason := next(filter(None, found), ""):
+        return reason
+    if node is not None and (mean := _mean_by_size(plan, node)):
+        return f"inside a mean, sum over size, which produces '{mean}'"
     if plan.wanted is not None and tensor not in plan.wanted:
         return f"no operator reads it that target {plan.target.name!r} rounds for"
-    if node is not None and _shares_float(plan, node, decided):
+    if node is not None and tensor not in plan.nevers.reasons and _shares_float(plan, node, decided):
         return f"{node.op_type} of '{node.inputs[0]}', which stays in float"
     return ""
 
@@ -290,14 +330,23 @@ def _unrepaid(plan: _Plan, tensor: str) -> str:
     return "" if plan.settings[tensor].is_asked_for else plan.unrepaid.get(tensor, "")
 
 
+def _mean_by_size(plan: _Plan, node: Node) -> str:
+    """Returns the mean that a sum becomes by a size: unlike the sum, it grows with no size; "" where it is none."""
+    division = only_reader(plan.model.graph, node.output) if node.op_type == "ReduceSum" else None
+    if division is None or division.op_type not in ("Div", "Mul"):
+        return ""
+    is_by_size = any(plan.origins[name] == Origin.SIZE for name in division.inputs)
+    return division.output if is_by_size else ""
+
+
 def _tied(plan: _Plan, tensor: str, root: str, reason: str, decided: Decided) -> Site:
     """Returns the site of a tensor that shares the encoding of `root`, if that has one and no rule by name differs."""
     settings, source = plan.settings[tensor], decided.get(root)
     node = plan.model.graph.producers[tensor]
     if not isinstance(source, Site):
-        return _activation_site(tensor, settings, f"result of {node.op_type}", tensor)
+        return _own_site(plan, tensor, f"result of {node.op_type}")
     if differs(settings, _root_of(source, decided)):
-        return _activation_site(tensor, settings, f"result of {node.op_type}, apart from '{root}'", tensor)
+        return _own_site(plan, tensor, f"result of {node.op_type}, apart from '{root}'")
     return _activation_site(tensor, settings, reason, root)
 
 

@@ -86,7 +86,7 @@ def _grid_of_extremes_in_hand(matrices: list[np.ndarray], kind: GridKind) -> _Gr
 
 
 def _grid_of_means(state: MeanExtremes, kind: GridKind) -> _Grids:
-    sums, counts = np.asarray(state.sums), np.asarray(state.counts)
+    sums, counts = np.asarray(state.sums), np.maximum(np.asarray(state.counts), 1)
     return grid_of_range(means_of(sums[:, 0], counts), means_of(sums[:, 1], counts), kind)
 
 

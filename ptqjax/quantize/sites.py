@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ptqjax.config import FLOAT_DTYPES, QuantizationConfig
 from ptqjax.kernels.ranges import GridKind, Symmetry, grid_kind
 from ptqjax.quantize.bias import BiasSite
+from ptqjax.quantize.counting import Counting
 from ptqjax.quantize.rules import num_bits
 
 _SEARCH, _RANGE = "sqnr", "min-max"
@@ -44,6 +45,8 @@ class Site:
     """For low-power blocks (LPBQ): bits of the integers that blocks' scales are multiples of the channel's by."""
     ranges: str = ""
     """The scheme that chooses the range, as `QuantizationConfig.ranges` has it; "": that of the configuration."""
+    counted: Counting | None = None
+    """Which values the range is to hold; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
