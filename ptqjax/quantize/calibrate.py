@@ -28,6 +28,7 @@ from ptqjax.quantize.site_encodings import (
     is_float,
     needs_range,
 )
+from ptqjax.quantize.tables import as_shared
 
 
 def calibrate(
@@ -183,7 +184,11 @@ def _task(model: Model, config: QuantizationConfig, frozen: Mapping[str, Encodin
         config=config,
         frozen=frozen,
         placement=placement,
-        constants={site.tensor: _search(site, config) for site in searched if site.kind != ACTIVATION},
+        constants={
+            site.tensor: _search(site, config)
+            for site in searched
+            if site.kind != ACTIVATION and site.root == site.tensor
+        },
         given={site.tensor: _given(site, config) for site in free if site.tensor not in kinds},
         observed={
             site.tensor: _search(site, config)
@@ -239,7 +244,10 @@ def _result(
     own = {**task.frozen, **{name: constants[search] for name, search in task.constants.items()}}
     own |= {**task.given, **observed}
     sites = task.placement.sites
-    encodings = {site.tensor: own[site.tensor if site.tensor in task.frozen else site.root] for site in sites}
+    encodings = {
+        site.tensor: own[site.tensor] if site.tensor in task.frozen else as_shared(own[site.root], site)
+        for site in sites
+    }
     encodings |= {name: float_bias() for name in task.placement.float_biases}
     return guard_biases(model, encodings, fixed_point=sums_in_fixed_point(task.config))
 

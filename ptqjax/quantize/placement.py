@@ -7,7 +7,7 @@ Every floating tensor of the graph gets exactly one of: a `Site` (it has an enco
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,11 +16,12 @@ from ptqjax.config.rules import described, set_fields
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Node
 from ptqjax.quantize.bias import BiasSite, bias_sites
-from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, weight_site, weight_uses
+from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, stored_uses, weight_site, weight_uses
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
 from ptqjax.quantize.movement import moves_data
 from ptqjax.quantize.rules import Settings, Settled, settle
 from ptqjax.quantize.sites import ACTIVATION, CONSTANT, WEIGHT, Placement, Site, Skipped, kind_of
+from ptqjax.quantize.tables import is_transposed, transposed_tables
 from ptqjax.quantize.tensors import check_not_quantized, check_types, floating_tensors
 from ptqjax.quantize.ties import Decided, adopted_roots, differs, follow, passed_on, wanted_tensors
 
@@ -36,7 +37,9 @@ class _Plan:
     settings: Mapping[str, Settings]
     groups: Groups
     weights: Mapping[str, list[Use]]
-    """Parameters that are multiplied and summed -> their uses."""
+    """Parameters that are multiplied and summed, and tables -> their uses."""
+    transposed: Mapping[str, str]
+    """Weights that are a table transposed -> the table."""
     parameters: Mapping[str, str]
     """Other parameters that are rounded like weights -> the operator that reads them."""
     wanted: frozenset[str] | None
@@ -55,7 +58,7 @@ def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
     config = QuantizationConfig() if config is None else config
     target = load_target(config.target)
     floating = floating_tensors(model)
-    uses, others = weight_uses(model), rounded_parameters(model, target)
+    uses, others = _all_uses(model, target), rounded_parameters(model, target)
     settled = settle(model, config, target, floating, (*uses, *others))
     plan = _Plan(
         model=model,
@@ -63,6 +66,7 @@ def place(model: Model, config: QuantizationConfig | None = None) -> Placement:
         settings=settled.by_tensor,
         groups=find_groups(model, target, config.supergroups),
         weights=uses,
+        transposed=transposed_tables(model, uses),
         parameters=others,
         wanted=wanted_tensors(model, target),
     )
@@ -105,12 +109,30 @@ def _decision(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
     if settings.off:
         return Skipped(tensor=tensor, reason=settings.off)
     if tensor in plan.weights:
-        return weight_site(plan.model, tensor, plan.weights[tensor], settings)
+        return _weight(plan, tensor)
     if tensor in plan.parameters:
         return parameter_site(tensor, settings, f"parameter of {plan.parameters[tensor]}")
     if tensor in plan.model.params:
         return _constant(plan, tensor)
     return _activation(plan, tensor, decided)
+
+
+def _all_uses(model: Model, target: Target) -> dict[str, list[Use]]:
+    uses = weight_uses(model)
+    for tensor, others in stored_uses(model, target).items():
+        uses[tensor] = [*others, *uses.get(tensor, ())]
+    return uses
+
+
+def _weight(plan: _Plan, tensor: str) -> Site:
+    """Returns the site of a weight; one that is a table transposed has the table's grid, if that is to be had."""
+    site = weight_site(plan.model, tensor, plan.weights[tensor], plan.settings[tensor])
+    table = plan.transposed.get(tensor)
+    if table is None or plan.settings[table].off:
+        return site
+    other = weight_site(plan.model, table, plan.weights[table], plan.settings[table])
+    is_same = is_transposed(site, other) and not differs(plan.settings[tensor], other)
+    return replace(site, root=table, reason=f"{site.reason}; the table '{table}' transposed") if is_same else site
 
 
 # Biases
@@ -173,6 +195,8 @@ def _reason_for_float(plan: _Plan, tensor: str, readers: tuple[Node, ...]) -> st
         return f"parameter of {', '.join(operators)}"
     if all(node.op_type in ("Min", "Max") for node in readers):
         return "bounds of an activation, one per channel"
+    if spelled := {plan.groups.spelled.get(node.output, "") for node in readers} - {""}:
+        return f"parameter of {', '.join(sorted(spelled))}"
     if all(_is_of_affine(plan.model, node) for node in readers):
         return "parameter of an affine map per channel, like that of a BatchNormalization"
     return ""
@@ -228,10 +252,13 @@ def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
 
 
 def _tied(plan: _Plan, tensor: str, root: str, reason: str, decided: Decided) -> Site:
-    """Returns the site of a tensor that shares the encoding of `root`, if that has one and no rule by name differs."""
+    """Returns the site of a tensor that shares the encoding of `root`, if that has one for activations.
+
+    And if no rule by name differs.
+    """
     settings, source = plan.settings[tensor], decided.get(root)
     node = plan.model.graph.producers[tensor]
-    if not isinstance(source, Site):
+    if not isinstance(source, Site) or source.kind == WEIGHT:  # a table has scales for its rows
         return _activation_site(tensor, settings, f"result of {node.op_type}", tensor)
     if differs(settings, _root_of(source, decided)):
         return _activation_site(tensor, settings, f"result of {node.op_type}, apart from '{root}'", tensor)
