@@ -86,7 +86,7 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     stays, and QuantizeLinear and DequantizeLinear are those of ONNX Runtime's own operator set, which have all integer
     types. Bounds per channel are applied to integers (`bound_integers`); Relu, Clip and bounds that the grid behind
     them implies are left out (`drop_implied_clips`), and ONNX Runtime is kept from rounding operands of products that
-    the file has in more bits (`keep_precision`). Rows of tables are taken as integers (`gather_codes`), and what a layer
+    the file has in more bits (`keep_precision`). Rows of tables are taken as integers (`gather_codes`), what a layer
     shares with a table is stored once (`store_once`).
 
     Args:

@@ -12,6 +12,7 @@ from ptqjax.config import FLOAT_DTYPES, Target
 from ptqjax.config.settings import block_size_of
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Node
+from ptqjax.ir.query import all_nodes
 from ptqjax.quantize.rules import Settings, num_bits
 from ptqjax.quantize.sites import CONSTANT, WEIGHT, Site
 
@@ -54,10 +55,10 @@ def stored_uses(model: Model, target: Target) -> dict[str, list[Use]]:
     """Returns the parameters that `target` has kept in integers beside `weight_uses`, each with all its uses.
 
     They are tables that Gather takes rows of, whose grid goes through it: Gather(Q(E)) = Q(Gather(E)); and what
-    recurrent operators multiply inputs and states by.
+    recurrent operators, those in subgraphs too, multiply inputs and states by.
     """
     uses: dict[str, list[Use]] = {}
-    for node in model.graph.nodes:
+    for node in all_nodes(model.graph):
         if node.op_type in target.stored_weights and not node.domain:
             for tensor, channel, summed in _stored_operands(model, node):
                 uses.setdefault(tensor, []).append(Use(node, channel, summed))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from ptqjax.ir import Graph, Model, Node, only_reader
 
@@ -22,7 +23,7 @@ _FORMS = "Cast CastLike Expand Reshape Squeeze Unsqueeze"  # of the same numbers
 _PIECES = _SUMS.union(_CURVES.split(), _REDUCTIONS.split(), _FORMS.split())
 _READ_SIZES = frozenset(["Shape", "Size"])
 _ONE_IS_DATA = frozenset([*_FORMS.split(), *_REDUCTIONS.split()])  # further inputs tell a type, a shape or axes
-_MOST_PIECES = 40
+_MOST_PIECES = 64
 _NAMES = (  # operators that tell a function from the others -> its name, for people; the first that fits
     ({"Erf"}, "GELU"),
     ({"Tanh", "Softplus"}, "Mish"),
@@ -77,10 +78,10 @@ def find_pieces(model: Model) -> tuple[Pieces, ...]:
     for entry in starts:
         if not entry or entry in used or len(search.graph.readers.get(entry, ())) < 2:  # noqa: PLR2004 - ways
             continue
-        nodes = search.from_entry(entry)
-        if nodes and used.isdisjoint(node.output for node in nodes):
-            found.append(Pieces(name=_name(nodes), entry=_entry(nodes), nodes=nodes))
-            used.update(found[-1].inside)
+        for nodes in search.from_entry(entry):
+            if used.isdisjoint(node.output for node in nodes):
+                found.append(Pieces(name=_name(nodes), entry=_entry(nodes), nodes=nodes))
+                used.update(found[-1].inside)
     return tuple(found)
 
 
@@ -102,36 +103,38 @@ class _Search:
         self.fixed = _fixed(model)
         self.places = {id(node): place for place, node in enumerate(model.graph.nodes)}
 
-    def from_entry(self, entry: str) -> tuple[Node, ...]:
-        """Returns the nodes of the function that begins at `entry`; none where there is none."""
-        cone = self._cone(entry)
+    def from_entry(self, entry: str) -> Iterator[tuple[Node, ...]]:
+        """Yields the nodes of the functions that begin at `entry`, the longest first; no node is in two."""
+        cone, taken = self._cone(entry), set[str]()
         for last in reversed(cone):
             nodes = self._between(entry, last, cone)
-            if self._joins(last) and self._is_closed(nodes) and _has_two_ways(entry, nodes):
-                whole = (*self._casts(entry, nodes), *nodes, *self._affine_behind(last))
-                return () if {node.op_type for node in whole} <= _SUMS else whole
-        return ()
+            names = {node.output for node in nodes}
+            if not self._joins(last) or not self._is_closed(nodes) or not _has_two_ways(entry, nodes) or names & taken:
+                continue
+            taken |= names
+            whole = (*self._casts(entry, nodes), *nodes, *self._affine_behind(last))
+            if not {node.op_type for node in whole} <= _SUMS:
+                yield whole
 
     def _cone(self, entry: str) -> list[Node]:
-        """Returns the pieces that depend on `entry` alone, in order, not more than there may be."""
+        """Returns the pieces that depend on `entry` alone, in the graph's order, no more than there may be."""
         reached, cone = {entry}, []
-        for node in self._after(entry):
-            if self._is_piece(node) and all(name in reached or name in self.fixed for name in node.inputs):
+        waiting = self._readers(entry)
+        while waiting and len(cone) < _MOST_PIECES:
+            node = self.graph.nodes[heappop(waiting)]
+            if node.output not in reached and self._is_piece(node) and self._is_made_of(node, reached):
                 reached.add(node.output)
                 cone.append(node)
+                for place in self._readers(node.output):
+                    heappush(waiting, place)
         return cone
 
-    def _after(self, entry: str) -> list[Node]:
-        """Returns pieces that depend on `entry`, in the graph's order; no more than there may be."""
-        found: dict[int, Node] = {}
-        waiting = list(self.graph.readers.get(entry, ()))
-        while waiting and len(found) < _MOST_PIECES:
-            node = min(waiting, key=lambda each: self.places[id(each)])
-            waiting = [each for each in waiting if each is not node]
-            if id(node) not in found and self._is_piece(node):
-                found[id(node)] = node
-                waiting += self.graph.readers.get(node.output, ())
-        return list(found.values())
+    def _readers(self, tensor: str) -> list[int]:
+        """Returns the places of the nodes that read a tensor, sorted: a heap."""
+        return sorted({self.places[id(node)] for node in self.graph.readers.get(tensor, ())})
+
+    def _is_made_of(self, node: Node, reached: set[str]) -> bool:
+        return all(name in reached or name in self.fixed for name in node.inputs)
 
     def _is_piece(self, node: Node) -> bool:
         is_known = node.op_type in _PIECES and not node.domain and len(node.outputs) == 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqjax.ir import Constant, Model, Node, Record, Report, fresh_name, only_reader, rebuild
+from ptqjax.ir import Constant, Model, Node, Record, Report, fresh_name, only_reader, rebuild, value_of
 
 _FLOAT = 1  # the number of float32 as an element type in ONNX
 _NEGATIVE_AXES_SINCE, _AXES_ARE_INPUTS_SINCE = 11, 13  # opsets of Unsqueeze
@@ -160,7 +160,7 @@ _Found = tuple[Node, tuple[str, ...], int | None]
 
 def _rows_with_one_scale(model: Model, node: Node) -> _Found | None:
     gather = _maker(model, node.inputs[0], "Gather") if node.op_type == "DequantizeLinear" else None
-    is_of_table = gather is not None and _is_table(model, gather) and np.ndim(model.params.get(node.inputs[1], [])) == 0
+    is_of_table = gather is not None and _is_table(model, gather) and np.ndim(value_of(model, node.inputs[1])) == 0
     return (gather, node.inputs[1:], None) if gather is not None and is_of_table else None
 
 
@@ -176,7 +176,7 @@ def _rows_with_scales(model: Model, node: Node) -> _Found | None:
     zero_point = () if difference is None else (_spread_from(model, difference.inputs[1]),)
     ends = (scale, *(name for name in zero_point if name is not None))
     is_whole = len(ends) == 1 + len(zero_point)
-    return (gather, ends, _axis(gather, model.params[gather.inputs[0]])) if is_whole else None
+    return (gather, ends, _axis(gather, value_of(model, gather.inputs[0]))) if is_whole else None
 
 
 def _spread_from(model: Model, tensor: str) -> str | None:
@@ -185,12 +185,12 @@ def _spread_from(model: Model, tensor: str) -> str | None:
         node = _maker(model, tensor, operator)
         tensor = tensor if node is None else node.inputs[0]
     gather = _maker(model, tensor, "Gather")
-    is_vector = gather is not None and np.ndim(model.params.get(gather.inputs[0], 0)) == 1
+    is_vector = gather is not None and np.ndim(np.asarray(value_of(model, gather.inputs[0]))) == 1
     return gather.inputs[0] if gather is not None and is_vector else None
 
 
 def _is_table(model: Model, gather: Node) -> bool:
-    codes = model.params.get(gather.inputs[0])
+    codes = value_of(model, gather.inputs[0])
     return codes is not None and np.dtype(codes.dtype) in _TYPES
 
 
