@@ -107,7 +107,7 @@ def named(prefix: str, nodes: list[tuple]) -> list[onnx.NodeProto]:
     name = {each: f"{prefix}.{each}" for each in written}
     made = [helper.make_node("MatMul", ["x", "W"], [name["h"]])]
     for op, ins, outs, *rest in nodes:
-        inputs = [name[each] if each in name else each for each in ins.split()]
+        inputs = [str(name.get(each, each)) for each in ins.split()]
         outputs = [name[each] for each in outs.split()]
         made.append(helper.make_node(op, inputs, outputs, **(rest[0] if rest else {})))
     return made

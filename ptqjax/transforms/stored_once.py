@@ -1,4 +1,4 @@
-"""A table that a layer multiplies by as well is stored once, although each has a parameter of its own."""
+"""What several read is stored once, although each has a parameter of its own: tables, recurrent weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import numpy as np
 from ptqjax.ir import Model, Node, Record, Report, rebuild
 
 _MATRIX = 2  # axes
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def store_once(model: Model) -> tuple[Model, Report]:
     """Returns the QDQ `model` in which parameters with the numbers of a table are that table, and a report.
 
-    A table is a parameter that Gather takes rows of, dequantized or not; its scales are one as well, where they are
-    gathered. Of a parameter that is a table transposed, a Transpose is left, which a runtime computes when it loads the
-    file. Arrays must be concrete. One record for each parameter that is gone.
+    A table is a parameter that Gather takes rows of, dequantized or not, its scales too, where they are gathered; and
+    what is dequantized for no product, as the weights of recurrent operators: two branches of an If may have the same.
+    Weights of two products stay apart, since ONNX Runtime refuses one that integer layers share. Of a parameter that is
+    a table transposed, a Transpose is left, which a runtime computes when it loads the file.
+
+    Arrays must be concrete. One record for each parameter that is gone.
     """
     renamed: dict[str, str] = {}
     made: list[Node] = []
@@ -43,13 +47,14 @@ def store_once(model: Model) -> tuple[Model, Report]:
 
 def _tables(model: Model) -> Iterator[str]:
     for node in model.graph.nodes:
-        if node.op_type != "Gather" or node.domain:
-            continue
-        producer = model.graph.producers.get(node.inputs[0])
-        is_dequantized = producer is not None and producer.op_type == "DequantizeLinear"
-        table = producer.inputs[0] if producer is not None and is_dequantized else node.inputs[0]
-        if table in model.params:
-            yield table
+        is_table = node.op_type == "Gather" or (node.op_type == "DequantizeLinear" and _is_for_no_product(model, node))
+        if is_table and node.inputs[0] in model.params:
+            yield node.inputs[0]
+
+
+def _is_for_no_product(model: Model, dequantizer: Node) -> bool:
+    readers = {node.op_type for node in model.graph.readers.get(dequantizer.output, ())}
+    return np.ndim(model.params.get(dequantizer.inputs[0], 0)) >= _MATRIX and readers.isdisjoint(_PRODUCTS)
 
 
 def _is_as(model: Model, table: str, name: str) -> bool:

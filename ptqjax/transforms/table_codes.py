@@ -160,8 +160,9 @@ _Found = tuple[Node, tuple[str, ...], int | None]
 
 def _rows_with_one_scale(model: Model, node: Node) -> _Found | None:
     gather = _maker(model, node.inputs[0], "Gather") if node.op_type == "DequantizeLinear" else None
-    is_of_table = gather is not None and _is_table(model, gather) and np.ndim(value_of(model, node.inputs[1])) == 0
-    return (gather, node.inputs[1:], None) if gather is not None and is_of_table else None
+    if gather is None or not _is_table(model, gather) or not _has_rank(model, node.inputs[1], 0):
+        return None
+    return gather, node.inputs[1:], None
 
 
 def _rows_with_scales(model: Model, node: Node) -> _Found | None:
@@ -185,8 +186,12 @@ def _spread_from(model: Model, tensor: str) -> str | None:
         node = _maker(model, tensor, operator)
         tensor = tensor if node is None else node.inputs[0]
     gather = _maker(model, tensor, "Gather")
-    is_vector = gather is not None and np.ndim(np.asarray(value_of(model, gather.inputs[0]))) == 1
-    return gather.inputs[0] if gather is not None and is_vector else None
+    return gather.inputs[0] if gather is not None and _has_rank(model, gather.inputs[0], 1) else None
+
+
+def _has_rank(model: Model, tensor: str, rank: int) -> bool:
+    value = value_of(model, tensor)
+    return value is not None and np.ndim(value) == rank
 
 
 def _is_table(model: Model, gather: Node) -> bool:
