@@ -25,6 +25,7 @@ from ptqjax.quantize.qdq import insert_qdq
 from ptqjax.quantize.quantizers import GRIDS, untold_grids
 from ptqjax.transforms.implied_clips import drop_implied_clips
 from ptqjax.transforms.integer_bounds import bound_integers
+from ptqjax.transforms.load_time import dequantize_at_load
 from ptqjax.transforms.runtime_precision import keep_precision
 from ptqjax.transforms.stored_once import store_once
 from ptqjax.transforms.table_codes import gather_codes
@@ -87,7 +88,8 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     types. Bounds per channel are applied to integers (`bound_integers`); Relu, Clip and bounds that the grid behind
     them implies are left out (`drop_implied_clips`), and ONNX Runtime is kept from rounding operands of products that
     the file has in more bits (`keep_precision`). Rows of tables are taken as integers (`gather_codes`), what a layer
-    shares with a table is stored once (`store_once`).
+    shares with a table is stored once (`store_once`), and what is no operand in integers is dequantized when the file
+    is loaded (`dequantize_at_load`).
 
     Args:
         model: The float model.
@@ -116,7 +118,7 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     lowest = max(*opsets.values(), _PER_CHANNEL_SINCE if weights == "float" else 0)
     raised = _raised(quantized, lowest, fixed)
     precise = keep_precision(drop_implied_clips(bound_integers(raised)[0])[0])[0]
-    return store_once(gather_codes(precise)[0])[0]
+    return store_once(dequantize_at_load(gather_codes(precise)[0])[0])[0]
 
 
 def with_provenance(quantized: Model, model: Model, encodings: Encodings, settings: Mapping[str, Any]) -> Model:

@@ -1,5 +1,7 @@
 """Weights that are stored in integers although nothing multiplies by them in integers: tables, and recurrent ones."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -14,6 +16,7 @@ from ptqjax.quantize import place
 from ptqjax.quantize.encodings import fake_quantize
 from ptqjax.quantize.qdq import insert_qdq
 from ptqjax.quantize.unquantize import unquantize
+from ptqjax.transforms.load_time import dequantize_at_load
 from ptqjax.transforms.stored_once import store_once
 from ptqjax.transforms.table_codes import gather_codes, gather_floats
 from ptqjax.validate import run, session
@@ -143,6 +146,36 @@ def test_what_cannot_be_gathered_as_codes_is_dequantized_first(settings, reason)
     assert (written, record.reason) == (plain, reason)
 
 
+def operators_that_run(model: Model, file: Path) -> set[str]:
+    session(model, optimized_model_filepath=str(file))
+    return {node.op_type for node in onnx.load(file).graph.node}
+
+
+def test_what_is_no_operand_in_integers_is_dequantized_when_the_file_is_loaded(tmp_path):
+    """ONNX Runtime computes the float weight once: the graph that it runs has it, and not what makes it."""
+    model = recurrent("LSTM", 2)
+    plain = insert_qdq(model, calibrate(model, [{"x": np.ones((5, 2, 40), np.float32)}]))
+    written, report = dequantize_at_load(plain)
+    assert [record.done for record in report] == [True, True]
+    ends = {"QuantizeLinear", "DequantizeLinear", "LSTM"}  # of x and y
+    assert operators_that_run(written, tmp_path / "written.onnx") == ends
+    batch = {"x": RNG.normal(size=(5, 2, 40)).astype(np.float32)}
+    np.testing.assert_array_equal(run(session(written), batch)["y"], run(session(plain), batch)["y"])
+
+
+def test_integers_of_strangers_stay_numbers():
+    """A file that computes a float weight from integers is a float model, which can be quantized."""
+    codes = RNG.integers(-9, 9, (WIDTH, WIDTH)).astype(np.int8)
+    nodes = [
+        ("Cast", ["codes"], ["steps"], {"to": TensorProto.FLOAT}),
+        ("Mul", ["steps", "scale"], ["W"], {}),
+        ("MatMul", ["x", "W"], ["y"], {}),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", WIDTH])
+    model = read(proto(nodes, {"codes": codes, "scale": np.float32(0.5)}, [x]))
+    np.testing.assert_array_equal(model.params["W"], codes * np.float32(0.5))
+
+
 def test_a_weight_that_is_no_table_is_stored_as_it_is():
     """Equal weights of two layers stay apart: ONNX Runtime refuses one that integer layers share."""
     weight = RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32)
@@ -206,12 +239,15 @@ def test_recurrent_weights_are_stored_in_integers(op_type, directions, granulari
     axis = 1 if granularity == "channel" else None
     assert (encodings["W"].axis, encodings["R"].axis) == (axis, axis)
     written = quantized_model(model, encodings)
-    assert {node.inputs[0] for node in written.graph.nodes if node.output in {"W", "R"}} == {
-        "W_quantized",
-        "R_quantized",
-    }
     assert {np.dtype(written.params[f"{name}_quantized"].dtype) for name in "WR"} == {np.dtype(np.int8)}
     assert written.params["B"].dtype == np.float32
+
+    back = read(to_proto(written))  # as DequantizeLinear, whatever the file has
+    assert {node.op_type for node in back.graph.nodes if node.output in {"W", "R"}} == {"DequantizeLinear"}
+    found = unquantize(back)[1]
+    for name in "WR":
+        assert found[name].axis == axis
+        np.testing.assert_array_equal(found[name].scale, encodings[name].scale)
 
     y = run(session(written), batch)["y"]
     expected = simulate(model, encodings, arithmetic="integer")(model.params, encodings, batch)["y"]

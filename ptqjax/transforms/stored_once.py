@@ -18,7 +18,7 @@ def store_once(model: Model) -> tuple[Model, Report]:
     """Returns the QDQ `model` in which parameters with the numbers of a table are that table, and a report.
 
     A table is a parameter that Gather takes rows of, dequantized or not, its scales too, where they are gathered; and
-    what is dequantized for no product, as the weights of recurrent operators: two branches of an If may have the same.
+    what is dequantized for no product, or cast, as the weights of recurrent operators: branches of an If may share it.
     Weights of two products stay apart, since ONNX Runtime refuses one that integer layers share. Of a parameter that is
     a table transposed, a Transpose is left, which a runtime computes when it loads the file.
 
@@ -47,8 +47,8 @@ def store_once(model: Model) -> tuple[Model, Report]:
 
 def _tables(model: Model) -> Iterator[str]:
     for node in model.graph.nodes:
-        is_table = node.op_type == "Gather" or (node.op_type == "DequantizeLinear" and _is_for_no_product(model, node))
-        if is_table and node.inputs[0] in model.params:
+        is_for_floats = node.op_type == "DequantizeLinear" and _is_for_no_product(model, node)
+        if (node.op_type in ("Cast", "Gather") or is_for_floats) and node.inputs[0] in model.params:
             yield node.inputs[0]
 
 
