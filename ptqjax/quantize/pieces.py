@@ -31,13 +31,13 @@ _NAMES = (  # operators that tell a function from the others -> its name, for pe
     ({"Tanh", "Mul"}, "GELU"),
     ({"Sigmoid", "Mul"}, "Swish"),
     ({"HardSigmoid", "Mul"}, "HardSwish"),
-    ({"Clip", "Mul"}, "HardSwish"),
     ({"Exp", "ReduceSum"}, "Softmax"),
     ({"ReduceMean", "Sub"}, "normalization"),
     ({"ReduceMean"}, "normalization by the root mean square"),
     ({"ReduceSum"}, "normalization by the L2 norm"),
     ({"ReduceSumSquare"}, "normalization by the L2 norm"),
     ({"ReduceL2"}, "normalization by the L2 norm"),
+    ({"Clip", "Mul"}, "HardSwish"),
 )
 
 
@@ -122,7 +122,8 @@ class _Search:
         waiting = self._readers(entry)
         while waiting and len(cone) < _MOST_PIECES:
             node = self.graph.nodes[heappop(waiting)]
-            if node.output not in reached and self._is_piece(node) and self._is_made_of(node, reached):
+            is_new = node.output not in reached and node.output not in self.fixed
+            if is_new and self._is_piece(node) and self._is_made_of(node, reached):
                 reached.add(node.output)
                 cone.append(node)
                 for place in self._readers(node.output):
@@ -152,12 +153,12 @@ class _Search:
         return len({name for name in node.inputs if name not in self.fixed}) > 1
 
     def _is_closed(self, nodes: tuple[Node, ...]) -> bool:
-        """Tells whether nothing outside reads what is inside, but for its size."""
+        """Tells whether nothing outside reads what is inside, but for its size or type."""
         own = {id(node) for node in nodes}
         return all(self._is_read_within(node.output, own) for node in nodes[:-1])
 
     def _is_read_within(self, tensor: str, own: set[int]) -> bool:
-        readers = (node for node in self.graph.readers.get(tensor, ()) if node.op_type not in _READ_SIZES)
+        readers = (node for node in self.graph.readers.get(tensor, ()) if _reads_values(node, tensor))
         return tensor not in self.graph.output_names and all(id(node) in own for node in readers)
 
     def _casts(self, entry: str, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
@@ -185,9 +186,16 @@ def _fixed(model: Model) -> set[str]:
     graph: Graph = model.graph
     fixed = {"", *graph.parameters, *graph.constant_values}
     for node in graph.nodes:
-        if node.op_type in _READ_SIZES or (not node.subgraphs and fixed.issuperset(node.inputs)):
+        read = [name for name in node.inputs if _reads_values(node, name)]
+        if not node.subgraphs and fixed.issuperset(read) and (read or node.op_type in _READ_SIZES):
             fixed.update(node.outputs)
     return fixed
+
+
+def _reads_values(node: Node, tensor: str) -> bool:
+    """Tells whether a node reads more of a tensor than its size or its type."""
+    reads_type = node.op_type == "CastLike" and tensor != node.inputs[0]
+    return node.op_type not in _READ_SIZES and not reads_type
 
 
 def _has_two_ways(entry: str, nodes: tuple[Node, ...]) -> bool:
