@@ -137,7 +137,9 @@ def spelled(name: str) -> Model:
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_a_spelled_function_is_rounded_in_front_and_behind_alone(name):
-    placement = place(spelled(name))
+    model = spelled(name)
+    placement = place(model)
+    assert [(each.entry, each.result) for each in find_pieces(model)] == [("t.h", "t.y")]
     own = {site.tensor for site in placement.sites if site.kind == "activation"}
     assert own - {"t.q"} == {"x", "t.h", "t.y"}  # q is a constant
     floats = {"g", "b", *NUMBERS}

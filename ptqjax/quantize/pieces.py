@@ -78,16 +78,11 @@ def find_pieces(model: Model) -> tuple[Pieces, ...]:
     for entry in starts:
         if not entry or entry in used or len(search.graph.readers.get(entry, ())) < 2:  # noqa: PLR2004 - ways
             continue
-        for nodes in search.from_entry(entry):
-            if used.isdisjoint(node.output for node in nodes):
-                found.append(Pieces(name=_name(nodes), entry=_entry(nodes), nodes=nodes))
-                used.update(found[-1].inside)
+        for each in search.from_entry(entry):
+            if used.isdisjoint(node.output for node in each.nodes):
+                found.append(each)
+                used.update(each.inside)
     return tuple(found)
-
-
-def _entry(nodes: tuple[Node, ...]) -> str:
-    written = {node.output for node in nodes}
-    return next(name for node in nodes for name in node.inputs if name not in written)
 
 
 def _name(nodes: Iterable[Node]) -> str:
@@ -103,8 +98,8 @@ class _Search:
         self.fixed = _fixed(model)
         self.places = {id(node): place for place, node in enumerate(model.graph.nodes)}
 
-    def from_entry(self, entry: str) -> Iterator[tuple[Node, ...]]:
-        """Yields the nodes of the functions that begin at `entry`, the longest first; no node is in two."""
+    def from_entry(self, entry: str) -> Iterator[Pieces]:
+        """Yields the functions that begin at `entry`, or at casts in front, the longest first; no node is in two."""
         cone, taken = self._cone(entry), set[str]()
         for last in reversed(cone):
             nodes = self._between(entry, last, cone)
@@ -112,9 +107,10 @@ class _Search:
             if not self._joins(last) or not self._is_closed(nodes) or not _has_two_ways(entry, nodes) or names & taken:
                 continue
             taken |= names
-            whole = (*self._casts(entry, nodes), *nodes, *self._affine_behind(last))
+            casts = self._casts(entry, nodes)
+            whole = (*casts, *nodes, *self._affine_behind(last))
             if not {node.op_type for node in whole} <= _SUMS:
-                yield whole
+                yield Pieces(name=_name(whole), entry=casts[0].inputs[0] if casts else entry, nodes=whole)
 
     def _cone(self, entry: str) -> list[Node]:
         """Returns the pieces that depend on `entry` alone, in the graph's order, no more than there may be."""
