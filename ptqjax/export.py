@@ -25,7 +25,10 @@ from ptqjax.quantize.qdq import insert_qdq
 from ptqjax.quantize.quantizers import GRIDS, untold_grids
 from ptqjax.transforms.implied_clips import drop_implied_clips
 from ptqjax.transforms.integer_bounds import bound_integers
+from ptqjax.transforms.load_time import dequantize_at_load
 from ptqjax.transforms.runtime_precision import keep_precision
+from ptqjax.transforms.stored_once import store_once
+from ptqjax.transforms.table_codes import gather_codes
 from ptqjax.versions import versions
 
 __all__ = ["encodings_json", "export", "insert_qdq", "quantized_model"]
@@ -84,7 +87,9 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     stays, and QuantizeLinear and DequantizeLinear are those of ONNX Runtime's own operator set, which have all integer
     types. Bounds per channel are applied to integers (`bound_integers`); Relu, Clip and bounds that the grid behind
     them implies are left out (`drop_implied_clips`), and ONNX Runtime is kept from rounding operands of products that
-    the file has in more bits (`keep_precision`).
+    the file has in more bits (`keep_precision`). Rows of tables are taken as integers (`gather_codes`), what a layer
+    shares with a table is stored once (`store_once`), and what is no operand in integers is dequantized when the file
+    is loaded (`dequantize_at_load`).
 
     Args:
         model: The float model.
@@ -112,7 +117,8 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     fixed = {name: opset for name, opset in opsets.items() if needs_opset(grids[name], enabled[name])}
     lowest = max(*opsets.values(), _PER_CHANNEL_SINCE if weights == "float" else 0)
     raised = _raised(quantized, lowest, fixed)
-    return keep_precision(drop_implied_clips(bound_integers(raised)[0])[0])[0]
+    precise = keep_precision(drop_implied_clips(bound_integers(raised)[0])[0])[0]
+    return store_once(dequantize_at_load(gather_codes(precise)[0])[0])[0]
 
 
 def with_provenance(quantized: Model, model: Model, encodings: Encodings, settings: Mapping[str, Any]) -> Model:

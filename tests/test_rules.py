@@ -13,11 +13,11 @@ from tests.test_placement import CONV, MATRIX, SAME, build, floats, plan
 
 
 def net():
-    """Two convolutions, an activation after the first, a pool and a product at the end."""
+    """Two convolutions, an activation after the first, a pool and a product at the end, whose gate is an output too."""
     return build(
         ("Conv", "x w1 b1", "c1", SAME), ("Relu", "c1", "r"), ("Conv", "r w2 b2", "c2", SAME),
         ("MaxPool", "c2", "p", {"kernel_shape": [2, 2]}), ("Sigmoid", "p", "s"), ("Mul", "s p", "y"),
-        w1=CONV["w"], b1=CONV["b"], w2=CONV["w"], b2=CONV["b"],
+        w1=CONV["w"], b1=CONV["b"], w2=CONV["w"], b2=CONV["b"], outputs=("y", "s"),
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ ALL_8 = {
         (Rule(operators=("Conv",), of="activations", dtype="int4"), {"c2", "p"}),
         (Rule(operators=("Conv",), dtype="int4"), {"w1", "w2", "c2", "p"}),
         (Rule(of="inputs", dtype="int4"), {"x"}),
-        (Rule(of="outputs", dtype="int4"), {"y"}),
+        (Rule(of="outputs", dtype="int4"), {"y", "s"}),
         (Rule(of="weights", dtype="int4"), {"w1", "w2"}),
         (Rule(operators=("Sigmoid",), operands=(0,), dtype="int4"), {"c2", "p"}),
         (Rule(operators=("Mul",), operands=(0,), dtype="int4"), {"s"}),

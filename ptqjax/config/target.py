@@ -67,6 +67,11 @@ class Target:
     pairs_in_16_bits: bool = False
     """Whether some of its processors add products of 8 bits two by two in 16 bits, saturating: weights are then chosen
     so that no pair does (`quantize.pairs.fit_pairs`)."""
+    stored_weights: frozenset[str] = frozenset()
+    """Operators that compute in float, or only move data, whose weights are kept in integers all the same: Gather (its
+    tables), GRU, LSTM, RNN."""
+    pieces: bool = True
+    """Whether nothing is rounded inside a function that several operators spell, such as a normalization."""
     bounds_per_channel: bool = True
     """Whether a Min or Max with a bound for each channel is as good as a Clip."""
     exceptions: tuple[Rule, ...] = ()
@@ -195,7 +200,9 @@ _LIST = (lambda value: frozenset(_names(value)), "a list of operators")
 _READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "description": (_kind(str), "a text"),
     **dict.fromkeys(("heads", "clamps", "activations", "data_movement", "adopt_output", "constant_operands"), _LIST),
-    **dict.fromkeys(("forward_ties", "rounded_for", "products", "float_results", "companions"), _LIST),
+    **dict.fromkeys(
+        ("forward_ties", "rounded_for", "products", "float_results", "companions", "stored_weights"), _LIST
+    ),
     "fixed_ranges": (_by_operator(_pair), "a table: operator = [low, high]"),
     "supergroups": (lambda value: tuple(map(_names, value)), "a list of lists of operators"),
     **dict.fromkeys(
@@ -205,8 +212,7 @@ _READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "biases": (_one_of("int32", "float"), '"int32" or "float"'),
     "exported_weights": (_one_of("integer", "float"), '"integer" or "float"'),
     "fixed_point": (_kind(bool), "true or false"),
-    "pairs_in_16_bits": (_kind(bool), "true or false"),
-    "bounds_per_channel": (_kind(bool), "true or false"),
+    **dict.fromkeys(("pairs_in_16_bits", "pieces", "bounds_per_channel"), (_kind(bool), "true or false")),
     "exceptions": (lambda value: tuple(map(rule_of, value)), "tables, each a rule"),
     "defaults": (lambda value: tuple(value.items()), "a table of settings"),
     "allowed": (_allowed, "a table: setting = [values]"),

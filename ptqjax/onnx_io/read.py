@@ -15,6 +15,7 @@ import onnx
 from ptqjax.errors import ModelError, UnsupportedOperatorError
 from ptqjax.ir import Model, rebuild
 from ptqjax.onnx_io.constants import folded
+from ptqjax.onnx_io.dequantizers import with_dequantizers
 from ptqjax.onnx_io.functions import without_own_functions, without_schema_functions
 from ptqjax.onnx_io.graphs import Source, graph_of, opsets_of
 from ptqjax.onnx_io.identities import sorted_throughout, without_identities
@@ -60,7 +61,8 @@ def _model(proto: onnx.ModelProto, storage: Storage) -> Model:
     proto = without_schema_functions(without_own_functions(proto, _has_lowering), _has_lowering)
     opsets = opsets_of(proto.opset_import)
     graph = graph_of(proto.graph, Source(opsets=opsets, storage=storage))
-    graph = folded(sorted_throughout(without_identities(graph)), storage.num_bytes)
+    graph = with_dequantizers(sorted_throughout(without_identities(graph)))
+    graph = folded(graph, storage.num_bytes)
     graph, params = with_parameters(graph)
     metadata = tuple(sorted((as_text(entry.key), as_text(entry.value)) for entry in proto.metadata_props))
     return rebuild(Model(graph=replace(graph, ir_version=proto.ir_version, metadata=metadata), params=params))

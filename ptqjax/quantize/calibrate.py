@@ -31,6 +31,7 @@ from ptqjax.quantize.site_encodings import (
     needs_range,
 )
 from ptqjax.quantize.sites import scheme_of
+from ptqjax.quantize.tables import as_shared
 from ptqjax.quantize.unlike import Joints, find_joints, give_up
 
 
@@ -190,7 +191,11 @@ def _task(model: Model, config: QuantizationConfig, frozen: Mapping[str, Encodin
         config=config,
         frozen=frozen,
         placement=placement,
-        constants={site.tensor: _search(site, config) for site in searched if site.kind != ACTIVATION},
+        constants={
+            site.tensor: _search(site, config)
+            for site in searched
+            if site.kind != ACTIVATION and site.root == site.tensor
+        },
         given={site.tensor: _given(site, config) for site in free if site.tensor not in kinds},
         observed={
             site.tensor: _search(site, config)
@@ -253,7 +258,10 @@ def _result(
     own |= {**task.given, **{name: ranged.encoding for name, ranged in observed.items()}}
     placement, given_up = _without_unlike_parts(model, task, own, observed)
     sites = placement.sites
-    encodings = {site.tensor: own[site.tensor if site.tensor in task.frozen else site.root] for site in sites}
+    encodings = {
+        site.tensor: own[site.tensor] if site.tensor in task.frozen else as_shared(own[site.root], site)
+        for site in sites
+    }
     encodings |= {name: float_bias() for name in placement.float_biases}
     resolved: Report = ()
     if task.config.compatibility is None:

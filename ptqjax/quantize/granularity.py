@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,11 +12,15 @@ from ptqjax.config import FLOAT_DTYPES, Target
 from ptqjax.config.settings import block_size_of
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Node
+from ptqjax.ir.query import all_nodes
 from ptqjax.kernels.float_formats import float_format
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.quantize.rules import Settings, num_bits
 from ptqjax.quantize.sites import CONSTANT, WEIGHT, Site
 
+_RECURRENT = {"GRU": 3, "LSTM": 4, "RNN": 1}  # -> the number of gates
+_SMALLEST_TABLE = 256  # numbers: of fewer, the scales weigh more than the rounding saves
+_SHORTEST_ROW = 4  # numbers that a scale is worth
 _SUMMED_AXIS = {"Conv": (0, 1), "ConvTranspose": (1, 0), "MatMul": (-1, -2)}  # (output channel, what is summed)
 
 
@@ -46,6 +51,30 @@ def weight_uses(model: Model) -> dict[str, list[Use]]:
             if tensor in model.params:
                 uses.setdefault(tensor, []).append(Use(node, channel, summed))
     return uses
+
+
+def stored_uses(model: Model, target: Target) -> dict[str, list[Use]]:
+    """Returns the parameters that `target` has kept in integers beside `weight_uses`, each with all its uses.
+
+    They are tables that Gather takes rows of, whose grid goes through it: Gather(Q(E)) = Q(Gather(E)); and what
+    recurrent operators, those in subgraphs too, multiply inputs and states by.
+    """
+    uses: dict[str, list[Use]] = {}
+    for node in all_nodes(model.graph):
+        if node.op_type in target.stored_weights and not node.domain:
+            for tensor, channel, summed in _stored_operands(model, node):
+                uses.setdefault(tensor, []).append(Use(node, channel, summed))
+    return uses
+
+
+def _stored_operands(model: Model, node: Node) -> Iterator[tuple[str, int, int]]:
+    if node.op_type in _RECURRENT:  # [directions, gates x hidden, inputs]
+        yield from ((name, 1, 2) for name in node.inputs[1:3] if name in model.params)
+    elif node.op_type == "Gather" and node.inputs[0] in model.params:
+        shape = np.shape(model.params[node.inputs[0]])
+        if math.prod(shape) >= _SMALLEST_TABLE:
+            axis = int(node.attribute("axis", 0)) % len(shape)
+            yield node.inputs[0], axis, len(shape) - (2 if axis == len(shape) - 1 else 1)
 
 
 def rounded_parameters(model: Model, target: Target) -> dict[str, str]:
@@ -124,16 +153,25 @@ def _scales(model: Model, tensor: str, uses: list[Use], granularity: str) -> _Sc
     """Returns axis and block size of a weight's scales, and why they are not those asked for, if so."""
     if granularity == "tensor":
         return _Scales()
-    shape = np.shape(model.params[tensor])
-    if len(shape) < 2:  # noqa: PLR2004 - a matrix or more
-        return _Scales(why="one scale, because all values of a vector are summed: it has no channels")
-    disagree = len({(use.channel, use.summed) for use in uses}) > 1
-    if disagree or model.graph.num_readers(tensor) > len(uses):
-        return _Scales(why="one scale, because its readers disagree on the channel axis")
-    size, use = block_size_of(granularity), uses[0]
+    if objection := _objection_to_several(model, tensor, uses):
+        return _Scales(why=f"one scale, because {objection}")
+    shape, size, use = np.shape(model.params[tensor]), block_size_of(granularity), uses[0]
     if size is None:
         return _Scales(axis=use.channel)
     if shape[use.summed] <= size:  # blocks would only split a kernel's positions: a scale for each of them
         reason = f"a scale per channel, because {shape[use.summed]} summed values do not fill blocks of {size}"
         return _Scales(axis=use.channel, why=reason)
     return _Scales(axis=use.summed, block_size=size)
+
+
+def _objection_to_several(model: Model, tensor: str, uses: list[Use]) -> str:
+    """Returns why a weight has one scale alone, or nothing."""
+    shape = np.shape(model.params[tensor])
+    if len(shape) < 2:  # noqa: PLR2004 - a matrix or more
+        return "a vector has no channels"
+    disagree = len({(use.channel, use.summed) for use in uses}) > 1
+    if disagree or model.graph.num_readers(tensor) > len(uses):
+        return "its readers disagree on the channel axis"
+    is_table = uses[0].node.op_type == "Gather"
+    has_short_rows = is_table and math.prod(shape) < _SHORTEST_ROW * shape[uses[0].channel]
+    return f"a row of fewer than {_SHORTEST_ROW} numbers is not worth a scale" if has_short_rows else ""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from ptqjax.config import Target
-from ptqjax.ir import Model, Node, bias_behind, only_reader, scalar_of
+from ptqjax.ir import Model, Node, bias_behind, only_reader
+from ptqjax.quantize.pieces import find_pieces
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +21,8 @@ class Groups:
     """Tensors that are not rounded -> the reason."""
     bounded: Mapping[str, str] = field(default_factory=dict)
     """Tensors that a Min or Max bounds -> the group's result, whose encoding they share."""
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    """What nodes write that spell a function together -> the function's name, for people."""
 
 
 def find_groups(model: Model, target: Target, supergroups: Sequence[tuple[str, ...]] = ()) -> Groups:
@@ -28,9 +31,12 @@ def find_groups(model: Model, target: Target, supergroups: Sequence[tuple[str, .
     First come the runs that `target` and `supergroups` list, the longest first: operators of these types, each the only
     reader of the one before; depthwise convolutions are no exception. Then a head with what follows it: a head is a
     product, a sum or a normalization; a bias, the shift of an affine map per channel, a batch norm, clamps, constant
-    bounds and one activation function may follow. And decomposed GELUs. Source: the fusions that `target` names.
+    bounds and one activation function may follow. Before all of them, functions spelled in pieces (`find_pieces`).
+    Source: the fusions that `target` names.
     """
-    inside: dict[str, str] = dict(_find_gelus(model))
+    pieces = find_pieces(model) if target.pieces else ()
+    inside = {name: f"inside {each.name}, which produces '{each.result}'" for each in pieces for name in each.inside}
+    spelled = {node.output: each.name for each in pieces for node in each.nodes}
     bounded: dict[str, str] = {}
     used: set[str] = set(inside)
     chains = _find_runs(model, (*target.supergroups, *supergroups), used)
@@ -45,7 +51,7 @@ def find_groups(model: Model, target: Target, supergroups: Sequence[tuple[str, .
                 bounded[member.output] = chain[-1].output
             else:
                 inside[member.output] = f"inside {label}, which produces '{chain[-1].output}'"
-    return Groups(inside=inside, bounded=bounded)
+    return Groups(inside=inside, bounded=bounded, spelled=spelled)
 
 
 def _find_runs(model: Model, runs: Sequence[tuple[str, ...]], used: set[str]) -> list[list[Node]]:
@@ -116,34 +122,3 @@ def _has_vector_behind(model: Model, product: Node) -> bool:
     """Tells whether a bias of one number per column is added: a single number for all is an Add of its own."""
     found = bias_behind(model, product)
     return found is not None and np.size(model.params[found[1]]) == np.shape(model.params[product.inputs[1]])[-1]
-
-
-def _find_gelus(model: Model) -> Iterator[tuple[str, str]]:
-    """Yields the tensors inside x * (1 + erf(x / sqrt 2)) / 2, in the ways that exporters spell it."""
-    graph = model.graph
-    for erf in graph.nodes:
-        scaled = graph.producers.get(erf.inputs[0]) if erf.op_type == "Erf" else None
-        plus_one = only_reader(graph, erf.output) if scaled is not None else None
-        product = only_reader(graph, plus_one.output) if plus_one is not None else None
-        if scaled is None or plus_one is None or product is None:
-            continue
-        if (scaled.op_type not in ("Div", "Mul")) or plus_one.op_type != "Add" or product.op_type != "Mul":
-            continue
-        x = scaled.inputs[0]
-        other = next((name for name in product.inputs if name != plus_one.output), "")
-        half = graph.producers.get(other)
-        halved_before = half is not None and half.op_type == "Mul" and x in half.inputs
-        if other != x and not halved_before:
-            continue
-        interior = [scaled.output, erf.output, plus_one.output]
-        halved_after = None if halved_before else only_reader(graph, product.output)
-        if halved_before:
-            interior.append(other)
-        elif halved_after is not None and halved_after.op_type == "Mul" and _has_number(model, halved_after):
-            interior.append(product.output)
-        result = halved_after.output if product.output in interior and halved_after is not None else product.output
-        yield from ((name, f"inside GELU, which produces '{result}'") for name in interior)
-
-
-def _has_number(model: Model, node: Node) -> bool:
-    return any(scalar_of(model, name) is not None for name in node.inputs)

@@ -18,13 +18,14 @@ from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Node, Origin, only_reader, origins_of
 from ptqjax.quantize.bias import BiasSite, bias_sites
 from ptqjax.quantize.counting import WithoutNever
-from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, weight_site, weight_uses
+from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, stored_uses, weight_site, weight_uses
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
 from ptqjax.quantize.movement import keeps_all, moves_data
 from ptqjax.quantize.never import Nevers, find_nevers
 from ptqjax.quantize.repaid import unrepaid
 from ptqjax.quantize.rules import Settings, Settled, settle
 from ptqjax.quantize.sites import ACTIVATION, CONSTANT, WEIGHT, Placement, Site, Skipped, kind_of
+from ptqjax.quantize.tables import is_transposed, transposed_tables
 from ptqjax.quantize.tensors import check_not_quantized, check_types, floating_tensors
 from ptqjax.quantize.ties import Decided, adopted_roots, differs, follow, passed_on, wanted_tensors
 
@@ -40,7 +41,9 @@ class _Plan:
     settings: Mapping[str, Settings]
     groups: Groups
     weights: Mapping[str, list[Use]]
-    """Parameters that are multiplied and summed -> their uses."""
+    """Parameters that are multiplied and summed, and tables -> their uses."""
+    transposed: Mapping[str, str]
+    """Weights that are a table transposed -> the table."""
     parameters: Mapping[str, str]
     """Other parameters that are rounded like weights -> the operator that reads them."""
     wanted: frozenset[str] | None
@@ -75,7 +78,7 @@ def place(
     config = QuantizationConfig() if config is None else config
     target = load_target(config.target)
     floating = floating_tensors(model)
-    uses, others = weight_uses(model), rounded_parameters(model, target)
+    uses, others = _all_uses(model, target), rounded_parameters(model, target)
     settled = settle(model, config, target, floating, (*uses, *others))
     groups = find_groups(model, target, config.supergroups)
     off = frozenset(tensor for tensor, found in settled.by_tensor.items() if found.off)
@@ -85,6 +88,7 @@ def place(
         settings=settled.by_tensor,
         groups=groups,
         weights=uses,
+        transposed=transposed_tables(model, uses),
         parameters=others,
         wanted=wanted_tensors(model, target),
         apart=apart or {},
@@ -142,7 +146,7 @@ def _decision(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
             return Skipped(
                 tensor=tensor, reason=f"weight of {operators}, which target {plan.target.name!r} has in float"
             )
-        return weight_site(plan.model, tensor, plan.weights[tensor], settings)
+        return _weight(plan, tensor)
     if tensor in plan.parameters:
         return parameter_site(tensor, settings, f"parameter of {plan.parameters[tensor]}")
     if tensor in plan.model.params:
@@ -153,7 +157,26 @@ def _decision(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
 def _without_kernel(plan: _Plan, weight: str) -> str:
     """Returns the operators that read a weight where the target computes none of them in integers; "" elsewhere."""
     operators = sorted({use.node.op_type for use in plan.weights[weight]})
-    return "" if not plan.target.products or plan.target.products.intersection(operators) else ", ".join(operators)
+    taken = plan.target.products | plan.target.stored_weights
+    return "" if not plan.target.products or taken.intersection(operators) else ", ".join(operators)
+
+
+def _all_uses(model: Model, target: Target) -> dict[str, list[Use]]:
+    uses = weight_uses(model)
+    for tensor, others in stored_uses(model, target).items():
+        uses[tensor] = [*others, *uses.get(tensor, ())]
+    return uses
+
+
+def _weight(plan: _Plan, tensor: str) -> Site:
+    """Returns the site of a weight; one that is a table transposed has the table's grid, if that is to be had."""
+    site = weight_site(plan.model, tensor, plan.weights[tensor], plan.settings[tensor])
+    table = plan.transposed.get(tensor)
+    if table is None or plan.settings[table].off:
+        return site
+    other = weight_site(plan.model, table, plan.weights[table], plan.settings[table])
+    is_same = is_transposed(site, other) and not differs(plan.settings[tensor], other)
+    return replace(site, root=table, reason=f"{site.reason}; the table '{table}' transposed") if is_same else site
 
 
 # Biases
@@ -210,18 +233,24 @@ def _constant(plan: _Plan, tensor: str) -> Site | Skipped:
 
 def _reason_for_float(plan: _Plan, tensor: str, readers: tuple[Node, ...]) -> str:
     operators = sorted({node.op_type for node in readers})
-    size = np.size(plan.model.params[tensor])
-    if not size or (size == 1 and not _reaches_a_kernel(plan, tensor, readers)):
-        return "a single number" if size else "has no values"
-    if tensor in plan.nevers.in_float:
-        return plan.nevers.in_float[tensor]
+    if reason := _by_size(plan, tensor, readers) or plan.nevers.in_float.get(tensor, ""):
+        return reason
     if not set(operators) <= plan.target.constant_operands:
         return f"parameter of {', '.join(operators)}"
     if all(node.op_type in ("Min", "Max") for node in readers):
         return "bounds of an activation, one per channel"
+    if spelled := {plan.groups.spelled.get(node.output, "") for node in readers} - {""}:
+        return f"parameter of {', '.join(sorted(spelled))}"
     if all(_is_of_affine(plan.model, node) for node in readers):
         return "parameter of an affine map per channel, like that of a BatchNormalization"
     return _unrepaid(plan, tensor)
+
+
+def _by_size(plan: _Plan, tensor: str, readers: tuple[Node, ...]) -> str:
+    size = np.size(plan.model.params[tensor])
+    if size > 1 or (size == 1 and _reaches_a_kernel(plan, tensor, readers)):
+        return ""
+    return "a single number" if size else "has no values"
 
 
 def _reaches_a_kernel(plan: _Plan, number: str, readers: tuple[Node, ...]) -> bool:
@@ -340,10 +369,13 @@ def _mean_by_size(plan: _Plan, node: Node) -> str:
 
 
 def _tied(plan: _Plan, tensor: str, root: str, reason: str, decided: Decided) -> Site:
-    """Returns the site of a tensor that shares the encoding of `root`, if that has one and no rule by name differs."""
+    """Returns the site of a tensor that shares the encoding of `root`, if that has one for activations.
+
+    And if no rule by name differs.
+    """
     settings, source = plan.settings[tensor], decided.get(root)
     node = plan.model.graph.producers[tensor]
-    if not isinstance(source, Site):
+    if not isinstance(source, Site) or source.kind == WEIGHT:  # a table has scales for its rows
         return _own_site(plan, tensor, f"result of {node.op_type}")
     if differs(settings, _root_of(source, decided)):
         return _own_site(plan, tensor, f"result of {node.op_type}, apart from '{root}'")

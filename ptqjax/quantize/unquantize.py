@@ -26,6 +26,7 @@ from ptqjax.quantize.quantizers import (
 )
 from ptqjax.quantize.tensor_axes import tensor_axes
 from ptqjax.transforms.runtime_precision import without_empty_clips
+from ptqjax.transforms.table_codes import gather_floats
 
 _OURS = "ptqjax."
 _STATIC = ("QLinear", "QGemm", "QAttention", "QEmbed", "QOrdered", "MulInteger")
@@ -52,7 +53,7 @@ def unquantize(model: Model) -> tuple[Model, Encodings, Report]:
             or a tensor is quantized and dequantized on two different grids.
     """
     _check_operators(model.graph)
-    model = without_empty_clips(model)
+    model = gather_floats(without_empty_clips(model))
     work = Work(model=model, told=_told(model.graph), params=dict(model.params))
     left = _left(model)
     for node in model.graph.nodes:
