@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import QuantizationConfig, load_target
 from ptqjax.errors import ConfigError
 from ptqjax.fit.bias_correction import correct_each
 from ptqjax.fit.rounding import Solving, solve_rounding
@@ -18,6 +18,7 @@ from ptqjax.quantize.alignment import aligned
 from ptqjax.quantize.bias import sums_in_fixed_point
 from ptqjax.quantize.observing import Means
 from ptqjax.quantize.pairs import Pairs, moves_for, pairs_for
+from ptqjax.quantize.tables import tied_weights
 from ptqjax.transforms.linear import HOSTS
 
 _WHOLE = 8  # bits from which rounding to nearest is enough, where a channel has a scale of its own
@@ -137,7 +138,7 @@ def _solved(
         seed=config.seed,
         samples=POLICIES[config.effort].rounding_samples,
         corrects=config.correct != "none",
-        kept=frozenset(frozen),
+        kept=frozenset(frozen) | set(tied_weights(model, load_target(config.target))),
         moved=moves_for(config, model, first.encodings),
     )
     solved, report = solve_rounding(model, first.encodings, batches, settings)

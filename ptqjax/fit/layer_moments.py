@@ -16,7 +16,7 @@ from ptqjax.lowering import Value, compiled
 from ptqjax.ops.convolution import crops_of, window_of
 from ptqjax.transforms.linear import Linear
 
-POSITIONS = 64
+POSITIONS = 128
 """Outputs that are looked at in each sample, at places drawn for each batch."""
 
 

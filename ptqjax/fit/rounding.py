@@ -31,7 +31,7 @@ from ptqjax.quantize.tensors import floating_tensors
 from ptqjax.simulate import fake_quantization, round_parameters
 from ptqjax.transforms.linear import Linear, linear_layers, why_not_rewritable
 
-RIDGES = (0.03, 0.3, 3.0)
+RIDGES = (0.1, 1.0, 10.0)
 """What is tried as ridge, over the mean diagonal of a layer's moments: held-back samples decide, layer by layer."""
 _MOST_BYTES = 2**32  # of what crosses from layer to layer, for all samples together
 _NAME = "solve_rounding"
@@ -244,7 +244,11 @@ def _layers(model: Model, encodings: Encodings, kept: Collection[str]) -> tuple[
     for layer in linear_layers(model).values():
         if layer.weight not in encodings:
             continue
-        reason = "its encoding was given" if layer.weight in kept else _obstacle(model, layer, encodings)
+        reason = (
+            "its encoding was given, or is that of a table"
+            if layer.weight in kept
+            else _obstacle(model, layer, encodings)
+        )
         if reason:
             left_alone.append(_record(layer, "rounded to nearest", done=False, reason=reason))
         else:

@@ -12,6 +12,7 @@ from ptqjax.config import QuantizationConfig, load_target
 from ptqjax.ir import Model, Node, Record, Report
 from ptqjax.kernels.pair_sums import Fitted, fitted, paired, saturates, without_saturation
 from ptqjax.quantize.encodings import Encoding, Encodings, concrete, dequantize, quantize
+from ptqjax.quantize.tables import tied_weights
 from ptqjax.transforms.saturation import in_order_of_terms, in_order_of_weight, is_depthwise
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
@@ -67,9 +68,27 @@ class _Reader:
 
 def pairs_for(config: QuantizationConfig, model: Model, encodings: Encodings, *, kept: Collection[str] = ()) -> Pairs:
     """Returns what `fit_pairs` returns where the target's kernels ask for it, else everything as it is."""
-    if load_target(config.target).pairs_in_16_bits:
-        return fit_pairs(model, encodings, kept=kept)
-    return Pairs({}, encodings, ())
+    target = load_target(config.target)
+    if not target.pairs_in_16_bits:
+        return Pairs({}, encodings, ())
+    pairs = fit_pairs(model, encodings, kept=kept)
+    for weight, table in tied_weights(model, target).items():
+        if weight in encodings and table in encodings and weight not in kept and table not in kept:
+            pairs = _with_table(pairs, model, encodings, (weight, table))
+    return pairs
+
+
+def _with_table(pairs: Pairs, model: Model, encodings: Encodings, tied: tuple[str, str]) -> Pairs:
+    """Returns the pairs with the table that a weight is transposed on the weight's grid, where they shared one."""
+    weight, table = tied
+    old, other, new = (concrete(each) for each in (encodings[weight], encodings[table], pairs.encodings[weight]))
+    was_shared = np.array_equal(np.transpose(old.scale), other.scale)
+    if not was_shared or (np.array_equal(old.scale, new.scale) and weight not in pairs.weights):
+        return pairs
+    grid = other.replace(scale=np.transpose(new.scale), zero_point=np.transpose(new.zero_point))
+    grid = grid.replace(qmin=new.qmin, qmax=new.qmax)
+    moved = np.transpose(pairs.weights.get(weight, np.asarray(model.params[weight])))
+    return Pairs({**pairs.weights, table: moved}, {**pairs.encodings, table: grid}, pairs.report)
 
 
 def fit_pairs(model: Model, encodings: Mapping[str, Encoding], *, kept: Collection[str] = ()) -> Pairs:

@@ -19,7 +19,8 @@ from ptqjax.quantize.movement import moves_data
 def unrepaid(model: Model, target: Target, groups: Groups, off: Container[str]) -> Mapping[str, str]:
     """Returns the tensors in front of and behind no integer kernel, each with the reason for people.
 
-    None where the target does not tell its kernels.
+    None where the target does not tell its kernels, and none where it has not a single one for the network: what is
+    asked for is done then, for the file's size if for nothing else.
 
     Args:
         model: The model.
@@ -30,6 +31,8 @@ def unrepaid(model: Model, target: Target, groups: Groups, off: Container[str]) 
     if not target.products:
         return {}
     survey = _Survey(model=model, target=target, groups=groups, off=off)
+    if not any(survey.is_product(node) for node in model.graph.nodes):
+        return {}
     forced, given = _forward(survey)
     repaid = _backward(survey, forced, given)
     tensors = {name for node in model.graph.nodes for name in (*node.inputs, *node.outputs)} - {""}
@@ -84,15 +87,39 @@ def _forward(survey: _Survey) -> tuple[set[str], set[str]]:
 
 def _backward(survey: _Survey, forced: set[str], given: set[str]) -> set[str]:
     """Returns the tensors that are rounded, and constants that are read in integers."""
-    graph = survey.model.graph
-    made = _made_by_products(survey)
-    repaid = forced | ((given | made) & set(graph.output_names))
-    for node in reversed(graph.nodes):
-        goes_on = not repaid.isdisjoint(node.outputs)
+    made, ends = _made_by_products(survey), _ends(survey)
+    repaid = _needed(survey, forced | ((given | made) & ends), given)
+    free = _passed_on(survey, repaid)  # what comes in integers anyway may go out in integers
+    return _with_moved(survey, _needed(survey, forced | ((given | made | free) & ends), given | free))
+
+
+def _ends(survey: _Survey) -> set[str]:
+    """Returns the graph's outputs, and what is read beside a tensor that is excluded: others stay what they were."""
+    found = set(survey.model.graph.output_names)
+    for node in survey.model.graph.nodes:
+        if any(name in survey.off for name in (*node.inputs, *node.outputs)):
+            found.update(node.inputs)
+    return found
+
+
+def _needed(survey: _Survey, repaid: set[str], given: set[str]) -> set[str]:
+    """Returns the tensors with those before them that products and what is in between read."""
+    found = set(repaid)
+    for node in reversed(survey.model.graph.nodes):
+        goes_on = not found.isdisjoint(node.outputs)
         is_between = survey.is_companion(node) and not given.isdisjoint(node.inputs)
         if survey.is_product(node) or (goes_on and (survey.moves(node) or is_between)):
-            repaid.update(node.inputs)
-    return _with_moved(survey, repaid)
+            found.update(node.inputs)
+    return found
+
+
+def _passed_on(survey: _Survey, tensors: set[str]) -> set[str]:
+    """Returns the tensors with what follows of them through operators that keep integers."""
+    found = set(tensors)
+    for node in survey.model.graph.nodes:
+        if (survey.moves(node) or survey.is_companion(node)) and found.intersection(node.inputs):
+            found.update(node.outputs)
+    return found
 
 
 def _made_by_products(survey: _Survey) -> set[str]:

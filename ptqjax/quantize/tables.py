@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ptqjax.config import Target
 from ptqjax.ir import Model
 from ptqjax.quantize.encodings import Encoding
-from ptqjax.quantize.granularity import Use
+from ptqjax.quantize.granularity import Use, stored_uses, weight_uses
 from ptqjax.quantize.sites import WEIGHT, Site
 
 _MATRIX = 2  # axes
@@ -29,6 +30,11 @@ def transposed_tables(model: Model, uses: Mapping[str, Sequence[Use]]) -> dict[s
         if table is not None and name not in tables:
             found[name] = table
     return found
+
+
+def tied_weights(model: Model, target: Target) -> dict[str, str]:
+    """Returns what `transposed_tables` does, of the weights and tables that a target has in integers."""
+    return transposed_tables(model, {**weight_uses(model), **stored_uses(model, target)})
 
 
 def is_transposed(site: Site, table: Site) -> bool:
