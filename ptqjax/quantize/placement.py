@@ -158,7 +158,7 @@ def _without_kernel(plan: _Plan, weight: str) -> str:
     """Returns the operators that read a weight where the target computes none of them in integers; "" elsewhere."""
     operators = sorted({use.node.op_type for use in plan.weights[weight]})
     taken = plan.target.products | plan.target.stored_weights
-    return "" if not plan.target.products or taken.intersection(operators) else ", ".join(operators)
+    return "" if not plan.unrepaid or taken.intersection(operators) else ", ".join(operators)
 
 
 def _all_uses(model: Model, target: Target) -> dict[str, list[Use]]:

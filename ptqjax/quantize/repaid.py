@@ -14,13 +14,14 @@ from ptqjax.config import Target
 from ptqjax.ir import Model, Node
 from ptqjax.quantize.groups import Groups
 from ptqjax.quantize.movement import moves_data
+from ptqjax.transforms.linear import HOSTS
 
 
 def unrepaid(model: Model, target: Target, groups: Groups, off: Container[str]) -> Mapping[str, str]:
     """Returns the tensors in front of and behind no integer kernel, each with the reason for people.
 
-    None where the target does not tell its kernels, and none where it has not a single one for the network: what is
-    asked for is done then, for the file's size if for nothing else.
+    None where the target does not tell its kernels, and none where no layer of the network has one: what is asked for
+    is done then, for the file's size if for nothing else.
 
     Args:
         model: The model.
@@ -31,7 +32,7 @@ def unrepaid(model: Model, target: Target, groups: Groups, off: Container[str]) 
     if not target.products:
         return {}
     survey = _Survey(model=model, target=target, groups=groups, off=off)
-    if not any(survey.is_product(node) for node in model.graph.nodes):
+    if not any(map(survey.is_product, model.graph.nodes)) and any(map(survey.is_other_layer, model.graph.nodes)):
         return {}
     forced, given = _forward(survey)
     repaid = _backward(survey, forced, given)
@@ -51,6 +52,11 @@ class _Survey:
     def is_product(self, node: Node) -> bool:
         """Tells whether the node sums products of integers."""
         return node.op_type in self.target.products and self._reads_integers(node.inputs[:2], node)
+
+    def is_other_layer(self, node: Node) -> bool:
+        """Tells whether the node multiplies a weight that could be rounded, and has no integer kernel."""
+        is_layer = node.op_type in HOSTS and node.op_type not in self.target.products
+        return is_layer and self._reads_integers(node.inputs[:2], node) and node.inputs[1] in self.model.params
 
     def is_companion(self, node: Node) -> bool:
         """Tells whether the node computes in integers where it gets and gives them."""
@@ -114,10 +120,11 @@ def _needed(survey: _Survey, repaid: set[str], given: set[str]) -> set[str]:
 
 
 def _passed_on(survey: _Survey, tensors: set[str]) -> set[str]:
-    """Returns the tensors with what follows of them through operators that keep integers."""
+    """Returns the tensors with what follows of them alone through operators that keep integers."""
     found = set(tensors)
     for node in survey.model.graph.nodes:
-        if (survey.moves(node) or survey.is_companion(node)) and found.intersection(node.inputs):
+        read = {name for name in node.inputs if name in survey.model.graph.producers or name in found}
+        if (survey.moves(node) or survey.is_companion(node)) and read and read <= found:
             found.update(node.outputs)
     return found
 
