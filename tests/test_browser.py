@@ -66,7 +66,7 @@ class Tables(HTMLParser):
 
 
 CONFIG = ptqjax.QuantizationConfig(
-    weights="int4", granularity="tensor", equalize=False, correct="none", ranges="min-max"
+    weights="int4", granularity="tensor", equalize=False, correct="none", ranges="min-max", rounding="nearest"
 )
 
 

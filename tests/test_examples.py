@@ -102,6 +102,6 @@ def test_equalization_recovers_what_one_scale_per_tensor_loses(evaluation, tmp_p
 
     before = top1(in_onnxruntime(str(EXAMPLES / "digits.onnx"), evaluation["input"]), evaluation["labels"])
     assert before > 97
-    assert exported(equalize=False, correct="none") < before - 50
-    # 597 digits: the standard error at 98 % is 0.6 points; the default, which learns, is the quickstart's
-    assert exported(scaling="noise") > before - 1.5
+    assert exported(equalize=False, correct="none", rounding="nearest") < before - 50
+    # 597 digits: the standard error at 98 % is 0.6 points
+    assert exported(scaling="noise", rounding="nearest") > before - 1.5

@@ -35,7 +35,7 @@ def left_in_float(**settings) -> set[str]:
     ("pattern", "left"),
     [
         ("/head/Conv", {"w2", "b2", "r", "c2"}),
-        ("/body/*", {"x", "w1", "b1", "r", "b2"}),  # a bias needs the grid of what its layer reads
+        ("/body/*", {"x", "w1", "b1", "r", "b2", "c2"}),  # what reads it runs in float, and gains nothing by rounding
         ("re:.*/Gemm", {"t", "s", "g", "y"}),  # rounded before it was moved, its input would be rounded all the same
         ("s", {"c2", "s", "t"}),  # a node without a name is called as what it produces; what is moved on follows it
     ],

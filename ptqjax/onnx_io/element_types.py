@@ -34,10 +34,18 @@ def as_cast(node: Node, types: Mapping[str, np.dtype]) -> Node:
 
 def _of_results(node: Node, opset: int, types: Mapping[str, np.dtype]) -> dict[str, np.dtype]:
     if node.op_type == "Cast" and not node.domain:
-        return {node.output: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node.attribute("to")))}
+        return _cast(node)
     found = schema(node.op_type, opset, node.domain)
     if found is None:
         return {}
     ties = {form.type_str: types[name] for form, name in zip(found.inputs, node.inputs, strict=False) if name in types}
     results = zip(found.outputs, node.outputs, strict=False)
     return {name: ties[form.type_str] for form, name in results if name and form.type_str in ties}
+
+
+def _cast(node: Node) -> dict[str, np.dtype]:
+    """Returns the type that a Cast says; a number that is none of ONNX's is told where the Cast is read."""
+    to = node.attribute("to")
+    if not isinstance(to, int) or to not in onnx.helper.get_all_tensor_dtypes():
+        return {}
+    return {node.output: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(to))}

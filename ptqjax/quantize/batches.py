@@ -108,7 +108,7 @@ def _checked_array(spec: TensorSpec, value: Any, place: str, symbols: dict[str, 
 
 def _counts(values: np.ndarray, *, is_mask: bool) -> np.ndarray:
     """Tells which values a model may be given: finite ones, and -inf in a mask, where it means never."""
-    return np.isfinite(values) | (is_mask & np.isneginf(values))
+    return np.asarray(np.isfinite(values) | (is_mask & np.isneginf(values)))
 
 
 def _as_array(spec: TensorSpec, value: Any, place: str) -> np.ndarray:
