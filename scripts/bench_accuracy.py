@@ -57,6 +57,8 @@ NETWORKS = (
     "resnet20_cifar10",
     "mlperf_vww_mobilenet_v1_0.25_96",
     "squeezenet_v1.1",
+    "efficientnet_lite0",
+    "tiny_vit_cifar10",
 )
 """Networks that come with data to measure them on."""
 COLUMNS = {
@@ -256,21 +258,25 @@ def ways(*, scaling: str, onnxruntime: bool, aimet_python: Path | None) -> dict[
     def ours(**settings: Any) -> Way:
         return partial(with_ptqjax, **settings)
 
+    nearest = partial(ours, rounding="nearest")
+
     def after_scaling(**settings: Any) -> Way:
-        return ours(**{"scaling": scaling, "absorb": "exact", "correct": "none", **settings})
+        return nearest(**{"scaling": scaling, "absorb": "exact", "correct": "none", **settings})
 
     chosen: dict[str, Way] = {
         "none (batch norms not folded)": unfolded,
-        "fold": ours(equalize=False, correct="none"),
+        "fold": nearest(equalize=False, correct="none"),
     }
     for objective in ("weights", "ranges", "noise"):
-        chosen[f"fold, scaling ({objective})"] = ours(scaling=objective, absorb="off", correct="none")
+        chosen[f"fold, scaling ({objective})"] = nearest(scaling=objective, absorb="off", correct="none")
     chosen |= {
         f"fold, scaling ({scaling}), absorption (exact)": after_scaling(),
         f"fold, scaling ({scaling}), absorption (statistics)": after_scaling(absorb="statistics"),
         f"fold, scaling ({scaling}), absorption (exact), correction (analytic)": after_scaling(correct="analytic"),
         f"fold, scaling ({scaling}), absorption (exact), correction (empirical)": after_scaling(correct="empirical"),
-        "learned scaling, otherwise defaults": ours(scaling="learned"),
+        "learned scaling, rounding to nearest": nearest(scaling="learned"),
+        "defaults, rounding to nearest": nearest(),
+        "defaults, rounding solved": ours(rounding="solved"),
         "defaults": ours(),
         "defaults, no data at all": ours(has_data=False),
     }
