@@ -139,7 +139,9 @@ def residual():
     chain = Chain(3, dtype=np.float32)
     chain.conv(4, pad=1).add("Relu").add("MaxPool", kernel_shape=(2, 2))
     pooled = chain.tensor
-    chain.conv(4, pad=1).add("Add", pooled).add("Concat", pooled, axis=1)
+    chain.conv(4, pad=1)
+    chain.params["w3"] *= np.float32(0.1)  # what is joined is alike: unlike parts would keep grids of their own
+    chain.add("Add", pooled).add("Concat", pooled, axis=1)
     bound = chain.param("bound", np.arange(1.0, 9.0).reshape(8, 1, 1))
     return chain.add("Relu").add("Min", bound).build()
 

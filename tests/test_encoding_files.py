@@ -307,7 +307,8 @@ def test_low_power_blocks_state_widths_and_integers():
 def test_low_power_blocks_with_a_scale_at_each_place_of_a_kernel_come_back(tmp_path, version):
     """Calibration finds them so: one scale for each channel, and an integer for each block and place."""
     model = network()
-    config = ptqjax.QuantizationConfig(weights="int4", granularity="lpbq:2", equalize=False)
+    asked = ptqjax.Rule(tensors=("wt",), enabled=True)  # no kernel of ONNX Runtime needs it
+    config = ptqjax.QuantizationConfig(weights="int4", granularity="lpbq:2", equalize=False, rules=(asked,))
     found = ptqjax.calibrate(model, [{model.graph.inputs[0].name: normal(2, 6, 6, 6)}], config)
     low_power = {name: each for name, each in found.items() if each.scale_bits is not None}
     assert {"w", "wt"} <= set(low_power)
@@ -423,7 +424,7 @@ def test_with_a_configuration_every_tensor_to_be_rounded_needs_an_entry(tmp_path
 def test_what_a_file_holds_is_frozen_and_the_rest_is_calibrated(tmp_path):
     """Read, freeze, calibrate: what the file holds stays to the bit; the rest is what calibration alone finds."""
     model, batches = network(), [{"x": normal(3, 6, 6, 6, seed=i)} for i in range(2)]
-    config = QuantizationConfig(ranges="min-max", equalize=False, correct="none")
+    config = QuantizationConfig(ranges="min-max", equalize=False, correct="none", target="generic-per-channel")
     free = ptqjax.calibrate(model, batches, config)
     held = {"w": EXAMPLES["w"][-1], "r": UINT8[-1], "p": STRICT[-1]}
     ptqjax.write_encodings(tmp_path / "some.encodings", model, held, "2.0.0")
@@ -433,6 +434,8 @@ def test_what_a_file_holds_is_frozen_and_the_rest_is_calibrated(tmp_path):
     assert_identical(found, free | held | moved)
     through_all = ptqjax.quantize(model, batches, config, frozen=frozen)
     assert_identical(through_all.encodings, found)
+    kept = ptqjax.quantize(model, batches, replace(config, target="ort-cpu"), frozen=frozen).encodings
+    assert_identical({name: kept[name] for name in held}, held)  # where scales are raised for kernels as well
     with pytest.raises(ConfigError, match="equalize=False"):
         ptqjax.quantize(model, batches, replace(config, equalize=True), frozen=frozen)
     wide = ptqjax.quantize(model, batches, replace(config, headroom=2.0), frozen=frozen).encodings

@@ -236,7 +236,7 @@ def test_models_of_every_opset_run_in_integers(tmp_path, opset, granularity):
 
 def test_an_operator_that_bars_the_way_to_integers_is_named(tmp_path):
     nodes = [node("Conv", ["x", "w"], "c"), node("Upsample", ["c", "sizes"], "y", mode="nearest")]
-    params = {"w": normal(3, 3, 1, 1), "sizes": np.array([1, 1, 2, 2], np.float32)}
+    params = {"w": normal(3, 3, 1, 1), "sizes": np.array([1, 1, 0.5, 0.5], np.float32)}
     model = read(onnx_io.to_proto(build(nodes, params, input_shape=(1, 3, 4, 4), outputs=["y"], opset=9)))
     encoding = make_encoding(np.float32(0.1), np.float32(0), dtype="int8")
     with pytest.raises(ModelError, match=r"opset 9.*Upsample \(producing 'y'\).*version_converter"):

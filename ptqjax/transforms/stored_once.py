@@ -12,6 +12,11 @@ from ptqjax.ir import Model, Node, Record, Report, rebuild
 
 _MATRIX = 2  # axes
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_MOVES = frozenset(
+    {"Clip", "Concat", "Expand", "Flatten", "Identity", "Max", "Min", "Reshape", "Slice", "Split", "Squeeze"}
+    | {"Transpose", "Unsqueeze"}
+)
+"""What passes on the values of weights, or bounds them, on their way to a product."""
 
 
 def store_once(model: Model) -> tuple[Model, Report]:
@@ -19,8 +24,9 @@ def store_once(model: Model) -> tuple[Model, Report]:
 
     A table is a parameter that Gather takes rows of, dequantized or not, its scales too, where they are gathered; and
     what is dequantized for no product, or cast, as the weights of recurrent operators: branches of an If may share it.
-    Weights of two products stay apart, since ONNX Runtime refuses one that integer layers share. Of a parameter that is
-    a table transposed, a Transpose is left, which a runtime computes when it loads the file.
+    Weights of two products, moved on the way or not, stay apart, since ONNX Runtime refuses one that integer layers
+    share. Of a parameter that is a table transposed, a Transpose is left, which a runtime computes when it loads the
+    file.
 
     Arrays must be concrete. One record for each parameter that is gone.
     """
@@ -53,8 +59,22 @@ def _tables(model: Model) -> Iterator[str]:
 
 
 def _is_for_no_product(model: Model, dequantizer: Node) -> bool:
-    readers = {node.op_type for node in model.graph.readers.get(dequantizer.output, ())}
-    return np.ndim(model.params.get(dequantizer.inputs[0], 0)) >= _MATRIX and readers.isdisjoint(_PRODUCTS)
+    is_matrix = np.ndim(model.params.get(dequantizer.inputs[0], 0)) >= _MATRIX
+    return is_matrix and not any(_reaches_a_product(model, name) for name in dequantizer.outputs)
+
+
+def _reaches_a_product(model: Model, tensor: str) -> bool:
+    """Tells whether a product reads a tensor, or what is moved of it: a runtime looks through a Transpose as well."""
+    seen = {tensor}
+    left = [tensor]
+    while left:
+        for node in model.graph.readers.get(left.pop(), ()):
+            if node.op_type in _PRODUCTS:
+                return True
+            further = [name for name in node.outputs if node.op_type in _MOVES and name not in seen]
+            seen.update(further)
+            left += further
+    return False
 
 
 def _is_as(model: Model, table: str, name: str) -> bool:
