@@ -37,6 +37,7 @@ GUARD = [
     ("Where", "isnan zero p0", "p"),
 ]
 CAUSAL = np.triu(np.ones((T, T), np.float32), 1)
+EVERYWHERE = QuantizationConfig.for_target("generic-per-tensor", ranges="min-max", equalize=False)  # scores as well
 
 
 def build(*nodes, outputs=("y",), opset=17, mask=None, shape=("N", T, D), **initializers) -> Model:
@@ -139,8 +140,7 @@ def file_and_simulation(model: Model, encodings, inputs) -> tuple[np.ndarray, np
 def test_masked_attention_keeps_its_values(name) -> None:
     """Scores reach 20 and further, of which 8 bits hold no more: 24 dB; where masks count as data, 0 to 3 are left."""
     model = MODELS[name]
-    config = QuantizationConfig(ranges="min-max", equalize=False)
-    encodings = calibrate(model, [batch(model, 1), batch(model, 2), batch(model, 3)], config)
+    encodings = calibrate(model, [batch(model, 1), batch(model, 2), batch(model, 3)], EVERYWHERE)
     inputs = batch(model, 2)
     ran, simulated = file_and_simulation(model, encodings, inputs)
     expected = np.asarray(apply(model.graph, model.params, inputs)["y"])
@@ -151,8 +151,7 @@ def test_masked_attention_keeps_its_values(name) -> None:
 @pytest.mark.parametrize("name", ["(1 - m) -1e+09", "Where -inf", "of integers", "an input", "chosen, then added -inf"])
 def test_masks_hold_that_no_calibration_sample_had(name) -> None:
     model = MODELS[name]
-    config = QuantizationConfig(ranges="min-max", equalize=False)
-    encodings = calibrate(model, [batch(model, seed, is_masked=False, samples=32) for seed in (1, 2)], config)
+    encodings = calibrate(model, [batch(model, seed, is_masked=False, samples=32) for seed in (1, 2)], EVERYWHERE)
     inputs = batch(model, 2)
     expected = np.asarray(apply(model.graph, model.params, inputs)["y"])
     found = np.asarray(simulate(model, encodings)(model.params, encodings, inputs)["y"])
@@ -164,7 +163,7 @@ def test_a_row_of_which_nothing_counts_stays_what_its_guard_makes_of_it() -> Non
     inputs = batch(model, 1)
     inputs["mask"] = inputs["mask"].copy()
     inputs["mask"][0] = False
-    encodings = calibrate(model, [inputs], QuantizationConfig(equalize=False))
+    encodings = calibrate(model, [inputs], EVERYWHERE)
     ran, simulated = file_and_simulation(model, encodings, inputs)
     assert not ran[0].any()
     np.testing.assert_array_equal(ran, simulated)
@@ -177,11 +176,11 @@ def test_pads_before_a_maximum_share_the_grid_of_what_they_pad() -> None:
             ("MaxPool", "wide", "y", {"kernel_shape": [3], "strides": [2]}),
             pads=np.asarray([0, 0, 1, 0, 0, 1]), value=np.float32(value), one=np.float32(1),
         )  # fmt: skip
-        placement = place(model)
+        placement = place(model, EVERYWHERE)
         sites = {site.tensor: site.root for site in placement.sites}
         assert sites["wide"] == sites["y"] == "a"
         inputs = {"x": RNG.normal(size=(N, T, D)).astype(np.float32)}
-        encodings = calibrate(model, [inputs], QuantizationConfig(ranges="min-max"))
+        encodings = calibrate(model, [inputs], EVERYWHERE)
         ran, simulated = file_and_simulation(model, encodings, inputs)
         assert sqnr(np.asarray(apply(model.graph, model.params, inputs)["y"]), ran) > 35
         np.testing.assert_array_equal(ran, simulated)
@@ -192,9 +191,9 @@ def test_a_masked_maximum_keeps_its_grid() -> None:
         ("Where", "mask x big", "w"), ("ReduceMax", "w", "y", {"axes": [2], "keepdims": 0}),
         mask=BOOL, shape=("N", D, T), big=np.float32(-np.inf),
     )  # fmt: skip
-    assert {"w", "y"} <= {site.tensor for site in place(model).sites}
+    assert {"w", "y"} <= {site.tensor for site in place(model, EVERYWHERE).sites}
     inputs = {"x": RNG.normal(size=(N, D, T)).astype(np.float32), "mask": batch(MODELS["Where -inf"], 1)["mask"]}
-    encodings = calibrate(model, [inputs], QuantizationConfig(ranges="min-max"))
+    encodings = calibrate(model, [inputs], EVERYWHERE)
     ran, simulated = file_and_simulation(model, encodings, inputs)
     assert sqnr(np.asarray(apply(model.graph, model.params, inputs)["y"]), ran) > 35
     np.testing.assert_array_equal(ran, simulated)
@@ -204,7 +203,7 @@ def test_a_masked_maximum_keeps_its_grid() -> None:
 def test_masked_outputs_stay_in_float(operator) -> None:
     model = build(*SCORES[:1], ("Where", "keep q big", "w"), (operator, "w", "y"), keep=np.arange(D) < 5,
                   big=np.float32(-1e4), Wq=WEIGHTS["Wq"])  # fmt: skip
-    found = {entry.tensor: entry.reason for entry in place(model).skipped}
+    found = {entry.tensor: entry.reason for entry in place(model, EVERYWHERE).skipped}
     assert found["w" if "w" in found else "y"] == "carries values that mean never ('big' = -10000)"
     assert ("y" in found) == (operator != "Sigmoid")
 

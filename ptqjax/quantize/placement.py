@@ -281,7 +281,7 @@ _WITHOUT_DATA = {
 def _activation(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
     if reason := _reason_to_skip(plan, tensor, decided):
         return Skipped(tensor=tensor, reason=reason)
-    node, settings = plan.model.graph.producers.get(tensor), plan.settings[tensor]
+    node = plan.model.graph.producers.get(tensor)
     if node is None:
         return _own_site(plan, tensor, "graph input")
     if moves := _moves_values(plan, node):
@@ -289,10 +289,10 @@ def _activation(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
     if tensor in plan.groups.bounded:
         root = plan.groups.bounded[tensor]
         reason = f"bounded by Min or Max into '{root}', whose encoding it has"
-        return _activation_site(tensor, settings, reason, root)
+        return _activation_site(plan, tensor, reason, root)
     fixed = dict(plan.target.fixed_ranges).get(node.op_type)
     tie = passed_on(node, tensor, plan.target)
-    if tie is not None and fixed is None and settings.fixed_range is None:
+    if tie is not None and fixed is None and plan.settings[tensor].fixed_range is None:
         return _tied(plan, tensor, *tie, decided)
     return _own_site(plan, tensor, f"result of {node.op_type}", fixed)
 
@@ -309,8 +309,7 @@ def _moves_values(plan: _Plan, node: Node) -> str:
 def _own_site(plan: _Plan, tensor: str, reason: str, fixed: tuple[float, float] | None = None) -> Site:
     """Returns the site of a tensor with an encoding of its own, found from the values that count."""
     said = "; ".join(filter(None, (reason, plan.nevers.reasons.get(tensor))))
-    site = _activation_site(tensor, plan.settings[tensor], said, tensor, fixed)
-    return replace(site, counted=plan.nevers.counted.get(tensor))
+    return _activation_site(plan, tensor, said, tensor, fixed)
 
 
 def _reason_to_skip(plan: _Plan, tensor: str, decided: Decided) -> str:
@@ -379,7 +378,7 @@ def _tied(plan: _Plan, tensor: str, root: str, reason: str, decided: Decided) ->
         return _own_site(plan, tensor, f"result of {node.op_type}")
     if differs(settings, _root_of(source, decided)):
         return _own_site(plan, tensor, f"result of {node.op_type}, apart from '{root}'")
-    return _activation_site(tensor, settings, reason, root)
+    return _activation_site(plan, tensor, reason, root)
 
 
 def _root_of(site: Site, decided: Decided) -> Site:
@@ -389,8 +388,9 @@ def _root_of(site: Site, decided: Decided) -> Site:
 
 
 def _activation_site(
-    tensor: str, settings: Settings, reason: str, root: str, fixed: tuple[float, float] | None = None
+    plan: _Plan, tensor: str, reason: str, root: str, fixed: tuple[float, float] | None = None
 ) -> Site:
+    settings = plan.settings[tensor]
     rules = settings.rules if root == tensor else ()
     return Site(
         tensor=tensor,
@@ -402,6 +402,7 @@ def _activation_site(
         fixed_range=(settings.fixed_range or fixed) if root == tensor else None,
         power_of_two=settings.power_of_two,
         ranges=settings.ranges,
+        counted=plan.nevers.counted.get(tensor),
     )
 
 

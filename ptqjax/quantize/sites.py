@@ -46,7 +46,7 @@ class Site:
     ranges: str = ""
     """The scheme that chooses the range, as `QuantizationConfig.ranges` has it; "": that of the configuration."""
     counted: Counting | None = None
-    """Which values the range is to hold; None: all."""
+    """Which values its own range is to hold, if it has one; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
