@@ -25,7 +25,7 @@ from ptqjax.ir import Graph, Model, Record, Report
 from ptqjax.kernels.gram import Moments
 from ptqjax.lowering import Stretch, Value, compiled, interpret_in_layout, stretches
 from ptqjax.quantize import check_not_quantized
-from ptqjax.quantize.encodings import Encodings, fake_quantize
+from ptqjax.quantize.encodings import Encodings, concrete, fake_quantize
 from ptqjax.quantize.qdq import check_tensors
 from ptqjax.quantize.tensors import floating_tensors
 from ptqjax.simulate import fake_quantization, round_parameters
@@ -212,11 +212,11 @@ _run = compiled(_outputs, is_brief=True)
 
 def _inputs(batch: Batch, activations: Encodings) -> dict[str, _Pair]:
     """Returns a batch as both networks read it."""
-    exact = {name: jnp.asarray(array) for name, array in batch.items()}
     rounded = {
-        name: fake_quantize(array, activations[name]) if name in activations else array for name, array in exact.items()
+        name: fake_quantize(np.asarray(array), concrete(activations[name])) if name in activations else array
+        for name, array in batch.items()
     }
-    return {name: _Pair(Value(rounded[name]), Value(exact[name])) for name in batch}
+    return {name: _Pair(Value(jnp.asarray(rounded[name])), Value(jnp.asarray(batch[name]))) for name in batch}
 
 
 def _fitting(walk: _Walk) -> _Walk:
