@@ -102,62 +102,68 @@ PARAMS = {name: np.float32(value) for name, value in NUMBERS.items()} | {
     "g": RNG.uniform(0.5, 1.5, WIDTH).astype(np.float32),
     "b": RNG.normal(size=WIDTH).astype(np.float32),
     "axes": np.asarray([-1]),
+    "K": RNG.normal(size=(3, 1, 3)).astype(np.float32),
+    "W": RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32),
 }
 
 
 def named(prefix: str, nodes: list[tuple]) -> list[onnx.NodeProto]:
-    """The nodes of a spelling behind a layer of its own; computed tensors have names with the prefix."""
+    """The nodes of a spelling between layers of its own; computed tensors have names with the prefix.
+
+    Both layers are integer kernels, which round their inputs; the one in front, a convolution of each token, has to
+    round its result as well.
+    """
     written = {"h", *(out for _, _, outs, *_ in nodes for out in outs.split())}
     name = {each: f"{prefix}.{each}" for each in written}
-    made = [helper.make_node("MatMul", ["x", "W"], [name["h"]])]
+    made = [helper.make_node("Conv", ["x", "K"], [name["h"]], group=3, pads=[1, 1])]
     for op, ins, outs, *rest in nodes:
         inputs = [str(name.get(each, each)) for each in ins.split()]
         outputs = [name[each] for each in outs.split()]
         made.append(helper.make_node(op, inputs, outputs, **(rest[0] if rest else {})))
-    return made
+    return [*made, helper.make_node("MatMul", [name["y"], "W"], [f"{prefix}.behind"])]
 
 
 def built(nodes: list[onnx.NodeProto], outputs: list[str], opset: int = 17) -> Model:
     read_names = {name for node in nodes for name in node.input}
-    params = PARAMS | {"W": RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32)}
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, WIDTH])],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
-        [numpy_helper.from_array(np.asarray(v), k) for k, v in params.items() if k in read_names],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in PARAMS.items() if k in read_names],
     )
     return read(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8))
 
 
 def spelled(name: str) -> Model:
     nodes = SPELLINGS[name]
-    return built(named("t", nodes), ["t.y"], 18 if "axes as input" in name else 17)
+    return built(named("t", nodes), ["t.y", "t.behind"], 18 if "axes as input" in name else 17)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_a_spelled_function_is_rounded_in_front_and_behind_alone(name):
     model = spelled(name)
-    placement = place(model)
     assert [(each.entry, each.result) for each in find_pieces(model)] == [("t.h", "t.y")]
-    own = {site.tensor for site in placement.sites if site.kind == "activation"}
-    assert own - {"t.q"} == {"x", "t.h", "t.y"}  # q is a constant
-    floats = {"g", "b", *NUMBERS}
-    assert not floats & {site.tensor for site in placement.sites}
+    for target in ("ort-cpu", "generic-per-tensor"):  # of integer kernels, and of roundings everywhere
+        placement = place(model, QuantizationConfig.for_target(target))
+        own = {site.tensor for site in placement.sites if site.kind == "activation"}
+        assert own - {"t.q"} == {"x", "t.h", "t.y", "t.behind"}  # q is a constant
+        floats = {"g", "b", *NUMBERS}
+        assert not floats & {site.tensor for site in placement.sites}
 
 
 def test_what_a_file_computes_is_the_function_of_what_is_rounded_rounded():
     """All spellings in one file: y = Q(f(Q(h))), with f in float32, to one step where sums of floats differ."""
     names = [name for name in SPELLINGS if "axes as input" not in name and "unoptimized" not in name]
     nodes = [node for i, name in enumerate(names) for node in named(f"t{i}", SPELLINGS[name])]
-    model = built(nodes, [f"t{i}.y" for i in range(len(names))])
+    model = built(nodes, [f"t{i}.{each}" for i in range(len(names)) for each in ("y", "behind")])
     batch = {"x": RNG.normal(size=(4, 3, WIDTH)).astype(np.float32)}
     encodings = calibrate(model, [batch], QuantizationConfig(ranges="min-max"))
     found = run(session(quantized_model(model, encodings)), batch)
     expected = simulate(model, encodings, arithmetic="integer")(model.params, encodings, batch)
     exact = apply(model.graph, model.params, batch)
     assert {name for name in encodings if name.startswith("t")} == {
-        f"t{i}.{e}" for i in range(len(names)) for e in "hy"
+        f"t{i}.{each}" for i in range(len(names)) for each in ("h", "y", "behind")
     }
     for i, name in enumerate(names):
         step = float(encodings[f"t{i}.y"].scale)
@@ -169,18 +175,10 @@ def test_what_a_file_computes_is_the_function_of_what_is_rounded_rounded():
 @pytest.mark.parametrize("name", [name for name in SPELLINGS if name.startswith("layer norm of torch")])
 def test_a_spelled_normalization_is_as_good_as_the_operator(name):
     """Tokens of which one is 20 times as large, so that a grid of variances would lose the others."""
-    fused = built(
-        [
-            helper.make_node("MatMul", ["x", "W"], ["t.h"]),
-            helper.make_node("LayerNormalization", ["t.h", "g", "b"], ["t.y"], epsilon=0.1),
-        ],
-        ["t.y"],
-    )
-    pieces = spelled(name)
-    pieces = pieces.replace(params={**pieces.params, "W": fused.params["W"]})
+    fused = built(named("t", [("LayerNormalization", "h g b", "y", {"epsilon": 0.1})]), ["t.y", "t.behind"])
     batch = {"x": (RNG.normal(size=(8, 3, WIDTH)) * np.asarray([1, 1, 20])[:, None]).astype(np.float32)}
     outputs = []
-    for model in (fused, pieces):
+    for model in (fused, spelled(name)):
         encodings = calibrate(model, [batch])
         outputs.append(run(session(quantized_model(model, encodings)), batch)["t.y"])
     np.testing.assert_allclose(outputs[1], outputs[0], atol=1.01 * float(encodings["t.y"].scale))
