@@ -186,6 +186,22 @@ def test_pads_before_a_maximum_share_the_grid_of_what_they_pad() -> None:
         np.testing.assert_array_equal(ran, simulated)
 
 
+def test_pads_between_integer_kernels_keep_the_grid_of_what_they_pad() -> None:
+    model = build(
+        ("Conv", "x kernel", "a"), ("Pad", "a pads value", "wide"),
+        ("MaxPool", "wide", "m", {"kernel_shape": [3], "strides": [2]}), ("MatMul", "m w", "y"),
+        pads=np.asarray([0, 0, 1, 0, 0, 1]), value=np.float32(-np.inf), w=WEIGHTS["Wo"][:4],
+        kernel=RNG.normal(size=(T, T, 1)).astype(np.float32),
+    )  # fmt: skip
+    config = QuantizationConfig(ranges="min-max")
+    sites = {site.tensor: site.root for site in place(model, config).sites}
+    assert sites["a"] == sites["wide"] == sites["m"] == "a"
+    inputs = {"x": RNG.normal(size=(N, T, D)).astype(np.float32)}
+    ran, simulated = file_and_simulation(model, calibrate(model, [inputs], config), inputs)
+    assert sqnr(np.asarray(apply(model.graph, model.params, inputs)["y"]), ran) > 30
+    np.testing.assert_array_equal(ran, simulated)
+
+
 def test_a_masked_maximum_keeps_its_grid() -> None:
     model = build(
         ("Where", "mask x big", "w"), ("ReduceMax", "w", "y", {"axes": [2], "keepdims": 0}),

@@ -59,9 +59,8 @@ class _Survey:
         return is_layer and self._reads_integers(node.inputs[:2], node) and node.inputs[1] in self.model.params
 
     def is_companion(self, node: Node) -> bool:
-        """Tells whether the node computes in integers where it gets and gives them: no part of a spelled function."""
-        is_companion = node.op_type in self.target.companions and node.output not in self.groups.spelled
-        return is_companion and self._reads_integers(node.inputs, node)
+        """Tells whether the node computes in integers where it gets and gives them."""
+        return node.op_type in self.target.companions and self._reads_integers(node.inputs, node)
 
     def _reads_integers(self, operands: Sequence[str], node: Node) -> bool:
         return not node.domain and not any(name in self.off for name in operands)
