@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ptqjax.experiments.sensitivity import sensitivity
     from ptqjax.experiments.sweep import sweep
     from ptqjax.export import export
-    from ptqjax.fit import correct_biases
+    from ptqjax.fit import Solving, correct_biases, solve_rounding
     from ptqjax.ir import Model, Record
     from ptqjax.lowering import apply
     from ptqjax.onnx_io import read, write
@@ -63,6 +63,7 @@ __all__ = [
     "QuantizationConfig",
     "Record",
     "Rule",
+    "Solving",
     "UnsupportedOperatorError",
     "apply",
     "calibrate",
@@ -89,6 +90,7 @@ __all__ = [
     "run_recipe",
     "sensitivity",
     "simulate",
+    "solve_rounding",
     "sweep",
     "to_flax",
     "validate",
@@ -112,6 +114,7 @@ _ROOM = {
     "QuantizationConfig": "config",
     "Record": "ir",
     "Rule": "config",
+    "Solving": "fit",
     "UnsupportedOperatorError": "errors",
     "apply": "lowering",
     "calibrate": "quantize",
@@ -138,6 +141,7 @@ _ROOM = {
     "run_recipe": "experiments.run",
     "sensitivity": "experiments.sensitivity",
     "simulate": "simulate",
+    "solve_rounding": "fit",
     "sweep": "experiments.sweep",
     "to_flax": "bridges",
     "validate": "validate",
