@@ -12,7 +12,7 @@ from ptqjax.config import QuantizationConfig
 from ptqjax.config.checks import check_choice
 from ptqjax.errors import ConfigError
 from ptqjax.fit import Choice, scale_each
-from ptqjax.fit.adapting import adapt_each
+from ptqjax.fit.adapting import adapt_each, check_data
 from ptqjax.fit.bias_correction import layer_axes
 from ptqjax.ir import Model, Report
 from ptqjax.quantize import Encoding, Encodings, check_not_quantized, widened
@@ -186,6 +186,7 @@ def _quantized(
             raise ConfigError(
                 f"{task.label}equalize=True: it scales the tensors that frozen encodings are for; choose equalize=False"
             )
+        check_data(task.config, has_data=batches is not None, label=task.label)
     with stage("transform"):
         folded = fold_batch_norms(model)
     scaled = _scaled(folded, batches, tasks)

@@ -331,6 +331,7 @@ def test_without_data_and_batch_norms_the_error_names_tensors_and_the_way_out(pl
     [
         (("--correct", "empirical"), ("--correct empirical with --calibration none", "--correct analytic")),
         (("--scaling", "learned"), ("--scaling learned with --calibration none", "--scaling noise")),
+        (("--rounding", "solved"), ("--rounding solved with --calibration none", "--rounding nearest")),
     ],
 )
 def test_what_needs_samples_is_refused_without_them_before_any_work(place, tmp_path, options, words):

@@ -307,3 +307,57 @@ def test_solvers_map_over_groups():
     for index in range(2):
         alone = rounding.error_feedback(targets[index], grams[index], grid_of(targets.shape[1:]))
         assert np.mean(np.asarray(mapped[index]) == np.asarray(alone)) > 0.97
+
+
+PLAIN = {"equalize": False, "correct": "none"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_solved"),
+    [
+        ({"weights": "int4"}, True),
+        ({"weights": "int4", "effort": "fast"}, True),
+        ({"weights": "int4", "rounding": "nearest"}, False),
+        ({"weights": "int8"}, False),
+        ({"weights": "int8", "rounding": "solved"}, True),
+        ({"weights": "int8", "granularity": "tensor"}, True),
+        ({"weights": "int8", "granularity": "tensor", "effort": "fast"}, False),
+        ({"weights": "int8", "effort": "thorough"}, True),
+        ({"rules": (ptqjax.Rule(tensors=("w3",), dtype="int4"),)}, True),
+        ({"weights": "float8_e4m3fn", "activations": "float8_e4m3fn", "target": "generic-per-channel"}, False),
+    ],
+    ids=lambda value: (
+        ", ".join(f"{k}={v}" for k, v in value.items() if k != "rules") if isinstance(value, dict) else ""
+    ),
+)
+def test_what_is_solved_by_default(settings, is_solved):
+    result = ptqjax.quantize(small_network(), [pictures(0, 8)], ptqjax.QuantizationConfig(**PLAIN, **settings))
+    done = [r for r in result.reports.get("correct", ()) if r.transform == "solve_rounding" and r.done]
+    assert bool(done) == is_solved
+
+
+def test_solving_needs_data():
+    with pytest.raises(ptqjax.ConfigError, match="rounding='solved' needs calibration data, and there are none"):
+        ptqjax.quantize(small_network(), None, ptqjax.QuantizationConfig(rounding="solved", equalize=False))
+
+
+def test_the_file_of_solved_weights_is_what_is_simulated_and_is_read_back_whole(tmp_path):
+    batches = [pictures(0, 16)]
+    result = ptqjax.quantize(small_network(), batches, ptqjax.QuantizationConfig(**PLAIN, weights="int4"))
+    ptqjax.export(result.model, result.encodings, tmp_path, "q")
+    found = ptqjax.validate(tmp_path / "q.onnx", batches, in_float=False)
+    assert found.largest <= 1
+    model, encodings, _ = ptqjax.read_quantized(tmp_path / "q.onnx")
+    again = ptqjax.quantize(
+        model, batches, ptqjax.QuantizationConfig(**PLAIN, weights="int4"), frozen={"w1": encodings["w1"]}
+    )
+    np.testing.assert_array_equal(again.model.params["w1"], result.model.params["w1"])
+
+
+def test_layers_without_a_bias_get_one_where_biases_are_corrected(solved):
+    result, rounded, _, batches = solved
+    (layer,) = [layer for layer in linear_layers(rounded).values() if layer.weight == "w3"]
+    assert layer.bias
+    plain, _ = solve_rounding(result.model, result.encodings, batches, ptqjax.Solving(corrects=False))
+    assert not next(each for each in linear_layers(plain).values() if each.weight == "w3").bias
+    np.testing.assert_array_equal(plain.params["b1"], result.model.params["b1"])

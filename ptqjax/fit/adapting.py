@@ -84,13 +84,23 @@ def is_solved_for(model: Model, encodings: Encodings, config: QuantizationConfig
     Raises:
         ConfigError: It is asked for, and there are no data.
     """
-    if config.rounding == "solved" and not has_data:
-        raise ConfigError(
-            "rounding='solved' needs calibration data, and there are none: give batches, or take rounding='nearest'"
-        )
+    check_data(config, has_data=has_data)
     if config.rounding is not None or not has_data or config.compatibility is not None:
         return config.rounding == "solved"
     return any(_is_coarse(encodings[name], config) for name in _weights(model) if name in encodings)
+
+
+def check_data(config: QuantizationConfig, *, has_data: bool, label: str = "") -> None:
+    """Checks that there are data where roundings are to be solved for.
+
+    Raises:
+        ConfigError: There are none; the message begins with `label`.
+    """
+    if config.rounding == "solved" and not has_data:
+        raise ConfigError(
+            f"{label}rounding='solved' needs calibration data, and there are none: give batches, or take "
+            "rounding='nearest'"
+        )
 
 
 def _weights(model: Model) -> Iterator[str]:
