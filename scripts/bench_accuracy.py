@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -220,7 +221,8 @@ def with_onnxruntime(task: Task, folder: Path, settings: Settings) -> Path:
     if settings["weights"] not in types:
         raise ValueError(f"ONNX Runtime's tool has no {settings['weights']}")
     prepared, out = folder / "prepared.onnx", folder / "model.onnx"
-    quant_pre_process(str(task.model), str(prepared))
+    with chdir(folder):  # it leaves files where it runs
+        quant_pre_process(str(task.model.resolve()), str(prepared))
     name = ort.InferenceSession(str(prepared), providers=["CPUExecutionProvider"]).get_inputs()[0].name
     quantize_static(
         str(prepared),

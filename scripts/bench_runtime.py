@@ -15,6 +15,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def peer_file(network: str, samples: Samples, folder: Path) -> Path | None:
 def _preprocessed(source: Path, prepared: Path) -> bool:
     for skips in (False, True):
         try:
-            quant_pre_process(source, prepared, skip_symbolic_shape=skips)
+            with chdir(prepared.parent):  # it leaves files where it runs
+                quant_pre_process(source.resolve(), prepared.resolve(), skip_symbolic_shape=skips)
         except Exception as error:  # noqa: BLE001 - as above
             print(f"{source}: {error}", file=sys.stderr)
         else:
