@@ -21,7 +21,7 @@ def mirrored_zero_point(zero_point: Any, factor: Any, qmin: Any, qmax: Any) -> A
     """Returns the zero point of the grid of what is multiplied by `factor`."""
     xp = array_namespace(zero_point, factor, qmin, qmax)
     is_centred = (zero_point == 0) & (qmin < 0)
-    return xp.where((factor < 0) & ~is_centred, qmin + qmax - zero_point, zero_point)
+    return xp.where((factor < 0) & xp.logical_not(is_centred), qmin + qmax - zero_point, zero_point)
 
 
 def mirrored_codes(codes: Any, zero_point: Any, factor: Any, qmin: Any, qmax: Any) -> Any:

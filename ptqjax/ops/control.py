@@ -64,7 +64,7 @@ def _probe(body: Body, initial: tuple[Any, ...], condition: Any) -> tuple[bool, 
         found.append((next_condition, len(results) - len(carried)))
         return results
 
-    jax.eval_shape(trip, jax.ShapeDtypeStruct((), np.int64), jax.tree.map(jnp.asarray, initial))
+    jax.eval_shape(trip, jax.ShapeDtypeStruct((), _index_type()), jax.tree.map(jnp.asarray, initial))
     ((next_condition, num_stacked),) = found
     known = [value for value in (condition, next_condition) if is_concrete(value)]
     return len(known) == 2 and all(bool(np.asarray(value).item()) for value in known), num_stacked  # noqa: PLR2004
