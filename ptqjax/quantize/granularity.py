@@ -175,3 +175,11 @@ def _objection_to_several(model: Model, tensor: str, uses: list[Use]) -> str:
     is_table = uses[0].node.op_type == "Gather"
     has_short_rows = is_table and math.prod(shape) < _SHORTEST_ROW * shape[uses[0].channel]
     return f"a row of fewer than {_SHORTEST_ROW} numbers is not worth a scale" if has_short_rows else ""
+
+
+def all_uses(model: Model, target: Target) -> dict[str, list[Use]]:
+    """Returns `weight_uses` together with `stored_uses`, these first."""
+    uses = weight_uses(model)
+    for tensor, others in stored_uses(model, target).items():
+        uses[tensor] = [*others, *uses.get(tensor, ())]
+    return uses

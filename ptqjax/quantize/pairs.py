@@ -282,20 +282,15 @@ def _record(name: str, readers: list[_Reader], old: tuple[Any, Encoding], new: t
 
 
 def _stored_unsigned(name: str, readers: list[_Reader]) -> Record:
-    return Record(
-        transform="fit_pairs",
-        done=True,
-        what="stored as uint8, on the same grid",
-        where=(name, *(reader.output for reader in readers)),
-        reason=f"{_REASON}, and its zero point is not 0",
-    )
+    reason = f"{_REASON}, and its zero point is not 0"
+    return _unmoved(name, readers, "stored as uint8, on the same grid", reason, done=True)
 
 
 def _left(name: str, readers: list[_Reader]) -> Record:
-    return Record(
-        transform="fit_pairs",
-        done=False,
-        what="left as it is",
-        where=(name, *(reader.output for reader in readers)),
-        reason="its encoding is given; on an x86 without VNNI, pairs of products may saturate",
-    )
+    reason = "its encoding is given; on an x86 without VNNI, pairs of products may saturate"
+    return _unmoved(name, readers, "left as it is", reason, done=False)
+
+
+def _unmoved(name: str, readers: list[_Reader], what: str, reason: str, *, done: bool) -> Record:
+    where = (name, *(reader.output for reader in readers))
+    return Record(transform="fit_pairs", done=done, what=what, where=where, reason=reason)

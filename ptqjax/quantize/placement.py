@@ -12,18 +12,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ptqjax.config import QuantizationConfig, Target, load_target
-from ptqjax.config.checks import SettingError
-from ptqjax.config.rules import described, set_fields
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Node, Origin, only_reader, origins_of
 from ptqjax.quantize.bias import BiasSite, bias_sites
 from ptqjax.quantize.counting import WithoutNever
-from ptqjax.quantize.granularity import Use, parameter_site, rounded_parameters, stored_uses, weight_site, weight_uses
+from ptqjax.quantize.effects import check_effects
+from ptqjax.quantize.granularity import Use, all_uses, parameter_site, rounded_parameters, weight_site
 from ptqjax.quantize.groups import Groups, find_groups, shift_of
 from ptqjax.quantize.movement import keeps_all, moves_data
 from ptqjax.quantize.never import Nevers, find_nevers
 from ptqjax.quantize.repaid import unrepaid
-from ptqjax.quantize.rules import Settings, Settled, settle
+from ptqjax.quantize.rules import Settings, settle
 from ptqjax.quantize.sites import ACTIVATION, CONSTANT, WEIGHT, Placement, Site, Skipped, kind_of
 from ptqjax.quantize.tables import is_transposed, transposed_tables
 from ptqjax.quantize.tensors import check_not_quantized, check_types, floating_tensors
@@ -78,7 +77,7 @@ def place(
     config = QuantizationConfig() if config is None else config
     target = load_target(config.target)
     floating = floating_tensors(model)
-    uses, others = _all_uses(model, target), rounded_parameters(model, target)
+    uses, others = all_uses(model, target), rounded_parameters(model, target)
     settled = settle(model, config, target, floating, (*uses, *others))
     groups = find_groups(model, target, config.supergroups)
     off = frozenset(tensor for tensor, found in settled.by_tensor.items() if found.off)
@@ -102,7 +101,7 @@ def place(
         if tensor not in layers:
             decided[tensor] = _decision(plan, tensor, decided)
     placement = _with_biases(plan, decided, layers, _float_biases_by(config, target))
-    _check_effects(settled, placement)
+    check_effects(settled, placement)
     check_types(model, (*(site.tensor for site in placement.sites), *(site.bias for site in placement.biases)))
     return placement
 
@@ -159,13 +158,6 @@ def _without_kernel(plan: _Plan, weight: str) -> str:
     operators = sorted({use.node.op_type for use in plan.weights[weight]})
     taken = plan.target.products | plan.target.stored_weights
     return "" if not plan.unrepaid or taken.intersection(operators) else ", ".join(operators)
-
-
-def _all_uses(model: Model, target: Target) -> dict[str, list[Use]]:
-    uses = weight_uses(model)
-    for tensor, others in stored_uses(model, target).items():
-        uses[tensor] = [*others, *uses.get(tensor, ())]
-    return uses
 
 
 def _weight(plan: _Plan, tensor: str) -> Site:
@@ -404,31 +396,3 @@ def _activation_site(
         ranges=settings.ranges,
         counted=plan.nevers.counted.get(tensor),
     )
-
-
-def _check_effects(settled: Settled, placement: Placement) -> None:
-    """Checks that each rule that sets a grid is for one tensor at least that has such a grid of its own."""
-    own = {site.tensor: site for site in placement.sites if site.root == site.tensor}
-    for index, (rule, matches) in enumerate(settled.matches):
-        wanted = set(set_fields(rule)) - {"enabled"}
-        if rule.optional or not wanted or any(wanted & _settable(own[name]) for name in matches if name in own):
-            continue
-        why = _why_without_effect(matches[-1], own, placement)  # results come after parameters
-        raise SettingError("rules", f"rules: the {described(rule)} changes no grid, because {why}", rule=index)
-
-
-def _settable(site: Site) -> set[str]:
-    """Returns the fields of a rule that mean something for a site."""
-    fields = {"dtype", "least_bits", "symmetric", "ranges", "power_of_two"}
-    return fields | {"granularity" if site.kind == WEIGHT else "fixed_range"}
-
-
-def _why_without_effect(tensor: str, own: Mapping[str, Site], placement: Placement) -> str:
-    if tensor in own:
-        lacks = "known range; its values are in hand" if own[tensor].kind == WEIGHT else "granularity; it has one scale"
-        return f"'{tensor}' ({own[tensor].kind}) has no {lacks}"
-    site = placement.site(tensor)
-    if site is not None:
-        return f"'{tensor}' has the encoding of '{site.root}'; set it where the grid is"
-    reasons = {entry.tensor: entry.reason for entry in placement.skipped}
-    return f"'{tensor}' stays in float: {reasons.get(tensor, 'it is a bias, which follows its layer')}"

@@ -10,7 +10,7 @@ import numpy as np
 from ptqjax.config import Target
 from ptqjax.ir import Model
 from ptqjax.quantize.encodings import Encoding
-from ptqjax.quantize.granularity import Use, stored_uses, weight_uses
+from ptqjax.quantize.granularity import Use, all_uses
 from ptqjax.quantize.sites import WEIGHT, Site
 
 _MATRIX = 2  # axes
@@ -34,7 +34,7 @@ def transposed_tables(model: Model, uses: Mapping[str, Sequence[Use]]) -> dict[s
 
 def tied_weights(model: Model, target: Target) -> dict[str, str]:
     """Returns what `transposed_tables` does, of the weights and tables that a target has in integers."""
-    return transposed_tables(model, {**weight_uses(model), **stored_uses(model, target)})
+    return transposed_tables(model, all_uses(model, target))
 
 
 def is_transposed(site: Site, table: Site) -> bool:

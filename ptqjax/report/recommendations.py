@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptqjax.fit.trials import JUDGED
+from ptqjax.report.options import quoted, rule_text
 from ptqjax.report.plots import spread
 
 _GOOD_DB, _GOOD_AGREEMENT = 30.0, 0.99  # from which on nothing more is asked of the quantized model
@@ -156,7 +156,7 @@ def weak_output(report: Mapping[str, Any]) -> list[Recommendation]:
             where=(worst,),
             why=f"of {len(order)} outputs or parts it is the worst: {outputs[worst]:.1f} dB, where {best} has "
             f"{outputs[best]:.1f}.",
-            option=f"--exclude {_quoted(worst.rpartition(': ')[2])}",
+            option=f"--exclude {quoted(worst.rpartition(': ')[2])}",
         )
     ]
 
@@ -170,7 +170,7 @@ def unlike_parts(report: Mapping[str, Any]) -> list[Recommendation]:
             what=f"End the model before {first}, or keep it in float whatever the data." if done else f"Widen {first}.",
             where=tuple(where[:_MOST_NAMED]),
             why=f"{reason}; {what}.",
-            option=f"--exclude {_quoted(first)}" if done else _rule((first,), dtype="uint16"),
+            option=f"--exclude {quoted(first)}" if done else rule_text((first,), dtype="uint16"),
         )
         for done, (first, *_), where, reason, what in (
             [record[key] for key in ("done", "where", "where", "reason", "what")] for record in found[:_MOST_NAMED]
@@ -288,7 +288,7 @@ def clipping(report: Mapping[str, Any]) -> list[Recommendation]:
             why=f"{first['name']} has {100 * first['clipped']:.3g} % of its values outside its grid, and "
             f"{100 * first['clip_share']:.0f} % of the noise that its rounding adds ({first['own_sqnr_db']:.1f} dB) is "
             "from these.",
-            option=_rule(names, ranges="min-max"),
+            option=rule_text(names, ranges="min-max"),
         )
     ]
 
@@ -366,7 +366,9 @@ def _about_groups(groups: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
         where=tensors,
         why=f"of {len(parts)} groups that make noise in the output, these make more than their part: {told}. Rounded "
         f"alone, {first['name']} leaves {_decibels(first['noise'])} dB.",
-        option=_rule(tensors, dtype="int8") if widens else " ".join(f"--exclude {_quoted(name)}" for name in tensors),
+        option=rule_text(tensors, dtype="int8")
+        if widens
+        else " ".join(f"--exclude {quoted(name)}" for name in tensors),
         gain_db=_gain(sum(parts[group["name"]] * part for group, part in zip(groups, saved, strict=True))),
     )
 
@@ -399,21 +401,6 @@ def _wider(dtype: str) -> tuple[str, float] | None:
         return None
     bits, wider = int(found[2]), _WIDER[int(found[2])]
     return f"{found[1]}{wider}", 4.0 ** (bits - wider)
-
-
-def _rule(tensors: Sequence[str], **settings: str) -> str:
-    names = json.dumps([_pattern(name) for name in tensors], ensure_ascii=False)
-    return "\n".join(["[[rules]]", f"tensors = {names}", *(f'{key} = "{value}"' for key, value in settings.items())])
-
-
-def _pattern(name: str) -> str:
-    """Returns the pattern that matches this name alone; some names hold what has a meaning in patterns."""
-    return "re:" + re.escape(name) if re.search(r"[*?\[]", name) or name.startswith("re:") else name
-
-
-def _quoted(name: str) -> str:
-    """Returns the name as a shell takes it."""
-    return "'" + _pattern(name).replace("'", "'\"'\"'") + "'"
 
 
 def _difference(after: float, before: float) -> float:
