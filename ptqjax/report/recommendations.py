@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptqjax.fit.trials import JUDGED
-from ptqjax.report.options import quoted, rule_text
+from ptqjax.report.options import exact_option, quoted, rule_text, wider_type
 from ptqjax.report.plots import spread
 
 _GOOD_DB, _GOOD_AGREEMENT = 30.0, 0.99  # from which on nothing more is asked of the quantized model
@@ -26,7 +25,6 @@ _SAME_FUNCTION_DB = 60.0  # float32 leaves a hundred
 _LOST_DB = 0.5
 _WEAKER_DB = 10.0  # than the best output
 _WIDE = 8  # bits, from which on a weight is not widened but left out
-_WIDER = {2: 4, 3: 4, 4: 8, 5: 8, 6: 8, 7: 8, 8: 16}  # bits -> the next width that files have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +107,7 @@ def changed_function(report: Mapping[str, Any]) -> list[Recommendation]:
                     what=f"Have {stage['stage']} keep the function.",
                     why=f"computed in float, the model after {stage['stage']} is {kept:.1f} dB from the one that was "
                     "read (an exact transform leaves a hundred); quantized, it cannot be nearer.",
-                    option=_exact_option(report["settings"]),
+                    option=exact_option(report["settings"]),
                 )
             ]
     return []
@@ -245,7 +243,7 @@ def noisy_kind(report: Mapping[str, Any]) -> list[Recommendation]:
     noise = {kind: sum(g["noise"] for g in groups if g["kind"] == kind) for kind in ("weight", "activation")}
     kind = max(noise, key=lambda each: noise[each])
     setting = f"{kind}s"
-    wider = _wider(report["settings"][setting])
+    wider = wider_type(report["settings"][setting])
     if wider is None:
         return []
     dtype, left = wider
@@ -383,24 +381,9 @@ def _left(report: Mapping[str, Any], group: Mapping[str, Any]) -> float:
     return 4.0 ** (_bits(report, group["tensors"]) - _WIDE)
 
 
-def _exact_option(settings: Mapping[str, Any]) -> str:
-    if settings.get("bounds") in ("relu", "auto"):
-        return "--bounds exact"
-    return "--absorb exact" if settings.get("absorb") == "statistics" else "--no-equalize"
-
-
 def _bits(report: Mapping[str, Any], tensors: Sequence[str]) -> int:
     known = [report["encodings"][name]["num_bits"] for name in tensors if name in report["encodings"]]
     return min(known, default=_WIDE)
-
-
-def _wider(dtype: str) -> tuple[str, float] | None:
-    """Returns the next wider type of the same kind, and the part of the noise that is left with it."""
-    found = re.fullmatch(r"(u?int)(\d+)", dtype)
-    if found is None or int(found[2]) not in _WIDER:
-        return None
-    bits, wider = int(found[2]), _WIDER[int(found[2])]
-    return f"{found[1]}{wider}", 4.0 ** (bits - wider)
 
 
 def _difference(after: float, before: float) -> float:
