@@ -47,7 +47,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("report",), None),
     (("pipeline",), None),
     (("experiments",), None),
-    (("device_option", "cache_option", "metric_option", "picture_option", "help_sections"), None),
+    (("device_option", "cache_option", "metric_option", "picture_option", "setting_options", "help_sections"), None),
     (("data_option",), None),
     (("quantize_command", "recipe_command"), None),
     (("cli", "__main__"), None),
