@@ -4,7 +4,7 @@
     for batch in batches(pictures, PREPROCESSINGS["tf"]):
         logits = session.run(None, batch)
 
-What reads and decodes pictures is `ptqjax.images`; recipes (docs/experiments.md) take such a folder by its name.
+What reads and decodes pictures is `ptqjax.data.pictures`; recipes (docs/experiments.md) take such a folder by its name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ptqjax.images import (
+from ptqjax.data.pictures import (
     NORMALIZATIONS,
     SUFFIXES,
     Picture,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import ptqjax
-from ptqjax.experiments.sensitivity import Sensitivity, ranking
+from ptqjax.experiments.sensitivities import Sensitivity, ranking
 
 FOLDER = Path(__file__).parent
 CONFIG = ptqjax.QuantizationConfig(granularity="tensor", ranges="min-max")

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ptqjax.agreement import validate
     from ptqjax.bridges import from_flax, to_flax
     from ptqjax.config import QuantizationConfig, Rule, config_from_aimet, read_config, write_config
     from ptqjax.encoding_files import read_encodings, read_quantized, read_state, write_encodings, write_state
+    from ptqjax.encodings.encoding import Encoding
     from ptqjax.errors import (
         ConfigError,
         DataDependentError,
@@ -28,15 +29,12 @@ if TYPE_CHECKING:
         PtqjaxError,
         UnsupportedOperatorError,
     )
-    from ptqjax.evaluate import evaluate
+    from ptqjax.evaluation import evaluate
     from ptqjax.experiments.budgets import Budget, Drop
-    from ptqjax.experiments.explain import explain
-    from ptqjax.experiments.mixed_precision import mixed_precision
-    from ptqjax.experiments.replay import replay
-    from ptqjax.experiments.run import run_recipe
-    from ptqjax.experiments.sensitivity import sensitivity
-    from ptqjax.experiments.sweep import sweep
-    from ptqjax.export import export
+    from ptqjax.experiments.sensitivities import sensitivity
+    from ptqjax.experiments.sweeping import sweep
+    from ptqjax.experiments.width_search import mixed_precision
+    from ptqjax.exporting import export
     from ptqjax.fit import Solving, correct_biases, solve_rounding
     from ptqjax.ir import Model, Record
     from ptqjax.lowering import apply
@@ -44,10 +42,14 @@ if TYPE_CHECKING:
     from ptqjax.ops import lowers
     from ptqjax.pipeline import quantize
     from ptqjax.programs import keep_programs
-    from ptqjax.quantize import Encoding, calibrate, choose_encoding, fit_pairs
-    from ptqjax.simulate import simulate
+    from ptqjax.ranges.calibrate import calibrate
+    from ptqjax.ranges.pairs import fit_pairs
+    from ptqjax.ranges.search import choose_encoding
+    from ptqjax.recipes.replaying import replay
+    from ptqjax.recipes.run import run_recipe
+    from ptqjax.report.explanation import explain
+    from ptqjax.simulation import simulate
     from ptqjax.transforms import equalize, fold_batch_norms
-    from ptqjax.validate import validate
 
 __all__ = [
     "Budget",
@@ -106,7 +108,7 @@ _ROOM = {
     "DataDependentError": "errors",
     "DataError": "errors",
     "Drop": "experiments.budgets",
-    "Encoding": "quantize",
+    "Encoding": "encodings.encoding",
     "Model": "ir",
     "ModelError": "errors",
     "OutputError": "errors",
@@ -117,52 +119,39 @@ _ROOM = {
     "Solving": "fit",
     "UnsupportedOperatorError": "errors",
     "apply": "lowering",
-    "calibrate": "quantize",
-    "choose_encoding": "quantize",
+    "calibrate": "ranges.calibrate",
+    "choose_encoding": "ranges.search",
     "config_from_aimet": "config",
     "correct_biases": "fit",
     "equalize": "transforms",
-    "evaluate": "evaluate",
-    "explain": "experiments.explain",
-    "export": "export",
-    "fit_pairs": "quantize",
+    "evaluate": "evaluation",
+    "explain": "report.explanation",
+    "export": "exporting",
+    "fit_pairs": "ranges.pairs",
     "fold_batch_norms": "transforms",
     "from_flax": "bridges",
     "keep_programs": "programs",
     "lowers": "ops",
-    "mixed_precision": "experiments.mixed_precision",
+    "mixed_precision": "experiments.width_search",
     "quantize": "pipeline",
     "read": "onnx_io",
     "read_config": "config",
     "read_encodings": "encoding_files",
     "read_quantized": "encoding_files",
     "read_state": "encoding_files",
-    "replay": "experiments.replay",
-    "run_recipe": "experiments.run",
-    "sensitivity": "experiments.sensitivity",
-    "simulate": "simulate",
+    "replay": "recipes.replaying",
+    "run_recipe": "recipes.run",
+    "sensitivity": "experiments.sensitivities",
+    "simulate": "simulation",
     "solve_rounding": "fit",
-    "sweep": "experiments.sweep",
+    "sweep": "experiments.sweeping",
     "to_flax": "bridges",
-    "validate": "validate",
+    "validate": "agreement",
     "write": "onnx_io",
     "write_config": "config",
     "write_encodings": "encoding_files",
     "write_state": "encoding_files",
 }
-
-
-class _Package(ModuleType):
-    """A package in which the public functions keep their names.
-
-    Five of them (`quantize`, `simulate`, `export`, `evaluate`, `validate`) are called like the module that they live in
-    or beside. The import system sets each imported submodule as an attribute of its package; for these names it must
-    not, or `ptqjax.simulate` would be the function or the module depending on who imported what before.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _ROOM and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
@@ -179,6 +168,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
-
-
-sys.modules[__name__].__class__ = _Package

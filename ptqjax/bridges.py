@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptqjax.encodings.encoding import Encoding, Encodings, concrete
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.ir import Model, Node
 from ptqjax.lowering import apply
-from ptqjax.quantize.encodings import Encoding, Encodings, concrete
-from ptqjax.quantize.granularity import weight_uses
-from ptqjax.quantize.qdq import check_tensors
-from ptqjax.simulate import simulate
+from ptqjax.placement.granularity import weight_uses
+from ptqjax.qdq.insert import check_tensors
+from ptqjax.simulation import simulate
 
 _PARAMS, _INTEGERS, _ENCODINGS = "params", "integers", "encodings"
 _FACTOR, _OFFSET = "log_factor", "offset"

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from ptqjax.agreement import run, session
 from ptqjax.errors import PtqjaxError
 from ptqjax.ir import Model, Node, TensorSpec
-from ptqjax.validate import run, session
 
 UNLIKE = 8.0
 """Times that one part's root mean square is another's, from which on they are told apart."""

@@ -10,15 +10,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from ptqjax.config import QuantizationConfig
 from ptqjax.config.checks import check_choice
+from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.errors import ConfigError
 from ptqjax.fit import Choice, scale_each
 from ptqjax.fit.adapting import adapt_each, check_data
 from ptqjax.fit.bias_correction import layer_axes
 from ptqjax.ir import Model, Report
-from ptqjax.quantize import Encoding, Encodings, check_not_quantized, widened
-from ptqjax.quantize.calibrate import calibrate_and_measure
-from ptqjax.quantize.observing import Means
-from ptqjax.quantize.rules import num_bits
+from ptqjax.placement.rules import num_bits
+from ptqjax.placement.tensors import check_not_quantized
+from ptqjax.ranges.calibrate import calibrate_and_measure
+from ptqjax.ranges.headroom import widened
+from ptqjax.ranges.observing import Means
 from ptqjax.transforms import fold_batch_norms, prepare, without_absorption
 
 CHOICES = ("each", "shared")

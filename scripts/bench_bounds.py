@@ -25,11 +25,11 @@ from bench_header import header
 
 import ptqjax
 from ptqjax import onnx_io
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.ir import Model, rebuild
-from ptqjax.quantize import Encodings
-from ptqjax.quantize.qdq import insert_qdq
-from ptqjax.transforms.implied_clips import drop_implied_clips
-from ptqjax.transforms.integer_bounds import bound_integers
+from ptqjax.qdq.implied_clips import drop_implied_clips
+from ptqjax.qdq.insert import insert_qdq
+from ptqjax.qdq.integer_bounds import bound_integers
 
 THREADS = 2
 

@@ -34,9 +34,9 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibra
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 import ptqjax
-from ptqjax.quantize import place
-from ptqjax.quantize.schemes import find_scheme
-from ptqjax.quantize.search import encode_constants
+from ptqjax.placement.place import place
+from ptqjax.ranges.schemes import find_scheme
+from ptqjax.ranges.search import encode_constants
 
 PARTS = ("weights", "calibration", "schemes", "accuracy")
 SCHEMES = ("min-max", "moving-average", "sqnr", "mse", "percentile:99.9", "percentile:99.99", "entropy")

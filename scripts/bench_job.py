@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from imagenet_folder import PREPROCESSINGS, batches, calibration_and_evaluation  # noqa: E402
 
 SHARED = Path(os.environ.get("PTQJAX_SHARED", ROOT.parent / "shared"))
-COMMAND = (sys.executable, "-c", "from ptqjax.cli import main; main()", "quantize")
+COMMAND = (sys.executable, "-c", "from ptqjax.commands.cli import main; main()", "quantize")
 NETWORKS = ("mobilenet_v2_1.0_224", "mobilenet_v1_0.25_224", "efficientnet_lite0")
 
 

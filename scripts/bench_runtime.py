@@ -28,7 +28,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from runtime_samples import NETWORKS, NUM_CALIBRATION, NUM_EVALUATION, Batch, Samples, path_of, samples_of
 
 import ptqjax
-from ptqjax.validate import decibels, milliseconds, plain_session
+from ptqjax.agreement import decibels, milliseconds, plain_session
 
 _OLDEST = 13  # with scales per channel
 _RAISED_TO = 17

@@ -28,25 +28,20 @@ import numpy as np
 from bench_header import header
 
 import ptqjax
-from ptqjax.evaluate import evaluate_each
+from ptqjax.agreement import exact_function, may_saturate
+from ptqjax.encodings.biases import guard_biases
+from ptqjax.encodings.encoding import Encodings, make_encoding, quantize
+from ptqjax.evaluation import evaluate_each
 from ptqjax.fit import correct_biases, scale_as_configured
 from ptqjax.ir import Model
 from ptqjax.kernels.pair_sums import LARGEST_SUM, paired
 from ptqjax.lowering import apply_few_times
-from ptqjax.quantize import (
-    Encodings,
-    calibrate_and_report,
-    fit_pairs,
-    guard_biases,
-    make_encoding,
-    saturating_layers,
-    widened,
-)
-from ptqjax.quantize.encodings import quantize
+from ptqjax.qdq.fuse_quantized import fuse_quantized
+from ptqjax.ranges.calibrate import calibrate_and_report
+from ptqjax.ranges.headroom import widened
+from ptqjax.ranges.pairs import fit_pairs, saturating_layers
 from ptqjax.transforms import fold_batch_norms, prepare
-from ptqjax.transforms.fuse_quantized import fuse_quantized
 from ptqjax.transforms.saturation import in_order_of_terms, without_vnni
-from ptqjax.validate import exact_function, may_saturate
 
 Weights = Mapping[str, np.ndarray]
 BATCH, SECONDS = 16, 8.0

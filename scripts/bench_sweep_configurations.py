@@ -15,7 +15,7 @@ from bench_accuracy import BATCH, known_task
 
 import ptqjax
 from ptqjax.experiments.engine import Variant, evaluate_variants
-from ptqjax.quantize.calibrate import calibrate_each
+from ptqjax.ranges.calibrate import calibrate_each
 
 ALONE = slice(5, None, 10)  # which calls of quantize and evaluate are made: all schemes and types of
 # activations, half of them per tensor

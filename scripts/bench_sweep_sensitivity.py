@@ -21,7 +21,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import ptqjax
-from ptqjax.experiments.sensitivity import Sensitivity
+from ptqjax.experiments.sensitivities import Sensitivity
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

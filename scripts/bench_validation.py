@@ -29,8 +29,8 @@ from bench_accuracy import NETWORKS, ROOT, SHARED, arrays_task, known_task
 from bench_header import header
 
 import ptqjax
+from ptqjax.agreement import OperatorSummary, Validation
 from ptqjax.transforms.saturation import Saturation
-from ptqjax.validate import OperatorSummary, Validation
 
 sys.path.insert(0, str(ROOT))
 from tests.real_files import FILES, batches_of, random_inputs

@@ -118,8 +118,8 @@ def _work(options: argparse.Namespace) -> int:
     import jax  # noqa: PLC0415 - reads the environment
 
     from ptqjax.errors import PtqjaxError  # noqa: PLC0415
-    from ptqjax.experiments.distributed import run_recipe_together  # noqa: PLC0415
     from ptqjax.progress import progress  # noqa: PLC0415
+    from ptqjax.recipes.together import run_recipe_together  # noqa: PLC0415
 
     try:
         jax.distributed.initialize(options.coordinator, num_processes=options.processes, process_id=options.process_id)

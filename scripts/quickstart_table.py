@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 import ptqjax
-from ptqjax.data import Batches, load_samples
-from ptqjax.evaluate import Evaluation
+from ptqjax.data.files import Batches, load_samples
+from ptqjax.evaluation import Evaluation
 
 
 def table(rows: dict[str, Evaluation]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from ptqjax.images import NORMALIZATIONS, Preprocessing, decode, read_list, to_input
+from ptqjax.data.pictures import NORMALIZATIONS, Preprocessing, decode, read_list, to_input
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PTQJAX_SHARED", ROOT.parent / "shared"))

@@ -77,7 +77,7 @@ def _without_programs_of_other_files() -> Iterator[None]:
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows with every trace of the step that observes a batch."""
     found: list[None] = []
-    module = importlib.import_module("ptqjax.quantize.observing")
+    module = importlib.import_module("ptqjax.ranges.observing")
     original = module.interpret
 
     def counted(*arguments: Any, **settings: Any) -> object:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ptqjax
-from ptqjax.validate import run, session
+from ptqjax.agreement import run, session
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH = 31  # divides the 372 pictures to evaluate on

@@ -13,14 +13,8 @@ import pytest
 from ptqjax.errors import ConfigError
 from ptqjax.kernels import aimet
 from ptqjax.kernels.ranges import GridKind, Symmetry, grid_kind, stack_kinds
-from ptqjax.quantize import choose_encoding
-from ptqjax.quantize.aimet_schemes import (
-    BATCH_DENSITY,
-    find_aimet_scheme,
-    fixed_grid,
-    in_batches,
-    symmetry_in_use,
-)
+from ptqjax.ranges.aimet_schemes import BATCH_DENSITY, find_aimet_scheme, fixed_grid, in_batches, symmetry_in_use
+from ptqjax.ranges.search import choose_encoding
 
 SCHEMES = ("min-max", "sqnr", "percentile:99", "percentile:99.9", "percentile:100")
 SYMMETRIES: tuple[Symmetry, ...] = (False, True, "strict", "unsigned", "strict unsigned")

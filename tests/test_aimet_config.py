@@ -9,7 +9,7 @@ import pytest
 from ptqjax.config import QuantizationConfig, Rule, config_from_aimet
 from ptqjax.errors import ConfigError
 from ptqjax.onnx_io import read
-from ptqjax.quantize import place
+from ptqjax.placement.place import place
 from ptqjax.transforms import fold_batch_norms
 from tests.test_placement import CONV, MATRIX, SAME, build, floats, plan
 

@@ -16,8 +16,8 @@ from ptqjax.errors import ConfigError, DataError
 from ptqjax.fit import bias_correction, correct_biases, correct_each, quantized_pass
 from ptqjax.ir import Model, Statistics
 from ptqjax.lowering import interpret
-from ptqjax.quantize import calibrate
-from ptqjax.simulate import fake_quantization
+from ptqjax.ranges.calibrate import calibrate
+from ptqjax.simulation import fake_quantization
 
 PER_TENSOR = QuantizationConfig(granularity="tensor", ranges="min-max", weights="int4")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ptqjax import QuantizationConfig, calibrate
-from ptqjax.quantize import bias_sites, guard_biases, make_encoding
-from ptqjax.quantize.bias import LARGEST_CODE
+from ptqjax.encodings.biases import LARGEST_CODE, bias_sites, guard_biases
+from ptqjax.encodings.encoding import make_encoding
 from tests.models import build, node
 
 SMALLEST_MULTIPLIER = 2.0**-23.5

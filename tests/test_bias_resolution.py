@@ -5,12 +5,12 @@ import onnxruntime
 import pytest
 
 from ptqjax import QuantizationConfig, apply, calibrate, choose_encoding, export, quantize
+from ptqjax.encodings.bias_resolution import OF_A_STEP
+from ptqjax.encodings.biases import bias_encoding, bias_sites
+from ptqjax.encodings.encoding import dequantize
+from ptqjax.encodings.encoding import quantize as to_codes
 from ptqjax.ir import Model
-from ptqjax.quantize import bias_encoding, bias_sites
-from ptqjax.quantize.bias_resolution import OF_A_STEP
-from ptqjax.quantize.calibrate import calibrate_and_report
-from ptqjax.quantize.encodings import dequantize
-from ptqjax.quantize.encodings import quantize as to_codes
+from ptqjax.ranges.calibrate import calibrate_and_report
 from tests.models import build, node
 
 KINDS = ("Conv", "depthwise", "ConvTranspose", "Gemm", "MatMul")

@@ -14,9 +14,9 @@ from flax import nnx, traverse_util
 from flax.training.train_state import TrainState
 
 import ptqjax
+from ptqjax.encodings.encoding import make_encoding
 from ptqjax.ir import Statistics
 from ptqjax.onnx_io import to_proto
-from ptqjax.quantize import make_encoding
 from tests.models import build, node, random_input
 
 KEY = jax.random.key(0)

@@ -10,16 +10,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ptqjax.config import QuantizationConfig, Rule
+from ptqjax.encodings.low_power import compose, decompose
 from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.ir import Model
 from ptqjax.lowering import apply
 from ptqjax.onnx_io import read
-from ptqjax.quantize import calibrate, calibrate_and_report, choose_encoding, place
-from ptqjax.quantize.low_power import compose, decompose
-from ptqjax.quantize.observers import DISTRIBUTION, EXTREMES, MEAN_EXTREMES, SAMPLES, Observer
-from ptqjax.quantize.qdq import insert_qdq
-from ptqjax.quantize.schemes import find_scheme
-from ptqjax.simulate import simulate
+from ptqjax.placement.place import place
+from ptqjax.qdq.insert import insert_qdq
+from ptqjax.ranges.calibrate import calibrate, calibrate_and_report
+from ptqjax.ranges.observers import DISTRIBUTION, EXTREMES, MEAN_EXTREMES, SAMPLES, Observer
+from ptqjax.ranges.schemes import find_scheme
+from ptqjax.ranges.search import choose_encoding
+from ptqjax.simulation import simulate
 
 RNG = np.random.default_rng(0)
 
@@ -261,7 +263,7 @@ def test_one_nan_among_many_numbers_is_seen(observer: Observer) -> None:
 def test_more_samples_than_counters_hold_are_an_error(model: Model, ranges: str, monkeypatch) -> None:
     observer = find_scheme(ranges).observer
     scheme = replace(find_scheme(ranges), observer=replace(observer, most_samples=observer.most_samples and 10))
-    monkeypatch.setattr(sys.modules["ptqjax.quantize.calibrate"], "find_scheme", lambda *_: scheme)
+    monkeypatch.setattr(sys.modules["ptqjax.ranges.calibrate"], "find_scheme", lambda *_: scheme)
     config = QuantizationConfig(ranges=ranges)
     if observer.most_samples is None:
         assert calibrate(model, DATA, config)

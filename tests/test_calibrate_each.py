@@ -10,7 +10,8 @@ import pytest
 from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.ir import Model
-from ptqjax.quantize import calibrate, calibrate_and_report, calibrate_each, choose_encoding
+from ptqjax.ranges.calibrate import calibrate, calibrate_and_report, calibrate_each
+from ptqjax.ranges.search import choose_encoding
 from tests.models import build, node
 
 RNG = np.random.default_rng(0)

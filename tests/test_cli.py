@@ -16,8 +16,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import ptqjax
-from ptqjax import cli, report
-from ptqjax.cli import commands
+from ptqjax import report
+from ptqjax.commands import cli
+from ptqjax.commands.cli import commands
 
 FILES = {"model.onnx", "model.encodings", "report.json", "report.html"}
 
@@ -613,7 +614,7 @@ def test_help_teaches_by_example(command):
 
 def test_help_does_not_wait_for_jax():
     code = (
-        "import sys; from ptqjax.cli import commands; commands(['--help'], standalone_mode=False);"
+        "import sys; from ptqjax.commands.cli import commands; commands(['--help'], standalone_mode=False);"
         "print(sorted({'jax', 'onnx', 'onnxruntime', 'click'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60).stdout
@@ -622,7 +623,7 @@ def test_help_does_not_wait_for_jax():
 
 WRONG = """
 import sys, click.testing
-from ptqjax.cli import commands
+from ptqjax.commands.cli import commands
 folder = sys.argv[1]
 model, data, out = f"{folder}/net.onnx", f"{folder}/data.npz", f"{folder}/new"
 quantize = ["quantize", model, "--calibration", data, "--out", out]

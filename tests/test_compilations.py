@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from ptqjax.config import QuantizationConfig
-from ptqjax.experiments.explain import explain
-from ptqjax.fit.samples import of_few_shapes
+from ptqjax.data.regroup import of_few_shapes
 from ptqjax.ir import Graph, Model, TensorSpec, verify
 from ptqjax.kernels.draws import Draw
 from ptqjax.onnx_io import read
 from ptqjax.pipeline import quantize
-from ptqjax.quantize.observers import DISTRIBUTION, SAMPLES
+from ptqjax.ranges.observers import DISTRIBUTION, SAMPLES
+from ptqjax.report.explanation import explain
 from tests.models import mobile_block, node
 
 PROGRAMS = {"measure", "look", "absorb", "run", "search_fractions", "_descended", "tensors", "interpret_whole"}

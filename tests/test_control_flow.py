@@ -11,8 +11,8 @@ from ptqjax.config import QuantizationConfig
 from ptqjax.errors import DataDependentError, ModelError
 from ptqjax.lowering import apply
 from ptqjax.onnx_io import read
-from ptqjax.quantize import calibrate
-from ptqjax.simulate import simulate
+from ptqjax.ranges.calibrate import calibrate
+from ptqjax.simulation import simulate
 
 _HEADER = '<ir_version: 8, opset_import: ["" : 17]>'
 

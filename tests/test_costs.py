@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from ptqjax import QuantizationConfig, Rule, calibrate, export, fold_batch_norms, read
+from ptqjax.encodings.encoding import make_encoding
 from ptqjax.experiments.costs import cost_model
-from ptqjax.experiments.groups import groups_of
+from ptqjax.experiments.tied_tensors import groups_of
 from ptqjax.lowering import apply
-from ptqjax.quantize import make_encoding
-from ptqjax.quantize.placement import place
+from ptqjax.placement.place import place
 from tests.models import Chain, build, node, random_input
 
 

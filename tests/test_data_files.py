@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import ptqjax
-from ptqjax.cli import commands
-from ptqjax.data import Batches, Samples, grouped, load_each
+from ptqjax.commands.cli import commands
+from ptqjax.data.files import Batches, Samples, grouped, load_each
 from ptqjax.errors import DataError
 
 RNG = np.random.default_rng(0)

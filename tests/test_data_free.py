@@ -6,8 +6,9 @@ import pytest
 from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.errors import DataError
 from ptqjax.ir import Statistics
-from ptqjax.quantize import calibrate, calibrate_and_report, place
-from ptqjax.quantize.data_free import NUM_STD, NUM_STD_OF_INPUTS
+from ptqjax.placement.place import place
+from ptqjax.ranges.calibrate import calibrate, calibrate_and_report
+from ptqjax.ranges.data_free import NUM_STD, NUM_STD_OF_INPUTS
 from ptqjax.transforms import fold_batch_norms
 from ptqjax.transforms.moments import input_moments
 from tests.models import Chain, build, node

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ptqjax.kernels import search
 from ptqjax.kernels.ranges import grid_kind, stack_kinds
-from ptqjax.quantize.observers import DISTRIBUTION, MEAN_EXTREMES
-from ptqjax.quantize.schemes import find_scheme
+from ptqjax.ranges.observers import DISTRIBUTION, MEAN_EXTREMES
+from ptqjax.ranges.schemes import find_scheme
 
 assert len(jax.devices()) == 4
 mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
@@ -71,7 +71,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ptqjax import QuantizationConfig, calibrate, correct_biases, evaluate, simulate
 from ptqjax.errors import ConfigError, DataError
-from ptqjax.experiments.distributed import shard_batches
+from ptqjax.recipes.together import shard_batches
 from ptqjax.experiments.engine import Variant, evaluate_variants
 from tests.models import build, node
 

@@ -13,11 +13,11 @@ import onnx
 import pytest
 from jax.sharding import AxisType
 
+from ptqjax.data.parts import parts_of, parts_on_host, together
 from ptqjax.errors import DataError
-from ptqjax.experiments.distributed import run_recipe_together, shard_batches
-from ptqjax.experiments.run import run_recipe
 from ptqjax.onnx_io import to_proto
-from ptqjax.quantize.parts import parts_of, parts_on_host, together
+from ptqjax.recipes.run import run_recipe
+from ptqjax.recipes.together import run_recipe_together, shard_batches
 from tests.models import build, node
 
 LAUNCHER = [sys.executable, str(Path(__file__).parents[1] / "scripts" / "launch_distributed.py")]

@@ -10,15 +10,15 @@ import pytest
 from click.testing import CliRunner
 
 import ptqjax
-from ptqjax.cli import commands
+from ptqjax.commands.cli import commands
 from ptqjax.config import QuantizationConfig
 from ptqjax.encoding_files import Mismatch, encodings_json
 from ptqjax.encoding_files.own_fields import fields_of, is_identical
 from ptqjax.encoding_files.tensors import tensors_of_encodings
+from ptqjax.encodings.encoding import make_encoding
 from ptqjax.errors import ConfigError, DataError, OutputError
 from ptqjax.kernels.grid import FLOAT_FORMATS
-from ptqjax.quantize import make_encoding
-from ptqjax.quantize.observers import DISTRIBUTION
+from ptqjax.ranges.observers import DISTRIBUTION
 from tests.models import build, node
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0")

@@ -8,13 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqjax.errors import ConfigError, DataError
-from ptqjax.kernels import histogram as hist
-from ptqjax.kernels import search
-from ptqjax.kernels.grid import integer_range
-from ptqjax.kernels.ranges import GridKind, grid_kind, grid_of_range, stack_kinds
-from ptqjax.quantize import choose_encoding
-from ptqjax.quantize.encodings import (
+from ptqjax.encodings.encoding import (
     Encoding,
     along_axis,
     dequantize,
@@ -24,8 +18,14 @@ from ptqjax.quantize.encodings import (
     quantize,
     storage_dtype,
 )
-from ptqjax.quantize.observers import SAMPLES, sampled
-from ptqjax.quantize.schemes import ENTROPY, MIN_MAX, MOVING_AVERAGE, MSE, SQNR, percentile_scheme
+from ptqjax.errors import ConfigError, DataError
+from ptqjax.kernels import histogram as hist
+from ptqjax.kernels import search
+from ptqjax.kernels.grid import integer_range
+from ptqjax.kernels.ranges import GridKind, grid_kind, grid_of_range, stack_kinds
+from ptqjax.ranges.observers import SAMPLES, sampled
+from ptqjax.ranges.schemes import ENTROPY, MIN_MAX, MOVING_AVERAGE, MSE, SQNR, percentile_scheme
+from ptqjax.ranges.search import choose_encoding
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import ptqjax
+from ptqjax.encodings.alignment import aligned
+from ptqjax.encodings.biases import bias_encoding, bias_sites
 from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.experiments import engine
 from ptqjax.experiments.engine import Variant, evaluate_variants, switched
 from ptqjax.experiments.metrics import Metric
 from ptqjax.ir import Model
-from ptqjax.quantize.alignment import aligned
-from ptqjax.quantize.bias import bias_encoding, bias_sites
-from ptqjax.quantize.calibrate import calibrate_each
+from ptqjax.ranges.calibrate import calibrate_each
 
 from .models import Chain, build, node
 
@@ -277,7 +277,7 @@ import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from tests.test_engine import BATCHES, PLAIN, network
 from ptqjax.experiments.engine import Variant, evaluate_variants
-from ptqjax.quantize.calibrate import calibrate_each
+from ptqjax.ranges.calibrate import calibrate_each
 assert jax.local_device_count() == 4
 model = network()
 found = [e for e, _ in calibrate_each(model, BATCHES, PLAIN[:6])]

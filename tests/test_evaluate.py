@@ -5,7 +5,7 @@ import pytest
 
 from ptqjax import apply, evaluate, onnx_io
 from ptqjax.errors import DataError, ModelError
-from ptqjax.evaluate import agreement, predicted, sqnr, top1
+from ptqjax.evaluation import agreement, predicted, sqnr, top1
 from tests.models import build, node
 
 RANDOM = np.random.default_rng(0)

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ptqjax.agreement import Execution, Layer, execution, milliseconds
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ModelError
-from ptqjax.export import export
+from ptqjax.exporting import export
 from ptqjax.ir import Model
 from ptqjax.onnx_io import write
-from ptqjax.quantize import calibrate
+from ptqjax.ranges.calibrate import calibrate
 from ptqjax.report import running
-from ptqjax.validate import Execution, Layer, execution, milliseconds
 from tests.test_placement import CONV, SAME, build, floats
 
 WIDE = {"w": floats(64, 4, 3, 3), "v": floats(64, 64, 3, 3)}

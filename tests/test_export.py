@@ -12,14 +12,14 @@ import onnxruntime
 import pytest
 
 from ptqjax import apply, calibrate, export, onnx_io, read, simulate, validate
+from ptqjax.agreement import run, session
 from ptqjax.config import QuantizationConfig
+from ptqjax.encodings.encoding import make_encoding
 from ptqjax.errors import ConfigError, ModelError, OutputError
-from ptqjax.export import encodings_json, fingerprint, quantized_model
+from ptqjax.exporting import encodings_json, fingerprint, quantized_model
 from ptqjax.ir import Node, text
 from ptqjax.onnx_io.opset import blocking_node, with_opset
-from ptqjax.quantize import make_encoding
-from ptqjax.quantize.qdq import insert_qdq
-from ptqjax.validate import run, session
+from ptqjax.qdq.insert import insert_qdq
 from tests.models import Chain, build, node
 
 

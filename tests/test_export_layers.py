@@ -11,14 +11,13 @@ import onnx
 import pytest
 
 from ptqjax import apply, export, read, simulate
+from ptqjax.agreement import run, session
+from ptqjax.encodings.encoding import Encoding, fake_quantize, make_encoding
+from ptqjax.encodings.low_power import low_power_encoding, low_power_scales
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model, Node, TensorSpec, verify
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.kernels.ranges import grid_kind, grid_of_range, scale_of_float_range
-from ptqjax.quantize import make_encoding
-from ptqjax.quantize.encodings import Encoding, fake_quantize
-from ptqjax.quantize.low_power import low_power_encoding, low_power_scales
-from ptqjax.validate import run, session
 from tests.models import node
 
 

@@ -9,10 +9,9 @@ import pytest
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError
 from ptqjax.fit.bias_correction import correct_each, layer_axes
-from ptqjax.quantize import calibrate
-from ptqjax.quantize.calibrate import calibrate_and_measure
+from ptqjax.ranges.calibrate import calibrate, calibrate_and_measure
 from ptqjax.report.measure import RUNTIME, SIMULATION, MeasuredStage, measure
-from ptqjax.simulate import round_parameters, simulate
+from ptqjax.simulation import round_parameters, simulate
 from tests.models import mobile_block
 
 X = np.random.default_rng(0).normal(size=(6, 3, 8, 8)).astype(np.float32)
@@ -38,7 +37,7 @@ def test_a_model_with_rounded_parameters_simulates_what_the_model_does(model, se
 @pytest.mark.parametrize("bound", [2**28, 0])
 def test_means_of_the_calibrating_pass_correct_as_measured_ones_do(model, monkeypatch, bound):
     """Also where they are too many to be kept: then they are measured again."""
-    monkeypatch.setattr(importlib.import_module("ptqjax.quantize.observing"), "_MOST_BYTES_OF_MEANS", bound)
+    monkeypatch.setattr(importlib.import_module("ptqjax.ranges.observing"), "_MOST_BYTES_OF_MEANS", bound)
     seen = calibrate_and_measure(model, BATCHES, [QuantizationConfig()], measured=layer_axes(model))
     assert (seen.means is None) is (bound == 0)
     encodings = seen.each[0][0]

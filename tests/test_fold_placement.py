@@ -3,7 +3,7 @@
 import numpy as np
 
 from ptqjax.config import QuantizationConfig
-from ptqjax.quantize import place
+from ptqjax.placement.place import place
 from ptqjax.transforms import fold_batch_norms
 from tests.models import Chain, assert_same_function
 

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptqjax.encodings.encoding import Encoding, along_axis, dequantize, make_encoding, quantize
 from ptqjax.ir import Model
 from ptqjax.kernels.mirroring import mirrored_codes, mirrored_zero_point, multiplied_scale
-from ptqjax.quantize import Encoding, fold_to_scale, make_encoding
-from ptqjax.quantize.encodings import along_axis, dequantize, quantize
-from ptqjax.simulate import simulate
+from ptqjax.ranges.fold_to_scale import fold_to_scale
+from ptqjax.simulation import simulate
 from tests.models import Chain, assert_same_function, random_input
 from tests.test_fold import num_norms
 

@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from ptqjax.encodings.encoding import integers, make_encoding, storage_dtype
 from ptqjax.errors import ConfigError
 from ptqjax.kernels import grid
 from ptqjax.kernels.ranges import SYMMETRIES, GridKind, grid_kind, grid_of_range
-from ptqjax.quantize.encodings import integers, make_encoding, storage_dtype
 
 FINITE = st.floats(min_value=-1e6, max_value=1e6, width=32)
 

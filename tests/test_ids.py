@@ -8,7 +8,8 @@ from ptqjax.config import QuantizationConfig
 from ptqjax.errors import DataError
 from ptqjax.ir import Model
 from ptqjax.onnx_io import read
-from ptqjax.quantize import calibrate, place
+from ptqjax.placement.place import place
+from ptqjax.ranges.calibrate import calibrate
 
 EVERYWHERE = QuantizationConfig.for_target("generic-per-tensor")  # rounds what no integer kernel reads as well
 TABLE = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)

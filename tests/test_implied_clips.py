@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from ptqjax import export, onnx_io, quantize, validate
+from ptqjax.agreement import run, session
 from ptqjax.config import QuantizationConfig
 from ptqjax.lowering import apply
-from ptqjax.quantize import calibrate
-from ptqjax.quantize.qdq import insert_qdq
-from ptqjax.transforms.fuse_quantized import fuse_quantized
-from ptqjax.transforms.implied_clips import drop_implied_clips
-from ptqjax.transforms.integer_bounds import bound_integers
-from ptqjax.validate import run, session
+from ptqjax.qdq.fuse_quantized import fuse_quantized
+from ptqjax.qdq.implied_clips import drop_implied_clips
+from ptqjax.qdq.insert import insert_qdq
+from ptqjax.qdq.integer_bounds import bound_integers
+from ptqjax.ranges.calibrate import calibrate
 from tests.models import build, mobile_block, node
 
 

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ptqjax.agreement import validate
 from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.kernels import integer
 from ptqjax.kernels.quotient import quotient
-from ptqjax.quantize import calibrate
-from ptqjax.quantize.qdq import insert_qdq
-from ptqjax.transforms.fuse_quantized import fuse_quantized
-from ptqjax.validate import validate
+from ptqjax.qdq.fuse_quantized import fuse_quantized
+from ptqjax.qdq.insert import insert_qdq
+from ptqjax.ranges.calibrate import calibrate
 from tests.models import build, node
 
 RANDOM = np.random.default_rng(0)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from ptqjax import onnx_io
+from ptqjax.agreement import run, session, validate
 from ptqjax.config import QuantizationConfig
 from ptqjax.lowering import apply
-from ptqjax.quantize import calibrate
-from ptqjax.quantize.qdq import insert_qdq
+from ptqjax.qdq.insert import insert_qdq
+from ptqjax.qdq.integer_bounds import bound_integers
+from ptqjax.ranges.calibrate import calibrate
 from ptqjax.transforms import equalize
-from ptqjax.transforms.integer_bounds import bound_integers
-from ptqjax.validate import run, session, validate
 from tests.models import mobile_block
 
 

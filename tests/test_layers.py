@@ -11,48 +11,32 @@ PACKAGE = Path(__file__).parents[1] / "ptqjax"
 BASIS = {"errors", "places", "pytrees"}
 LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (tuple(sorted(BASIS)), set()),
-    (("kernels", "ir", "config", "targets", "publish", "faults", "versions", "images", "stopwatch"), set()),
+    (("kernels", "ir", "config", "targets", "publish", "versions", "stopwatch"), set()),
     (("progress",), {"stopwatch"}),
     (("programs",), {"versions"}),
     (("ops",), {"kernels"}),
     (("onnx_io",), {"ir", "ops"}),
-    (("sample_axes",), {"ir"}),
-    (("object_arrays",), set()),
-    (("data",), {"ir", "sample_axes", "object_arrays"}),
     (("transforms",), {"ir", "kernels"}),
     (("lowering",), {"ir", "kernels", "ops"}),
-    (("quantize",), {"ir", "kernels", "config", "transforms", "lowering"}),
-    (("simulate",), {"kernels", "ir", "config", "ops", "transforms", "lowering", "quantize"}),
-    (("bridges",), {"kernels", "ir", "lowering", "quantize", "simulate"}),
-    (("encoding_files",), {"kernels", "ir", "config", "quantize", "onnx_io"}),
-    (
-        ("export",),
-        {
-            "kernels",
-            "ir",
-            "config",
-            "ops",
-            "transforms",
-            "lowering",
-            "quantize",
-            "onnx_io",
-            "encoding_files",
-            "publish",
-            "versions",
-        },
-    ),
-    (("validate", "fit"), None),
+    (("encodings",), {"ir", "kernels", "config"}),
+    (("placement",), {"ir", "kernels", "config", "transforms", "lowering", "encodings"}),
+    (("qdq",), {"ir", "kernels", "config", "transforms", "encodings", "placement"}),
+    (("data",), {"ir", "config", "placement"}),
+    (("ranges",), {"ir", "kernels", "config", "transforms", "lowering", "encodings", "placement", "data"}),
+    (("simulation",), {"ir", "lowering", "encodings", "qdq"}),
+    (("bridges",), {"ir", "lowering", "encodings", "placement", "qdq", "simulation"}),
+    (("encoding_files",), {"ir", "kernels", "config", "onnx_io", "encodings", "placement", "qdq"}),
+    (("exporting",), {"ir", "onnx_io", "encodings", "qdq", "encoding_files", "publish", "versions"}),
+    (("agreement", "fit"), None),
     (("outputs",), None),
-    (("evaluate",), None),
-    (("report",), None),
+    (("evaluation",), None),
     (("pipeline",), None),
     (("experiments",), None),
-    (("device_option", "cache_option", "metric_option", "picture_option", "setting_options", "help_sections"), None),
-    (("data_option",), None),
-    (("quantize_command", "recipe_command"), None),
-    (("cli", "__main__"), None),
+    (("report",), None),
+    (("recipes",), None),
+    (("commands",), None),
 ]
-ALONE = {"onnx": "onnx_io", "onnx_ir": "onnx_io", "onnxruntime": "validate", "torch": None}
+ALONE = {"onnx": "onnx_io", "onnx_ir": "onnx_io", "onnxruntime": "agreement", "torch": None}
 
 
 def table() -> dict[str, set[str]]:
@@ -98,9 +82,7 @@ def violations(source: str, module: Path) -> list[str]:
             forbidden.append(name)
         if root == "ptqjax" and room != "__init__":
             target = rest[0] if rest and rest[0] in ALLOWED else "the public functions"
-            may = target in ALLOWED[room] or (
-                target == "the public functions" and room in {"cli", "quantize_command", "recipe_command", "__main__"}
-            )
+            may = target in ALLOWED[room] or (target == "the public functions" and room == "commands")
             forbidden += [] if may else [name]
     return forbidden
 
@@ -119,11 +101,11 @@ def test_imports_point_downwards(room):
         ("kernels/grid.py", "from ptqjax.ir import Model"),
         ("ir/graph.py", "import onnx"),
         ("transforms/fold.py", "from ..lowering import apply"),
-        ("quantize/search.py", "def f():\n    import onnxruntime"),
+        ("ranges/search.py", "def f():\n    import onnxruntime"),
         ("fit/bias.py", "import torch.nn"),
-        ("simulate.py", "from ptqjax import onnx_io"),
+        ("simulation.py", "from ptqjax import onnx_io"),
         ("report.py", "import ptqjax"),
-        ("export.py", "import importlib\nimportlib.import_module('onnx')"),
+        ("exporting.py", "import importlib\nimportlib.import_module('onnx')"),
     ],
 )
 def test_a_forbidden_import_is_found(module, source):

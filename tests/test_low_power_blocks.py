@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqjax.errors import ConfigError
-from ptqjax.quantize import make_encoding
-from ptqjax.quantize.low_power import (
+from ptqjax.encodings.encoding import make_encoding
+from ptqjax.encodings.low_power import (
     LowPowerScales,
     channel_axis,
     compose,
@@ -15,6 +14,7 @@ from ptqjax.quantize.low_power import (
     low_power_encoding,
     low_power_scales,
 )
+from ptqjax.errors import ConfigError
 
 GOLDEN = np.array([[1.6, 1.1222, 1e-5], [16, 2.56, 4.9]], np.float32)
 

@@ -14,13 +14,13 @@ from ptqjax import ConfigError, QuantizationConfig, Rule, quantize, read_config,
 from ptqjax.experiments.allocation import Allocation, least_noise, least_noise_of_products
 from ptqjax.experiments.budgets import Budget, Drop, cost_functions
 from ptqjax.experiments.costs import cost_model
-from ptqjax.experiments.groups import groups_of
-from ptqjax.experiments.mixed_precision import mixed_precision
 from ptqjax.experiments.study import prepared_as_configured
+from ptqjax.experiments.tied_tensors import groups_of
+from ptqjax.experiments.width_search import mixed_precision
 from ptqjax.experiments.widths import adjustable_groups, by_name, pattern_of, with_widths
 from ptqjax.ir import Model
-from ptqjax.quantize import calibrate_and_report
-from ptqjax.quantize.names import matches_name
+from ptqjax.placement.names import matches_name
+from ptqjax.ranges.calibrate import calibrate_and_report
 from tests.models import Chain
 
 WIDTHS = (2, 3, 4, 6, 8)

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from ptqjax import cli, onnx_io
+from ptqjax import onnx_io
+from ptqjax.commands import cli
 from ptqjax.config import QuantizationConfig, Rule, config_from_toml, config_to_toml
 from ptqjax.errors import ConfigError, ModelError
 from ptqjax.ir import Model, rebuild
-from ptqjax.quantize import place
+from ptqjax.placement.place import place
 from tests.test_placement import CONV, SAME, build, floats, plan
 
 NAMES = {"c1": "/body/Conv", "r": "/body/Relu", "c2": "/head/Conv", "t": "/head/Reshape", "y": "/head/Gemm"}

@@ -5,17 +5,18 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ptqjax.agreement.runtime import session
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import DataError
-from ptqjax.export import quantized_model
+from ptqjax.exporting import quantized_model
 from ptqjax.ir import Model
 from ptqjax.kernels.reach import reach_below, within_reach, without_never
 from ptqjax.lowering import apply
 from ptqjax.onnx_io import read, to_proto
-from ptqjax.quantize import calibrate, place
-from ptqjax.quantize.never import find_nevers, mask_inputs
-from ptqjax.simulate import simulate
-from ptqjax.validate.runtime import session
+from ptqjax.placement.never import find_nevers, mask_inputs
+from ptqjax.placement.place import place
+from ptqjax.ranges.calibrate import calibrate
+from ptqjax.simulation import simulate
 
 RNG = np.random.default_rng(0)
 LOWEST = float(np.finfo(np.float32).min)

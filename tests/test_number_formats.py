@@ -10,13 +10,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import InferenceSession
 
 from ptqjax import QuantizationConfig, calibrate, export, read, simulate
+from ptqjax.agreement import run, session
+from ptqjax.encodings.biases import bias_encoding, bias_sites
+from ptqjax.encodings.encoding import dequantize, fake_quantize, integers, make_encoding, quantize, storage_dtype
 from ptqjax.errors import ConfigError
 from ptqjax.kernels.float_formats import array_type, largest_number, round_to_format
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.kernels.ranges import scale_of_float_range
-from ptqjax.quantize import bias_encoding, bias_sites, make_encoding
-from ptqjax.quantize.encodings import dequantize, fake_quantize, integers, quantize, storage_dtype
-from ptqjax.validate import run, session
 from tests.models import Chain, build, node
 
 EIGHT_BITS, SIXTEEN_BITS = FLOAT_FORMATS[:2], FLOAT_FORMATS[2:]

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ptqjax.agreement.runtime import session
 from ptqjax.config import QuantizationConfig
-from ptqjax.export import quantized_model
+from ptqjax.exporting import quantized_model
 from ptqjax.ir import Model
 from ptqjax.onnx_io import read, to_proto
 from ptqjax.onnx_io.opset import blocking_node, with_opset
-from ptqjax.quantize import calibrate
-from ptqjax.simulate import simulate
-from ptqjax.validate.runtime import session
+from ptqjax.ranges.calibrate import calibrate
+from ptqjax.simulation import simulate
 
 RNG = np.random.default_rng(0)
 CONV = {"W": RNG.normal(0, 0.3, (4, 3, 3, 3)).astype(np.float32), "b": RNG.normal(size=4).astype(np.float32)}

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 
 from ptqjax import onnx_io
-from ptqjax.data import Batches, Samples
+from ptqjax.data.files import Batches, Samples
 from ptqjax.errors import ModelError, OutputError
 from ptqjax.ir import text
 

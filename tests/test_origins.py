@@ -12,10 +12,11 @@ from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Origin, origins_of
 from ptqjax.lowering import apply, interpret
 from ptqjax.onnx_io import read
-from ptqjax.quantize import calibrate, place
-from ptqjax.quantize.tensors import floating_tensors
+from ptqjax.placement.place import place
+from ptqjax.placement.tensors import floating_tensors
+from ptqjax.ranges.calibrate import calibrate
 from ptqjax.report.inspection import inspect
-from ptqjax.simulate import simulate
+from ptqjax.simulation import simulate
 
 RNG = np.random.default_rng(0)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import ptqjax
+from ptqjax.commands.metric import require_metrics
 from ptqjax.errors import ConfigError
-from ptqjax.evaluate import Evaluation, evaluate, sqnr
+from ptqjax.evaluation import Evaluation, evaluate, sqnr
 from ptqjax.ir import Model, Node
-from ptqjax.metric_option import require_metrics
 from ptqjax.outputs import class_output, strung_outputs
 from ptqjax.report.tables import print_evaluation, print_stages
 from tests.models import build, node

@@ -15,15 +15,15 @@ import pytest
 
 import ptqjax
 from ptqjax import QuantizationConfig, apply, calibrate, export, onnx_io, read
-from ptqjax.cli import commands
+from ptqjax.agreement import may_saturate, run, saturates_here, session
+from ptqjax.commands.cli import commands
+from ptqjax.encodings.encoding import dequantize, fake_quantize, quantize
 from ptqjax.fit import correct_biases
 from ptqjax.kernels.pair_sums import WEIGHT_OF_MOVES, fitted, paired, saturates, saturating_product, without_saturation
-from ptqjax.quantize import fit_pairs, pairs_for, saturating_layers
-from ptqjax.quantize.encodings import dequantize, fake_quantize, quantize
-from ptqjax.quantize.qdq import insert_qdq
-from ptqjax.transforms.fuse_quantized import fuse_quantized
+from ptqjax.qdq.fuse_quantized import fuse_quantized
+from ptqjax.qdq.insert import insert_qdq
+from ptqjax.ranges.pairs import fit_pairs, pairs_for, saturating_layers
 from ptqjax.transforms.saturation import saturating_weights, without_vnni
-from ptqjax.validate import may_saturate, run, saturates_here, session
 from tests.models import build, node
 
 RANDOM = np.random.default_rng(0)

@@ -11,9 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import ptqjax
-from ptqjax import images
-from ptqjax.cli import commands
-from ptqjax.data_option import data_files, load
+from ptqjax.commands.cli import commands
+from ptqjax.commands.data import data_files, load
+from ptqjax.data import pictures as images
 from ptqjax.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)

@@ -6,13 +6,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ptqjax import apply, calibrate, simulate
+from ptqjax.agreement import run, session
 from ptqjax.config import QuantizationConfig
-from ptqjax.export import quantized_model
+from ptqjax.exporting import quantized_model
 from ptqjax.ir import Model
 from ptqjax.onnx_io import read
-from ptqjax.quantize import place
-from ptqjax.quantize.pieces import find_pieces
-from ptqjax.validate import run, session
+from ptqjax.placement.pieces import find_pieces
+from ptqjax.placement.place import place
 
 RNG = np.random.default_rng(0)
 WIDTH = 16

@@ -9,14 +9,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ptqjax.config import QuantizationConfig, Rule
+from ptqjax.encodings.biases import LARGEST_CODE, bias_encoding, bias_sites, guard_biases
+from ptqjax.encodings.encoding import fake_quantize, make_encoding
 from ptqjax.errors import ConfigError, ModelError
 from ptqjax.ir import Graph, Model, Node, first_quantized_node
 from ptqjax.onnx_io import read
-from ptqjax.quantize import bias_encoding, bias_sites, guard_biases, place
-from ptqjax.quantize.bias import LARGEST_CODE
-from ptqjax.quantize.encodings import fake_quantize, make_encoding
-from ptqjax.quantize.placement import ACTIVATION, CONSTANT, WEIGHT, Placement
-from ptqjax.quantize.tensors import floating_tensors
+from ptqjax.placement.place import ACTIVATION, CONSTANT, WEIGHT, Placement, place
+from ptqjax.placement.tensors import floating_tensors
 
 RNG = np.random.default_rng(0)
 

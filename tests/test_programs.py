@@ -17,7 +17,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from onnx import TensorProto, helper, numpy_helper
 
 import ptqjax
-from ptqjax import cache_option, cli
+from ptqjax.commands import cache as cache_option
+from ptqjax.commands import cli
 from ptqjax.programs import keep_programs, remove_programs
 
 OPTIONS = ("--scaling", "off", "--correct", "none", "--report", "none", "--quiet")
@@ -59,7 +60,7 @@ def begin(place: Path, out: Path, cache: Path, code: str = "") -> subprocess.Pop
     environment |= {"PTQJAX_CACHE_DIR": str(cache), "PYTHONPATH": str(Path(__file__).parents[1])}
     arguments = ["quantize", place / "net.onnx", "--calibration", place / "data.npz", "--out", out, *OPTIONS]
     return subprocess.Popen(
-        [sys.executable, "-c", f"{code}\nfrom ptqjax.cli import main; main()", *arguments],
+        [sys.executable, "-c", f"{code}\nfrom ptqjax.commands.cli import main; main()", *arguments],
         env=environment | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

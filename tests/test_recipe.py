@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import ptqjax
-from ptqjax import images
 from ptqjax.config.checks import SettingError
+from ptqjax.data import pictures as images
 from ptqjax.errors import ConfigError, DataError
-from ptqjax.experiments import recipe_data
-from ptqjax.experiments.recipe import Pictures, located_in, read_recipe, recipe_of
+from ptqjax.recipes import data as recipe_data
+from ptqjax.recipes.recipe import Pictures, located_in, read_recipe, recipe_of
 from tests.models import build, node
 
 BASE = Path("/somewhere")

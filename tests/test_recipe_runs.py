@@ -18,20 +18,20 @@ import pytest
 
 import ptqjax
 from ptqjax import onnx_io, report
-from ptqjax.cli import commands
+from ptqjax.commands.cli import commands
 from ptqjax.errors import ConfigError, DataError
-from ptqjax.experiments import run as runs
-from ptqjax.experiments.recipe import read_recipe
-from ptqjax.experiments.run import Run
-from ptqjax.experiments.stages import STAGES
-from ptqjax.experiments.store import digest_of
 from ptqjax.ir import Model
 from ptqjax.progress import nothing
+from ptqjax.recipes import run as runs
+from ptqjax.recipes.recipe import read_recipe
+from ptqjax.recipes.run import Run
+from ptqjax.recipes.stages import STAGES
+from ptqjax.recipes.store import digest_of
 from tests.models import build, node
 
 PTQJAX = """
 import os, signal, sys, threading
-from ptqjax import cli, recipe_command
+from ptqjax.commands import cli, recipe as recipe_command
 say = recipe_command._say_stage
 def say_and_signal(stage):  # from within, soon: a test that waits for its turn on a busy machine may come too late
     say(stage)

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ptqjax.agreement import validate
 from ptqjax.config import QuantizationConfig, Rule
+from ptqjax.encodings.encoding import fake_quantize
 from ptqjax.ir import Model
 from ptqjax.onnx_io import read
-from ptqjax.quantize import calibrate, place
-from ptqjax.quantize.encodings import fake_quantize
-from ptqjax.quantize.qdq import insert_qdq
-from ptqjax.validate import validate
+from ptqjax.placement.place import place
+from ptqjax.qdq.insert import insert_qdq
+from ptqjax.ranges.calibrate import calibrate
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ptqjax.config import QuantizationConfig
+from ptqjax.encodings.encoding import make_encoding
 from ptqjax.ir import Graph, Model, Node, Record, TensorSpec
-from ptqjax.quantize import make_encoding
 from ptqjax.report import MeasuredStage, Row, facts, inspect, measure, page, tables, to_json
 from ptqjax.report.facts import activation_ranges, weight_ranges
 from ptqjax.report.plots import channel_plot, range_bar, spread

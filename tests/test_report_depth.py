@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ptqjax.experiments.depth import measure_depth, pieces
+from ptqjax.encodings.encoding import Encoding, make_encoding
 from ptqjax.ir import Model
-from ptqjax.quantize import Encoding, make_encoding
+from ptqjax.report.depth import measure_depth, pieces
 from tests.models import build, node
 
 

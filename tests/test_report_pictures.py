@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
+from ptqjax.encodings.encoding import Encoding, make_encoding
 from ptqjax.kernels.histogram import Histogram, histogram_of
-from ptqjax.quantize import Encoding, make_encoding
 from ptqjax.report.charts import depth_plot, histogram_plot, share_bar
 from ptqjax.report.histograms import histogram_facts, weight_histogram
 

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 from ptqjax.config.files import config_from_toml
-from ptqjax.quantize.names import matches_name
+from ptqjax.placement.names import matches_name
 from ptqjax.report import recommendations as all_of
 from ptqjax.report.recommendations import (
     REASONS,

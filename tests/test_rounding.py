@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
 import ptqjax
+from ptqjax.encodings.encoding import make_encoding
 from ptqjax.fit.layer_moments import POSITIONS, moments_of_halves
 from ptqjax.fit.layer_problem import Problem
 from ptqjax.fit.rounding import solve_rounding
 from ptqjax.kernels import rounding
 from ptqjax.kernels.rounding import Grid
 from ptqjax.lowering import Value, stretches
-from ptqjax.quantize.encodings import make_encoding
-from ptqjax.quantize.tensors import floating_tensors
-from ptqjax.simulate import round_parameters
+from ptqjax.placement.tensors import floating_tensors
+from ptqjax.simulation import round_parameters
 from ptqjax.transforms.linear import linear_layers
 
 

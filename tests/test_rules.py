@@ -7,8 +7,8 @@ import pytest
 
 from ptqjax.config import QuantizationConfig, Rule, load_target
 from ptqjax.errors import ConfigError
-from ptqjax.quantize import calibrate, place
-from ptqjax.quantize.placement import Site
+from ptqjax.placement.place import Site, place
+from ptqjax.ranges.calibrate import calibrate
 from tests.test_placement import CONV, MATRIX, SAME, build, floats, plan
 
 

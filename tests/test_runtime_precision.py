@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 
 from ptqjax import apply, onnx_io, simulate
-from ptqjax.export import quantized_model
+from ptqjax.agreement import run, session
+from ptqjax.encodings.encoding import fake_quantize, make_encoding
+from ptqjax.exporting import quantized_model
 from ptqjax.ir import text
 from ptqjax.kernels.ranges import grid_kind, grid_of_range
-from ptqjax.quantize import make_encoding
-from ptqjax.quantize.encodings import fake_quantize
-from ptqjax.quantize.qdq import insert_qdq
-from ptqjax.quantize.unquantize import unquantize
-from ptqjax.transforms.runtime_precision import keep_precision
-from ptqjax.validate import run, session
+from ptqjax.qdq.insert import insert_qdq
+from ptqjax.qdq.runtime_precision import keep_precision
+from ptqjax.qdq.unquantize import unquantize
 from tests.models import build, node
 
 

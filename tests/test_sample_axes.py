@@ -11,11 +11,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import ptqjax
-from ptqjax.cli import commands
-from ptqjax.data import Batches, Samples, load_samples
+from ptqjax.commands.cli import commands
+from ptqjax.data.files import Batches, Samples, load_samples
+from ptqjax.data.object_arrays import read_array_of_arrays
+from ptqjax.data.sample_axes import SampleAxis, sample_axes
 from ptqjax.errors import ConfigError, DataError
-from ptqjax.object_arrays import read_array_of_arrays
-from ptqjax.sample_axes import SampleAxis, sample_axes
 
 RNG = np.random.default_rng(0)
 FAST = ("--quiet", "--no-cache", "--scaling", "off", "--correct", "none", "--report", "short")

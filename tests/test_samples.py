@@ -8,8 +8,8 @@ import pytest
 from ptqjax.kernels.chunks import map_chunks
 from ptqjax.lowering import interpret, samples
 from ptqjax.lowering.samples import interpret_by_samples
-from ptqjax.quantize.calibrate import calibrate
-from ptqjax.simulate import fake_quantization
+from ptqjax.ranges.calibrate import calibrate
+from ptqjax.simulation import fake_quantization
 from tests.models import Chain, build, mobile_block, node
 
 _ROUNDING = 1e-5  # float32 sums of up to 54 terms in another order

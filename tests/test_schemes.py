@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptqjax.config.checks import DTYPES, SYMMETRIES
+from ptqjax.encodings.encoding import fake_quantize, integers
+from ptqjax.encodings.low_power import compose, decompose
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.kernels.exact_sums import add_terms, empty_sums, means_of
 from ptqjax.kernels.grid import FLOAT_FORMATS
 from ptqjax.kernels.histogram import histogram_of
 from ptqjax.kernels.ranges import GridKind, Symmetry, grid_kind, grid_of_range, stack_kinds
-from ptqjax.quantize import choose_encoding, schemes
-from ptqjax.quantize.encodings import fake_quantize, integers
-from ptqjax.quantize.low_power import compose, decompose
-from ptqjax.quantize.observers import DISTRIBUTION
-from ptqjax.quantize.schemes import ENTROPY, MOVING_AVERAGE, MSE, SQNR, RangeScheme, find_scheme
+from ptqjax.ranges import schemes
+from ptqjax.ranges.observers import DISTRIBUTION
+from ptqjax.ranges.schemes import ENTROPY, MOVING_AVERAGE, MSE, SQNR, RangeScheme, find_scheme
+from ptqjax.ranges.search import choose_encoding
 
 NAMES = ("min-max", "moving-average", "sqnr", "mse", "entropy", "percentile:99.9", "percentile:51", "percentile:100")
 INTEGERS = tuple(name for name in DTYPES if name not in FLOAT_FORMATS)

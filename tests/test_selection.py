@@ -87,7 +87,7 @@ def test_eight_samples_predict_a_clear_win_as_batch_norms_do(unequal):
 
 def test_all_candidates_share_the_programs_that_look_and_judge(unequal, monkeypatch):
     """One trace of each for the trial's shape: the model left as it is has a bound per channel there, too."""
-    traces = {"ptqjax.quantize.observing": 0, "ptqjax.fit.quantized_pass": 0}
+    traces = {"ptqjax.ranges.observing": 0, "ptqjax.fit.quantized_pass": 0}
     for name in traces:
         module = importlib.import_module(name)
         original = module.interpret

@@ -8,13 +8,13 @@ import pytest
 from scipy.stats import spearmanr
 
 from ptqjax import QuantizationConfig, apply, calibrate, fold_batch_norms, read, sensitivity, simulate
+from ptqjax.encodings.encoding import make_encoding
 from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.experiments import one_pass
 from ptqjax.experiments.engine import switched
-from ptqjax.experiments.groups import Group, groups_of
-from ptqjax.experiments.sensitivity import METHODS, ranking
+from ptqjax.experiments.sensitivities import METHODS, ranking
+from ptqjax.experiments.tied_tensors import Group, groups_of
 from ptqjax.ir import Graph, TensorSpec
-from ptqjax.quantize import make_encoding
 from tests.models import build, node
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

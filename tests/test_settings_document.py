@@ -7,7 +7,7 @@ from pathlib import Path
 import click.testing
 import pytest
 
-from ptqjax.cli import commands
+from ptqjax.commands.cli import commands
 from ptqjax.config import QuantizationConfig, Rule, config_from_toml, load_target, target_names
 
 TEXT = (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")

@@ -7,11 +7,10 @@ import pytest
 
 from ptqjax import apply, calibrate, simulate
 from ptqjax.config import QuantizationConfig
+from ptqjax.encodings.biases import bias_encoding, bias_sites
+from ptqjax.encodings.encoding import dequantize, fake_quantize, make_encoding, quantize
 from ptqjax.errors import ConfigError, DataError
-from ptqjax.quantize import make_encoding
-from ptqjax.quantize.bias import bias_encoding, bias_sites
-from ptqjax.quantize.encodings import dequantize, fake_quantize, quantize
-from ptqjax.quantize.qdq import insert_qdq
+from ptqjax.qdq.insert import insert_qdq
 from tests.models import Chain, build, node
 
 MIN_MAX = QuantizationConfig(ranges="min-max")

@@ -7,11 +7,10 @@ import onnx
 import pytest
 
 from ptqjax import QuantizationConfig, calibrate, choose_encoding, export, simulate, validate
-from ptqjax.export import quantized_model
+from ptqjax.agreement import run, session
+from ptqjax.encodings.encoding import fake_quantize, integers, make_encoding
+from ptqjax.exporting import quantized_model
 from ptqjax.kernels.grid import integer_range
-from ptqjax.quantize import make_encoding
-from ptqjax.quantize.encodings import fake_quantize, integers
-from ptqjax.validate import run, session
 from tests.models import Chain, build, node
 
 

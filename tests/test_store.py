@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ptqjax.errors import DataError, OutputError
-from ptqjax.experiments.store import MANIFEST, digest_of, look, put, remove_abandoned, write_file
+from ptqjax.recipes.store import MANIFEST, digest_of, look, put, remove_abandoned, write_file
 
 
 def write(folder: Path) -> None:
@@ -106,7 +106,7 @@ def test_runs_at_once_do_not_harm_each_other(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from ptqjax.experiments.store import put
+from ptqjax.recipes.store import put
 def write(folder):
     for i in range(8):
         (folder / f"{i}.bin").write_bytes(bytes(200_000))

@@ -15,7 +15,7 @@ import pytest
 import ptqjax
 from ptqjax import pipeline
 from ptqjax.errors import ConfigError, DataError, OutputError
-from ptqjax.experiments import sweep as module
+from ptqjax.experiments import sweeping as module
 from ptqjax.experiments.metrics import Metric
 from ptqjax.experiments.table import SweepRow, SweepTable
 from ptqjax.fit import selection

@@ -8,18 +8,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ptqjax import apply, calibrate, export, simulate
+from ptqjax.agreement import run, session
 from ptqjax.config import QuantizationConfig, Rule
-from ptqjax.export import quantized_model
+from ptqjax.encodings.encoding import fake_quantize
+from ptqjax.exporting import quantized_model
 from ptqjax.ir import Model
 from ptqjax.onnx_io import read, to_proto
-from ptqjax.quantize import place
-from ptqjax.quantize.encodings import fake_quantize
-from ptqjax.quantize.qdq import insert_qdq
-from ptqjax.quantize.unquantize import unquantize
-from ptqjax.transforms.load_time import dequantize_at_load
-from ptqjax.transforms.stored_once import store_once
-from ptqjax.transforms.table_codes import gather_codes, gather_floats
-from ptqjax.validate import run, session
+from ptqjax.placement.place import place
+from ptqjax.qdq.insert import insert_qdq
+from ptqjax.qdq.load_time import dequantize_at_load
+from ptqjax.qdq.stored_once import store_once
+from ptqjax.qdq.table_codes import gather_codes, gather_floats
+from ptqjax.qdq.unquantize import unquantize
 
 RNG = np.random.default_rng(0)
 ROWS, WIDTH = 200, 16

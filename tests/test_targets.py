@@ -11,11 +11,13 @@ import pytest
 
 from ptqjax.config import QuantizationConfig, Rule, load_target, target_names
 from ptqjax.errors import ConfigError
-from ptqjax.export import export
+from ptqjax.exporting import export
 from ptqjax.ir import Model
 from ptqjax.onnx_io import read
-from ptqjax.quantize import calibrate, choose_encoding, place
-from ptqjax.simulate import simulate
+from ptqjax.placement.place import place
+from ptqjax.ranges.calibrate import calibrate
+from ptqjax.ranges.search import choose_encoding
+from ptqjax.simulation import simulate
 from ptqjax.transforms import fold_batch_norms
 from tests.test_placement import CONV, MATRIX, SAME, build, floats, plan
 

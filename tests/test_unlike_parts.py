@@ -9,10 +9,10 @@ import pytest
 import ptqjax
 from ptqjax import QuantizationConfig
 from ptqjax.ir import Model, Node, rebuild
-from ptqjax.quantize import place
-from ptqjax.quantize.calibrate import calibrate_and_report
-from ptqjax.quantize.headroom import widened
-from ptqjax.quantize.unlike import LEAST_STEPS, TIMES_AS_COARSE
+from ptqjax.placement.place import place
+from ptqjax.placement.unlike import LEAST_STEPS, TIMES_AS_COARSE
+from ptqjax.ranges.calibrate import calibrate_and_report
+from ptqjax.ranges.headroom import widened
 from tests.models import build, node
 
 PLAIN = QuantizationConfig(ranges="min-max", equalize=False, correct="none")

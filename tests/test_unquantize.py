@@ -13,11 +13,11 @@ import ptqjax
 from ptqjax import onnx_io
 from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.encoding_files.own_fields import is_identical
+from ptqjax.encodings.encoding import make_encoding
 from ptqjax.errors import ModelError
-from ptqjax.export import quantized_model
+from ptqjax.exporting import quantized_model
 from ptqjax.ir import Constant, Graph, Model, Node, TensorSpec, text, verify
-from ptqjax.quantize import make_encoding
-from ptqjax.quantize.unquantize import unquantize
+from ptqjax.qdq.unquantize import unquantize
 from tests.models import Chain, build, node
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from ptqjax import apply, calibrate, export, fold_batch_norms, onnx_io, read, validate
+from ptqjax.agreement import decibels, run, session
+from ptqjax.agreement.fusions import Fusions, otherwise_fused
+from ptqjax.agreement.totals import NO_DISTANCE, with_elements
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError, DataError, ModelError
-from ptqjax.quantize.qdq import insert_qdq
-from ptqjax.transforms.fuse_quantized import fuse_quantized
-from ptqjax.validate import decibels, run, session
-from ptqjax.validate.fusions import Fusions, otherwise_fused
-from ptqjax.validate.totals import NO_DISTANCE, with_elements
+from ptqjax.qdq.fuse_quantized import fuse_quantized
+from ptqjax.qdq.insert import insert_qdq
 from tests.models import Chain, build, node
 
 MIN_MAX = QuantizationConfig(ranges="min-max")
@@ -81,7 +81,7 @@ def test_the_float_program_is_left_out_where_it_is_not_asked_for(quantized):
 def test_a_difference_is_found_where_it_is(quantized, monkeypatch):
     """The recomputation with another bias in one layer differs in that layer's group alone."""
     model, batch = quantized
-    module = importlib.import_module("ptqjax.validate.comparison")
+    module = importlib.import_module("ptqjax.agreement.comparison")
     name = next(name for name in model.params if name.startswith("b") and name.endswith("_quantized"))
     apply = module.apply_few_times
 

@@ -15,11 +15,11 @@ from ptqjax.encoding_files.entries import Entry, encoding_of, entry_of
 from ptqjax.encoding_files.fitting import UnfitError, check_fit
 from ptqjax.encoding_files.located_json import Located, to_float32
 from ptqjax.encoding_files.own_fields import fields_of, is_identical
+from ptqjax.encodings.biases import bias_encoding, bias_sites
+from ptqjax.encodings.encoding import Encoding, Encodings, concrete
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model
-from ptqjax.quantize.bias import bias_encoding, bias_sites
-from ptqjax.quantize.encodings import Encoding, Encodings, concrete
-from ptqjax.quantize.tensor_axes import TensorAxes, tensor_axes
+from ptqjax.placement.tensor_axes import TensorAxes, tensor_axes
 
 OWN = "ptqjax"
 """The key of an entry under which all fields stand, where the entry's other keys do not tell them."""

@@ -14,11 +14,11 @@ from ptqjax.encoding_files.entries import encoding_of
 from ptqjax.encoding_files.fitting import UnfitError, fitting
 from ptqjax.encoding_files.located_json import Located
 from ptqjax.encoding_files.own_fields import encoding_of_fields
+from ptqjax.encodings.biases import BiasSite, bias_encoding, bias_sites
+from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.errors import DataError
 from ptqjax.ir import Model
-from ptqjax.quantize.bias import BiasSite, bias_encoding, bias_sites
-from ptqjax.quantize.encodings import Encoding, Encodings
-from ptqjax.quantize.tensor_axes import TensorAxes, tensor_axes
+from ptqjax.placement.tensor_axes import TensorAxes, tensor_axes
 
 _BIAS = "int32"
 _BIAS_TOLERANCE = 1e-6  # relative; float32 rounds the two scales and their product by 6e-8 each

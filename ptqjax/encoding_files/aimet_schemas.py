@@ -15,9 +15,9 @@ import numpy as np
 from ptqjax.encoding_files.entries import Entry, block_shapes, num_bits
 from ptqjax.encoding_files.fitting import UnfitError
 from ptqjax.encoding_files.located_json import Located
+from ptqjax.encodings.low_power import channel_axis
 from ptqjax.kernels.grid import FLOAT_FORMATS
-from ptqjax.quantize.low_power import channel_axis
-from ptqjax.quantize.tensor_axes import TensorAxes
+from ptqjax.placement.tensor_axes import TensorAxes
 
 _LARGEST_BLOCK = 2**31 - 1
 _SPELLINGS = {name.replace("_", ""): name for name in FLOAT_FORMATS}  # AIMET's: float8e4m3fn

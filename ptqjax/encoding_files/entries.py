@@ -10,11 +10,11 @@ import numpy as np
 
 from ptqjax.encoding_files.fitting import UnfitError, fitting
 from ptqjax.encoding_files.located_json import to_float32
+from ptqjax.encodings.encoding import Encoding
+from ptqjax.encodings.low_power import decompose
 from ptqjax.errors import ConfigError
 from ptqjax.kernels.grid import FLOAT_FORMATS
-from ptqjax.quantize.encodings import Encoding
-from ptqjax.quantize.low_power import decompose
-from ptqjax.quantize.tensor_axes import TensorAxes
+from ptqjax.placement.tensor_axes import TensorAxes
 
 _INTEGERS = re.compile(r"(u?)int(\d+)")
 _MOST_BITS = 32

@@ -14,11 +14,11 @@ from ptqjax.encoding_files.fitting import UnfitError, check_fit, fitting
 from ptqjax.encoding_files.located_json import read_json
 from ptqjax.encoding_files.tensors import encodings_of_tensors, tensors_of_encodings
 from ptqjax.encoding_files.whole_files import write_whole
+from ptqjax.encodings.encoding import Encodings, concrete
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model
-from ptqjax.quantize.encodings import Encodings, concrete
-from ptqjax.quantize.placement import place
-from ptqjax.quantize.tensor_axes import tensor_axes
+from ptqjax.placement.place import place
+from ptqjax.placement.tensor_axes import tensor_axes
 
 _TENSORS = ".safetensors"
 _SHOWN = 5  # mismatches in a message

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ptqjax.encodings.encoding import Encoding
 from ptqjax.errors import ConfigError
 from ptqjax.kernels.float_formats import float_format
-from ptqjax.quantize.encodings import Encoding
-from ptqjax.quantize.tensor_axes import TensorAxes
+from ptqjax.placement.tensor_axes import TensorAxes
 
 
 class UnfitError(Exception):

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ptqjax.encoding_files.located_json import Located, to_float32
+from ptqjax.encodings.encoding import Encoding, concrete
 from ptqjax.kernels.grid import FLOAT_FORMATS
-from ptqjax.quantize.encodings import Encoding, concrete
 
 ARRAYS = ("scale", "zero_point", "qmin", "qmax", "enabled")
 """Fields that are arrays."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ptqjax import onnx_io
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.ir import Model, Report
-from ptqjax.quantize.encodings import Encodings
-from ptqjax.quantize.unquantize import unquantize
+from ptqjax.qdq.unquantize import unquantize
 
 
 def read_quantized(source: Any) -> tuple[Model, Encodings, Report]:

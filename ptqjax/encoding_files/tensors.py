@@ -16,8 +16,8 @@ import safetensors.numpy
 from ptqjax.encoding_files.located_json import Located
 from ptqjax.encoding_files.own_fields import ARRAYS, STATIC, static_fields
 from ptqjax.encoding_files.whole_files import write_whole
+from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.errors import DataError
-from ptqjax.quantize.encodings import Encoding, Encodings
 
 _FORMAT = "ptqjax.format"
 _ENCODINGS, _STATE = "encodings 1", "state 1"

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.ir import Graph, Model
 from ptqjax.lowering import compiled
-from ptqjax.quantize.encodings import Encodings
-from ptqjax.simulate import simulate
+from ptqjax.simulation import simulate
 
 Inputs: TypeAlias = Mapping[str, Any]
 """A batch."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import ConfigError
 from ptqjax.experiments.allocation import Cost
 from ptqjax.experiments.costs import FLOAT_BITS, CostModel
-from ptqjax.experiments.groups import Group, Kind
-from ptqjax.quantize import Encodings
+from ptqjax.experiments.tied_tensors import Group, Kind
 
 COSTS: Mapping[str, tuple[Kind, ...]] = {
     "mean_weight_bits": ("weight",),

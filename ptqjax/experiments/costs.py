@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from ptqjax.data.batches import num_samples
+from ptqjax.encodings.biases import bias_encoding, bias_sites
+from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.ir import Model, Node
 from ptqjax.lowering import checked_inputs, interpret, precision
-from ptqjax.quantize import Encoding, Encodings
-from ptqjax.quantize.batches import num_samples
-from ptqjax.quantize.bias import bias_encoding, bias_sites
-from ptqjax.quantize.granularity import weight_uses
-from ptqjax.quantize.opsets import stored_grid
-from ptqjax.quantize.rules import num_bits
+from ptqjax.placement.granularity import weight_uses
+from ptqjax.placement.rules import num_bits
+from ptqjax.qdq.stored_grids import stored_grid
 
 FLOAT_BITS = 32
 """What a tensor in float counts."""

@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from ptqjax.data import checked_labels
+from ptqjax.data.batches import checked_batches, num_samples
+from ptqjax.data.files import checked_labels
 from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.ir import Graph
-from ptqjax.quantize.batches import checked_batches, num_samples
 
 PREDICTED = "predicted"
 Labels: TypeAlias = np.ndarray | Literal["predicted"] | None

@@ -11,18 +11,18 @@ import jax
 import numpy as np
 
 from ptqjax.config.checks import check_choice
-from ptqjax.data import checked_labels
+from ptqjax.data.files import checked_labels
+from ptqjax.data.parts import unspread
+from ptqjax.encodings.alignment import aligned
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import ConfigError, DataDependentError, DataError
-from ptqjax.evaluate import first_output, require_alike, require_finite, require_samples
+from ptqjax.evaluation import first_output, require_alike, require_finite, require_samples
 from ptqjax.experiments.batching import WAYS, Arguments, Inputs, Step, loop, put
 from ptqjax.experiments.metrics import Metric, Seen, find_metrics
 from ptqjax.ir import Graph, Model
 from ptqjax.lowering import apply
 from ptqjax.progress import Follow
-from ptqjax.quantize.alignment import aligned
-from ptqjax.quantize.encodings import Encodings
-from ptqjax.quantize.parts import unspread
-from ptqjax.quantize.qdq import check_tensors
+from ptqjax.qdq.insert import check_tensors
 
 BATCHINGS = ("auto", *WAYS)
 """How variants may be run."""

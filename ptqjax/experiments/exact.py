@@ -7,15 +7,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import DataError
-from ptqjax.evaluate import energy, predicted
+from ptqjax.evaluation import energy, predicted
 from ptqjax.experiments.effects import Effects, Labels, floating_outputs
 from ptqjax.experiments.engine import Variant, evaluate_variants, switched
-from ptqjax.experiments.groups import Group
 from ptqjax.experiments.metrics import Metric, Seen
+from ptqjax.experiments.tied_tensors import Group
 from ptqjax.ir import Model
 from ptqjax.progress import Follow
-from ptqjax.quantize import Encodings
 
 
 def measure_effects(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptqjax.experiments.groups import Group
+from ptqjax.experiments.tied_tensors import Group
 from ptqjax.ir import Graph, Node, captured
 
 _OTHER = "::other"

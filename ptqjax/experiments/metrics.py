@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ptqjax.agreement import decibels
 from ptqjax.config import near_names
 from ptqjax.errors import ConfigError
-from ptqjax.evaluate import energy, predicted
-from ptqjax.validate import decibels
+from ptqjax.evaluation import energy, predicted
 
 Outputs = Mapping[str, np.ndarray]
 """A model's outputs on a batch, by name, in the order of the graph."""

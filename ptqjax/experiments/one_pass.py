@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptqjax.data import checked_labels
+from ptqjax.data.files import checked_labels
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import PtqjaxError
 from ptqjax.experiments.effects import Effects, Labels, floating_outputs, with_labels
-from ptqjax.experiments.groups import Group
 from ptqjax.experiments.injection import Injection, Place, injection_of
+from ptqjax.experiments.tied_tensors import Group
 from ptqjax.ir import Graph, Model
 from ptqjax.kernels.draws import Draw
 from ptqjax.lowering import compiled, interpret
 from ptqjax.progress import Follow
-from ptqjax.quantize import Encodings
-from ptqjax.simulate import fake_quantization, round_parameters
+from ptqjax.simulation import fake_quantization, round_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

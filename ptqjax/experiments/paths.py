@@ -10,7 +10,7 @@ import numpy as np
 from ptqjax.experiments.allocation import Allocation, least_noise, least_noise_of_products
 from ptqjax.experiments.budgets import COSTS, Limits
 from ptqjax.experiments.engine import Variant, evaluate_variants, switched
-from ptqjax.experiments.sensitivity import sensitivity
+from ptqjax.experiments.sensitivities import sensitivity
 from ptqjax.experiments.study import Study
 from ptqjax.experiments.widths import by_name
 

@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 
 from ptqjax.config import QuantizationConfig
+from ptqjax.encodings.biases import guard_biases, sums_in_fixed_point
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import ConfigError
 from ptqjax.experiments.allocation import Cost
 from ptqjax.experiments.budgets import cost_functions
 from ptqjax.experiments.costs import CostModel, cost_model
 from ptqjax.experiments.engine import Variant, evaluate_variants
-from ptqjax.experiments.groups import Group, Kind
+from ptqjax.experiments.tied_tensors import Group, Kind
 from ptqjax.experiments.widths import Widths, adjustable_groups, by_name, picked, with_widths
 from ptqjax.fit import scale_as_configured
 from ptqjax.fit.bias_correction import correct_each
 from ptqjax.ir import Model
 from ptqjax.progress import Follow
-from ptqjax.quantize import Encodings, guard_biases, widened
-from ptqjax.quantize.bias import sums_in_fixed_point
-from ptqjax.quantize.calibrate import calibrate_each
+from ptqjax.ranges.calibrate import calibrate_each
+from ptqjax.ranges.headroom import widened
 from ptqjax.transforms import fold_batch_norms, prepare
 
 Candidates = Mapping[Kind, tuple[int, ...]]

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from ptqjax.config import FLOAT_DTYPES, QuantizationConfig, Rule
-from ptqjax.experiments.groups import Group, Kind, groups_of
+from ptqjax.encodings.encoding import Encodings
+from ptqjax.experiments.tied_tensors import Group, Kind, groups_of
 from ptqjax.ir import Model
-from ptqjax.quantize import Encodings
-from ptqjax.quantize.placement import place
+from ptqjax.placement.place import place
 
 _ROLES: Mapping[Kind, str] = {"weight": "weights", "activation": "activations"}
 

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ptqjax.config import QuantizationConfig, load_target
+from ptqjax.encodings.alignment import aligned
+from ptqjax.encodings.biases import guard_biases, sums_in_fixed_point
+from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.errors import ConfigError
 from ptqjax.fit.bias_correction import correct_each
 from ptqjax.fit.rounding import Solving, solve_rounding
 from ptqjax.fit.ways import POLICIES
 from ptqjax.ir import Model, Report
-from ptqjax.quantize import Encoding, Encodings, guard_biases
-from ptqjax.quantize.alignment import aligned
-from ptqjax.quantize.bias import sums_in_fixed_point
-from ptqjax.quantize.observing import Means
-from ptqjax.quantize.pairs import Pairs, moves_for, pairs_for
-from ptqjax.quantize.tables import tied_weights
+from ptqjax.placement.tables import tied_weights
+from ptqjax.ranges.observing import Means
+from ptqjax.ranges.pairs import Pairs, moves_for, pairs_for
 from ptqjax.transforms.linear import HOSTS
 
 _WHOLE = 8  # bits from which rounding to nearest is enough, where a channel has a scale of its own

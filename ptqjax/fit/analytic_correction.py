@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from ptqjax.encodings.encoding import Encodings, concrete, fake_quantize
 from ptqjax.errors import DataError
 from ptqjax.ir import Model
 from ptqjax.kernels.grouped import respond_to_constant
-from ptqjax.quantize.encodings import Encodings, concrete, fake_quantize
 from ptqjax.transforms.linear import Linear, linear_layers, weight_view
 from ptqjax.transforms.moments import layer_inputs
 

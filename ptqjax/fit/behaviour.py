@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptqjax.data.batches import checked_batches, num_samples
 from ptqjax.errors import ModelError
 from ptqjax.ir import Graph, Model
 from ptqjax.kernels.draws import Draw
 from ptqjax.lowering import axis_in_layout, compiled, interpret
-from ptqjax.quantize.batches import checked_batches, num_samples
 from ptqjax.transforms.activations import limits_of
 from ptqjax.transforms.behaviour import Behaviour
 from ptqjax.transforms.ties import find_ties

@@ -11,6 +11,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from ptqjax.data.batches import checked_part, checked_parts, num_samples
+from ptqjax.data.parts import Part, Parts, together
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.fit.analytic_correction import expected_errors
 from ptqjax.fit.quantized_pass import OnDevices, QuantizedPass
@@ -27,12 +30,9 @@ from ptqjax.ir import (
     rebuild,
 )
 from ptqjax.lowering import compiled, interpret
-from ptqjax.quantize import check_not_quantized
-from ptqjax.quantize.batches import checked_part, checked_parts, num_samples
-from ptqjax.quantize.encodings import Encodings
-from ptqjax.quantize.observing import Axes, Means, channel_means
-from ptqjax.quantize.parts import Part, Parts, together
-from ptqjax.quantize.qdq import check_tensors
+from ptqjax.placement.tensors import check_not_quantized
+from ptqjax.qdq.insert import check_tensors
+from ptqjax.ranges.observing import Axes, Means, channel_means
 from ptqjax.transforms.linear import linear_layers
 
 _METHODS = ("empirical", "analytic")

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from ptqjax.encodings.encoding import Encoding, along_axis
 from ptqjax.kernels import rounding
 from ptqjax.kernels.gram import Moments
 from ptqjax.kernels.grouped import grouped_view, ungrouped_view
 from ptqjax.kernels.rounding import Grid
-from ptqjax.quantize.encodings import Encoding, along_axis
 from ptqjax.transforms.linear import Linear
 
 _SIZES = (rounding.EXHAUSTIVE, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.config import QuantizationConfig
+from ptqjax.data.batches import num_samples
+from ptqjax.data.regroup import can_be_regrouped, first_samples, grouped, joined
+from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.fit.behaviour import observe_behaviour
-from ptqjax.fit.samples import can_be_regrouped, first_samples, grouped, joined
 from ptqjax.ir import Model, Record, Report
 from ptqjax.kernels.brief import FEW_TIMES, are_taken, brief_options
 from ptqjax.lowering import axis_in_layout, interpret
-from ptqjax.quantize import calibrate
-from ptqjax.quantize.batches import num_samples
-from ptqjax.quantize.encodings import Encoding, Encodings
-from ptqjax.quantize.placement import place_as_found
-from ptqjax.simulate import fake_quantization
+from ptqjax.placement.place import place_as_found
+from ptqjax.ranges.calibrate import calibrate
+from ptqjax.simulation import fake_quantization
 from ptqjax.transforms.behaviour import Behaviour
 from ptqjax.transforms.linear import linear_layers
 from ptqjax.transforms.rescale import rescale

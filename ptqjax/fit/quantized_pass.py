@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.ir import Graph, Model
 from ptqjax.kernels.brief import FEW_TIMES
 from ptqjax.lowering import axis_in_layout, compiled, interpret
-from ptqjax.quantize.encodings import Encodings
-from ptqjax.quantize.observing import Axes, channel_means
-from ptqjax.simulate import fake_quantization, round_parameters
+from ptqjax.ranges.observing import Axes, channel_means
+from ptqjax.simulation import fake_quantization, round_parameters
 
 
 class Outcome(NamedTuple):

@@ -16,19 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptqjax.data.regroup import Batch, first_samples
+from ptqjax.encodings.encoding import Encodings, concrete, fake_quantize
 from ptqjax.errors import DataError
 from ptqjax.fit.bias_correction import with_biases
 from ptqjax.fit.layer_moments import moments_of_halves
 from ptqjax.fit.layer_problem import Problem
-from ptqjax.fit.samples import Batch, first_samples
 from ptqjax.ir import Graph, Model, Record, Report
 from ptqjax.kernels.gram import Moments
 from ptqjax.lowering import Stretch, Value, compiled, interpret_in_layout, stretches
-from ptqjax.quantize import check_not_quantized
-from ptqjax.quantize.encodings import Encodings, concrete, fake_quantize
-from ptqjax.quantize.qdq import check_tensors
-from ptqjax.quantize.tensors import floating_tensors
-from ptqjax.simulate import fake_quantization, round_parameters
+from ptqjax.placement.tensors import check_not_quantized, floating_tensors
+from ptqjax.qdq.insert import check_tensors
+from ptqjax.simulation import fake_quantization, round_parameters
 from ptqjax.transforms.linear import Linear, linear_layers, why_not_rewritable
 
 RIDGES = (0.1, 1.0, 10.0)

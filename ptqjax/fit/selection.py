@@ -12,8 +12,8 @@ from ptqjax.fit.learned_scales import Learning, learn_scales
 from ptqjax.fit.trials import TRIAL_SHAPES, Judge, Trial, best_of, judged, record_of
 from ptqjax.fit.ways import BATCH, BEHAVIOUR_SHAPES, POLICIES, Policy, Ways, bounds_of, steps_of, without
 from ptqjax.ir import Model, Record, Report
-from ptqjax.quantize.placement import place
-from ptqjax.quantize.tensors import is_floating
+from ptqjax.placement.place import place
+from ptqjax.placement.tensors import is_floating
 from ptqjax.transforms.behaviour import implied_behaviour
 from ptqjax.transforms.equalize import unscaled
 from ptqjax.transforms.noise import covers_noise, scale_for_noise

@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ptqjax.config import QuantizationConfig
+from ptqjax.data.regroup import Batch, can_be_regrouped, first_samples, grouped, joined, of_few_shapes
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.fit.bias_correction import correct_each, corrected_axes, layer_axes
 from ptqjax.fit.quantized_pass import QuantizedPass
-from ptqjax.fit.samples import Batch, can_be_regrouped, first_samples, grouped, joined, of_few_shapes
 from ptqjax.fit.ways import Ways, bounds_of
 from ptqjax.ir import Model, Record, Report
 from ptqjax.lowering import apply
-from ptqjax.quantize import Encodings
-from ptqjax.quantize.calibrate import Calibrated, calibrate_and_measure
-from ptqjax.quantize.headroom import widened
-from ptqjax.quantize.observing import Means
-from ptqjax.quantize.tensors import is_floating
+from ptqjax.placement.tensors import is_floating
+from ptqjax.ranges.calibrate import Calibrated, calibrate_and_measure
+from ptqjax.ranges.headroom import widened
+from ptqjax.ranges.observing import Means
 from ptqjax.transforms.equalize import unscaled
 
 TRIAL_SHAPES = 4

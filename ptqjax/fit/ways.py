@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from ptqjax.config import FLOAT_DTYPES, QuantizationConfig, load_target
+from ptqjax.data.regroup import can_be_regrouped, first_samples, grouped, joined, of_few_shapes
 from ptqjax.fit.behaviour import observe_behaviour, observe_shares_beyond
 from ptqjax.fit.learned_scales import Learning, learn_scales
-from ptqjax.fit.samples import can_be_regrouped, first_samples, grouped, joined, of_few_shapes
 from ptqjax.ir import Model, Report
 from ptqjax.kernels.grid import integer_range
-from ptqjax.quantize.rules import num_bits
+from ptqjax.placement.rules import num_bits
 from ptqjax.transforms.behaviour import Behaviour
 from ptqjax.transforms.equalize import unscaled
 from ptqjax.transforms.noise import Steps, scale_for_noise

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ptqjax.encodings.encoding import Encoding
 from ptqjax.ir import Model, Node, Record, TensorSpec, all_nodes
-from ptqjax.quantize import Encoding
 from ptqjax.transforms.moments import channel_ranges
 from ptqjax.versions import versions
 

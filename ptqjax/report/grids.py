@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ptqjax.config import QuantizationConfig, load_target
-from ptqjax.quantize import BiasSite, Placement, Site
-from ptqjax.quantize.sites import scheme_of
+from ptqjax.encodings.biases import BiasSite
+from ptqjax.placement.place import Placement, Site
+from ptqjax.placement.sites import scheme_of
 
 HEADINGS = ("tensor", "grid", "per", "range", "shares with", "why")
 """What `grid_rows` has in its columns."""

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ptqjax.encodings.encoding import Encoding, along_axis
 from ptqjax.kernels.histogram import Histogram
-from ptqjax.quantize import Encoding
-from ptqjax.quantize.encodings import along_axis
 
 _MOST_BARS = 80
 _FAR = 8.0  # times as far as the values: a grid that reaches farther would leave them no room

@@ -9,7 +9,7 @@ from ptqjax.config import QuantizationConfig, load_target
 from ptqjax.errors import ModelError, UnsupportedOperatorError
 from ptqjax.ir import Model, Node, Record, Report, all_nodes, first_quantized_node, place_of
 from ptqjax.ops import find_lowering
-from ptqjax.quantize import Placement, place
+from ptqjax.placement.place import Placement, place
 from ptqjax.report.facts import contents, operator_name
 from ptqjax.transforms import equalize, fold_batch_norms
 

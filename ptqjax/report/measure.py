@@ -9,17 +9,17 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
+from ptqjax.agreement import run, session
+from ptqjax.data.batches import num_samples
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import PtqjaxError
-from ptqjax.evaluate import Evaluation, evaluate_each
-from ptqjax.export import quantized_model
+from ptqjax.evaluation import Evaluation, evaluate_each
+from ptqjax.exporting import quantized_model
 from ptqjax.ir import Model
 from ptqjax.lowering import apply_few_times
 from ptqjax.outputs import strung_outputs
-from ptqjax.quantize import Encodings
-from ptqjax.quantize.batches import num_samples
 from ptqjax.report.facts import Row
-from ptqjax.simulate import simulate
-from ptqjax.validate import run, session
+from ptqjax.simulation import simulate
 
 Function: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ptqjax.agreement import kilobytes
 from ptqjax.report.markup import code, folded, section, table
-from ptqjax.validate import kilobytes
 
 _MOST_KERNELS = 12  # by name
 

@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ptqjax.agreement import Distance, Group, Validation
 from ptqjax.config import QuantizationConfig
-from ptqjax.evaluate import Evaluation
+from ptqjax.evaluation import Evaluation
 from ptqjax.ir import Record
-from ptqjax.quantize import Placement
+from ptqjax.placement.place import Placement
 from ptqjax.report.grids import HEADINGS, grid_rows, summary, target_line
 from ptqjax.report.inspection import Inspection, Unknown
 from ptqjax.report.texts import by_transform, figure_texts, metric_headings, metric_text, output_rows
 from ptqjax.transforms.saturation import Saturation
-from ptqjax.validate import Distance, Group, Validation
 
 _NODES = 5  # named of each operator without a lowering
 _WIDTH = 120  # characters of a line where no terminal says otherwise

@@ -1,0 +1,1 @@
+"""Chooses how far the grid of each tensor reaches: observes activations, searches ranges, widens and mends them."""
