@@ -1,6 +1,7 @@
 """What users call beside the pipeline: export for a target, the quantized model applied, values on the way, clamps."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -40,11 +41,15 @@ def encodings(model):
 
 
 def test_export_obeys_the_target(model, tmp_path):
-    config = ptqjax.QuantizationConfig.for_target("tensorrt")
+    target = tmp_path / "floats.toml"
+    text = (Path(ptqjax.__file__).parent / "targets" / "tensorrt.toml").read_text()
+    target.write_text(text.replace("biases = ", 'exported_weights = "float"\nbiases = ', 1))
+    config = ptqjax.QuantizationConfig.for_target(str(target))
     result = ptqjax.quantize(model, BATCHES, dataclasses.replace(config, scaling="off", correct="none"))
-    ptqjax.export(result.model, result.encodings, tmp_path, "m", target="tensorrt")
-    weights = {tensor.name: tensor.data_type for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
-    assert weights["w1"] == onnx.TensorProto.FLOAT  # TensorRT reads floats on their grids, Q and DQ behind them
+    for given, kind in ((str(target), onnx.TensorProto.FLOAT), (None, onnx.TensorProto.INT8)):
+        ptqjax.export(result.model, result.encodings, tmp_path, "m", target=given)
+        stored = [each for each in onnx.load(tmp_path / "m.onnx").graph.initializer if len(each.dims) == 4]
+        assert {each.data_type for each in stored} == {kind}  # floats on their grids, or integers
 
 
 def test_export_refuses_grids_that_the_target_does_not_take(model, encodings, tmp_path):
