@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ptqjax.experiments.sweeping import sweep
     from ptqjax.experiments.width_search import mixed_precision
     from ptqjax.exporting import export
-    from ptqjax.fit import Solving, correct_biases, solve_rounding
+    from ptqjax.fit import RoundingLearning, Solving, correct_biases, learn_rounding, solve_rounding
     from ptqjax.ir import Model, Record
     from ptqjax.lowering import apply
     from ptqjax.onnx_io import read, write
@@ -64,6 +64,7 @@ __all__ = [
     "PtqjaxError",
     "QuantizationConfig",
     "Record",
+    "RoundingLearning",
     "Rule",
     "Solving",
     "UnsupportedOperatorError",
@@ -80,6 +81,7 @@ __all__ = [
     "fold_batch_norms",
     "from_flax",
     "keep_programs",
+    "learn_rounding",
     "lowers",
     "mixed_precision",
     "quantize",
@@ -115,6 +117,7 @@ _ROOM = {
     "PtqjaxError": "errors",
     "QuantizationConfig": "config",
     "Record": "ir",
+    "RoundingLearning": "fit",
     "Rule": "config",
     "Solving": "fit",
     "UnsupportedOperatorError": "errors",
@@ -131,6 +134,7 @@ _ROOM = {
     "fold_batch_norms": "transforms",
     "from_flax": "bridges",
     "keep_programs": "programs",
+    "learn_rounding": "fit",
     "lowers": "ops",
     "mixed_precision": "experiments.width_search",
     "quantize": "pipeline",

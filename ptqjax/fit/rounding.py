@@ -87,7 +87,7 @@ def solve_rounding(
     params = dict(walk.rounded)
     records = [_record(layer, "rounded to nearest", done=False, reason=reason) for layer, reason in left_alone]
     for stretch in walk.parts:
-        records += [_solve(walk, layer, params, settings) for layer in layers_in(stretch, layers)]
+        records += [solve_layer(walk, layer, params, settings) for layer in layers_in(stretch, layers)]
         walk.advance(stretch, params)
     solved = (name for layer in layers.values() for name in (layer.weight, layer.bias) if name)
     return model.replace(params={**model.params, **{name: params[name] for name in solved}}), tuple(records)
@@ -97,8 +97,12 @@ def _layer_by_layer(graph: Graph, layers: Mapping[str, Linear], crossing: Collec
     return stretches(graph, list(layers), crossing)
 
 
-def _solve(walk: Walk, layer: Linear, params: dict[str, Any], settings: Solving) -> Record:
-    """Puts the weight and the bias of a layer into `params`."""
+def solve_layer(walk: Walk, layer: Linear, params: dict[str, Any], settings: Solving) -> Record:
+    """Puts the weight and the bias of a layer that the walk has come to into `params`; returns what it gained.
+
+    Raises:
+        DataError: What it reads is not finite, or its squares are not.
+    """
     weight = np.asarray(walk.model.params[layer.weight])
     first, second = _moments(walk, layer, weight.shape[2:] if layer.kernel_rank else (), settings.seed)
     problem = Problem.of(layer, weight, walk.encodings[layer.weight])

@@ -84,7 +84,8 @@ class Walk:
 
     def read_behind(self, part: Stretch) -> set[str]:
         """Returns what later parts read."""
-        return {name for other in self.parts[self.parts.index(part) + 1 :] for name in other.inputs}
+        later = {name for other in self.parts[self.parts.index(part) + 1 :] for name in other.inputs}
+        return later | self.model.graph.output_names
 
     def arguments(
         self, part: Stretch, params: Mapping[str, Any], state: Mapping[str, Pair]
