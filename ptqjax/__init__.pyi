@@ -48,8 +48,10 @@ from ptqjax.experiments.width_search import mixed_precision as mixed_precision
 from ptqjax.exporting import export as export
 from ptqjax.fit import Choice as Choice
 from ptqjax.fit import Learning as Learning
+from ptqjax.fit import RoundingLearning as RoundingLearning
 from ptqjax.fit import Solving as Solving
 from ptqjax.fit import correct_biases as correct_biases
+from ptqjax.fit import learn_rounding as learn_rounding
 from ptqjax.fit import learn_scales as learn_scales
 from ptqjax.fit import observe_behaviour as observe_behaviour
 from ptqjax.fit import scale_as_configured as scale_as_configured

@@ -279,6 +279,7 @@ def ways(*, scaling: str, onnxruntime: bool, aimet_python: Path | None) -> dict[
         "learned scaling, rounding to nearest": nearest(scaling="learned"),
         "defaults, rounding to nearest": nearest(),
         "defaults, rounding solved": ours(rounding="solved"),
+        "defaults, rounding learned": ours(rounding="learned"),
         "defaults": ours(),
         "defaults, no data at all": ours(has_data=False),
     }

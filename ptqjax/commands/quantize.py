@@ -244,10 +244,10 @@ def require_consistent(config: QuantizationConfig, given: dict[str, Any], *, has
             "--scaling learned with --calibration none: scales are learned on samples; give a DATA.npz, or take "
             "--scaling noise"
         )
-    if not has_data and config.rounding == "solved":
+    if not has_data and config.rounding in {"solved", "learned"}:
         raise ConfigError(
-            "--rounding solved with --calibration none: roundings are solved for on samples; give a DATA.npz, or take "
-            "--rounding nearest"
+            f"--rounding {config.rounding} with --calibration none: roundings are found on samples; give a DATA.npz, "
+            "or take --rounding nearest"
         )
     parts = {"scaling": "scaling", "bounds": "scaling", "absorb": "absorption"}
     for name, part in parts.items():

@@ -80,10 +80,10 @@ _OPTIONS = (
     click.option(
         "--rounding",
         default=None,
-        metavar="nearest|solved",
+        metavar="nearest|solved|learned",
         help="How weights are rounded: each to the integer next to it, or all of a layer's for the least error of its "
-        "output on the samples.  [default: solved for fewer than 8 bits, with --granularity tensor, and with --effort "
-        "thorough]",
+        "output on the samples, or from there on by gradient descent, block by block, in minutes.  [default: solved "
+        "for fewer than 8 bits, with --granularity tensor, and with --effort thorough]",
     ),
 )
 

@@ -42,7 +42,7 @@ BIASES = ("int32", "float")
 EFFORTS = ("fast", "balanced", "thorough")
 """How much is tried before a choice is made."""
 
-ROUNDINGS = ("nearest", "solved")
+ROUNDINGS = ("nearest", "solved", "learned")
 """How weights are rounded."""
 
 __all__ = [
@@ -115,8 +115,9 @@ class QuantizationConfig:
     """How the pipeline corrects biases, one of `CORRECTIONS`; without data, "empirical" becomes "analytic"."""
     rounding: str | None = None
     """How weights are rounded, one of `ROUNDINGS`: each to the integer next to it ("nearest"), or all of a layer's for
-    the least error of its output on calibration data ("solved"); None: solved for, with data, where a weight has fewer
-    than 8 bits, or one scale for all channels and `effort` is not "fast", and everywhere where that is "thorough"."""
+    the least error of its output on calibration data ("solved"), from there on by gradient descent on what blocks of
+    layers give ("learned"); None: solved for, with data, where a weight has fewer than 8 bits, or one scale for all
+    channels and `effort` is not "fast", and everywhere where that is "thorough"."""
     headroom: float | None = None
     """Factor by which activation ranges are widened beyond calibration, never past provable bounds; None:
     as measures best (`scaling="auto"`), else 1."""

@@ -13,14 +13,17 @@ from ptqjax.encodings.biases import guard_biases, sums_in_fixed_point
 from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.errors import ConfigError
 from ptqjax.fit.bias_correction import correct_each
+from ptqjax.fit.learned_rounding import RoundingLearning, learn_rounding
 from ptqjax.fit.rounding import Solving, solve_rounding
 from ptqjax.fit.ways import POLICIES
 from ptqjax.ir import Model, Report
+from ptqjax.placement.place import place_as_found
 from ptqjax.placement.tables import tied_weights
 from ptqjax.ranges.observing import Means
 from ptqjax.ranges.pairs import Pairs, moves_for, pairs_for
 from ptqjax.transforms.linear import HOSTS
 
+_FROM_DATA = frozenset({"solved", "learned"})
 _WHOLE = 8  # bits from which rounding to nearest is enough, where a channel has a scale of its own
 
 
@@ -116,7 +119,7 @@ def is_solved_for(model: Model, encodings: Encodings, config: QuantizationConfig
     """
     check_data(config, has_data=has_data)
     if config.rounding is not None or not has_data or config.compatibility is not None:
-        return config.rounding == "solved"
+        return config.rounding in _FROM_DATA
     return any(_is_coarse(encodings[name], config) for name in _weights(model) if name in encodings)
 
 
@@ -126,9 +129,9 @@ def check_data(config: QuantizationConfig, *, has_data: bool, label: str = "") -
     Raises:
         ConfigError: There are none; the message begins with `label`.
     """
-    if config.rounding == "solved" and not has_data:
+    if config.rounding in _FROM_DATA and not has_data:
         raise ConfigError(
-            f"{label}rounding='solved' needs calibration data, and there are none: give batches, or take "
+            f"{label}rounding={config.rounding!r} needs calibration data, and there are none: give batches, or take "
             "rounding='nearest'"
         )
 
@@ -181,8 +184,25 @@ def _solved(
         kept=frozenset(frozen) | set(tied_weights(model, load_target(config.target))),
         moved=moves_for(config, model, first.encodings),
     )
-    solved, report = solve_rounding(model, first.encodings, batches, settings)
-    return Adapted(solved, first.encodings, (*first.report, *report))
+    if config.rounding != "learned":
+        solved, report = solve_rounding(model, first.encodings, batches, settings)
+        return Adapted(solved, first.encodings, (*first.report, *report))
+    learning = RoundingLearning(
+        num_steps=POLICIES[config.effort].rounding_steps, steps=_free_steps(model, first.encodings, config, frozen)
+    )
+    learned, encodings, report = learn_rounding(model, first.encodings, batches, settings, learning)
+    return Adapted(learned, encodings, (*first.report, *report))
+
+
+def _free_steps(
+    model: Model, encodings: Encodings, config: QuantizationConfig, frozen: Collection[str]
+) -> frozenset[str]:
+    """Returns the activations whose steps no setting and no target decides."""
+    if config.power_of_two or config.compatibility is not None:
+        return frozenset()
+    sites = place_as_found(model, config, encodings).sites
+    fixed = {site.tensor for site in sites if site.fixed_range is not None}
+    return frozenset(encodings) - set(model.params) - set(frozen) - fixed
 
 
 def _guarded(adapted: Adapted, config: QuantizationConfig) -> Adapted:

@@ -7,32 +7,28 @@ read is kept, so that the time is that of two forward passes; statistics are tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ptqjax.data.regroup import Batch, first_samples
-from ptqjax.encodings.encoding import Encodings, concrete, fake_quantize
+from ptqjax.data.regroup import first_samples
+from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import DataError
 from ptqjax.fit.bias_correction import with_biases
 from ptqjax.fit.layer_moments import moments_of_halves
 from ptqjax.fit.layer_problem import Problem
+from ptqjax.fit.walking import Walk, layers_in, layers_to_round
 from ptqjax.ir import Graph, Model, Record, Report
 from ptqjax.kernels.gram import Moments
-from ptqjax.lowering import Stretch, Value, compiled, interpret_in_layout, stretches
-from ptqjax.placement.tensors import check_not_quantized, floating_tensors
+from ptqjax.lowering import Stretch, stretches
+from ptqjax.placement.tensors import check_not_quantized
 from ptqjax.qdq.insert import check_tensors
-from ptqjax.simulation import fake_quantization, round_parameters
-from ptqjax.transforms.linear import Linear, linear_layers, why_not_rewritable
+from ptqjax.transforms.linear import Linear
 
 RIDGES = (0.1, 1.0, 10.0)
 """What is tried as ridge, over the mean diagonal of a layer's moments: held-back samples decide, layer by layer."""
-_MOST_BYTES = 2**32  # of what crosses from layer to layer, for all samples together
 _NAME = "solve_rounding"
 
 
@@ -85,190 +81,30 @@ def solve_rounding(
     check_tensors(model.graph, encodings)
     settings = settings or Solving()
     model = with_biases(model, encodings) if settings.corrects else model
-    walk = _fitting(_Walk.through(model, encodings, batches, settings))
-    params, records = dict(walk.rounded), list(walk.left_alone)
+    layers, left_alone = layers_to_round(model, encodings, settings.kept)
+    data = first_samples(model.graph, batches, settings.samples)
+    walk = Walk.through(model, encodings, data, layers, _layer_by_layer)
+    params = dict(walk.rounded)
+    records = [_record(layer, "rounded to nearest", done=False, reason=reason) for layer, reason in left_alone]
     for stretch in walk.parts:
-        layer = walk.layer_of(stretch)
-        if layer is not None:
-            records.append(_solve(walk, layer, params))
+        records += [solve_layer(walk, layer, params, settings) for layer in layers_in(stretch, layers)]
         walk.advance(stretch, params)
-    solved = (name for layer in walk.layers.values() for name in (layer.weight, layer.bias) if name)
+    solved = (name for layer in layers.values() for name in (layer.weight, layer.bias) if name)
     return model.replace(params={**model.params, **{name: params[name] for name in solved}}), tuple(records)
 
 
-class _Pair(NamedTuple):
-    """A tensor in both networks."""
-
-    quantized: Value
-    exact: Value
+def _layer_by_layer(graph: Graph, layers: Mapping[str, Linear], crossing: Collection[str]) -> tuple[Stretch, ...]:
+    return stretches(graph, list(layers), crossing)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Walk:
-    """The model on the way from its inputs to its outputs, for each batch."""
+def solve_layer(walk: Walk, layer: Linear, params: dict[str, Any], settings: Solving) -> Record:
+    """Puts the weight and the bias of a layer that the walk has come to into `params`; returns what it gained.
 
-    model: Model
-    encodings: Encodings
-    activations: Encodings
-    """The encodings of activations."""
-    rounded: Mapping[str, Any]
-    """All parameters on their grids, rounded to nearest."""
-    layers: Mapping[str, Linear]
-    """The layers to solve, by the tensor that their node writes."""
-    left_alone: Report
-    parts: tuple[Stretch, ...]
-    states: list[dict[str, _Pair]]
-    """What has been computed and is still read, by batch."""
-    settings: Solving
-
-    @staticmethod
-    def through(model: Model, encodings: Encodings, batches: Iterable[Mapping[str, Any]], settings: Solving) -> _Walk:
-        """Returns the walk at its beginning."""
-        layers, left_alone = _layers(model, encodings, settings.kept)
-        rounded, activations = round_parameters(model, encodings, biases=False)
-        parts = stretches(model.graph, list(layers), floating_tensors(model))
-        data = first_samples(model.graph, batches, settings.samples)
-        last = max((index for index, part in enumerate(parts) if _layer_of(part, layers)), default=-1)
-        return _Walk(
-            model=model,
-            encodings=encodings,
-            activations=activations,
-            rounded=rounded.params,
-            layers=layers,
-            left_alone=left_alone,
-            parts=parts[: last + 1],
-            states=[_inputs(batch, activations) for batch in data],
-            settings=settings,
-        )
-
-    def layer_of(self, stretch: Stretch) -> Linear | None:
-        """Returns the layer that a stretch begins with; None where it begins with none."""
-        return _layer_of(stretch, self.layers)
-
-    def advance(self, stretch: Stretch, params: Mapping[str, Any]) -> None:
-        """Runs a stretch in both networks, and forgets what is not read any more."""
-        read = self.read_behind(stretch)
-        for state in self.states:
-            both = (_values(stretch, _run(*each)) for each in self.arguments(stretch, params, state))
-            _go_on(state, stretch, both, read)
-
-    def read_behind(self, stretch: Stretch) -> set[str]:
-        """Returns what later stretches read."""
-        return {name for part in self.parts[self.parts.index(stretch) + 1 :] for name in part.inputs}
-
-    def arguments(
-        self, stretch: Stretch, params: Mapping[str, Any], state: Mapping[str, _Pair]
-    ) -> Iterator[tuple[Any, ...]]:
-        """Yields what `_run` takes to compute a stretch: in the quantized network, and in float."""
-        names = stretch.names
-        own = [name for name in self.model.graph.parameters if name in names]
-        grids = {name: e for name, e in self.activations.items() if name in names and name not in stretch.inputs}
-        off = {name: encoding.replace(enabled=np.asarray(False)) for name, encoding in grids.items()}
-        for which, (values, encodings) in enumerate(((params, grids), (self.model.params, off))):
-            inputs = {name: state[name][which] for name in stretch.inputs}
-            yield (
-                stretch.graph,
-                {names[name]: values[name] for name in own},
-                {names[name]: encoding for name, encoding in encodings.items()},
-                {names[name]: value.array for name, value in inputs.items() if value.channels_last},
-                {names[name]: value.array for name, value in inputs.items() if not value.channels_last},
-            )
-
-
-def _layer_of(stretch: Stretch, layers: Mapping[str, Linear]) -> Linear | None:
-    written = {name for node in stretch.graph.nodes for name in node.outputs}
-    return next((layer for name, layer in layers.items() if stretch.names.get(name) in written), None)
-
-
-def _values(stretch: Stretch, found: tuple[Mapping[str, Any], Mapping[str, Any]]) -> list[Value]:
-    last, plain = found
-    names = [stretch.names[name] for name in stretch.outputs]
-    return [Value(last[name], channels_last=True) if name in last else Value(plain[name]) for name in names]
-
-
-def _go_on(state: dict[str, _Pair], stretch: Stretch, both: Iterable[list[Value]], read: Collection[str]) -> None:
-    """Adds what a stretch gave in both networks, and takes out what is not read any more."""
-    pairs = (_Pair(*pair) for pair in zip(*both, strict=True))
-    state |= dict(zip(stretch.outputs, pairs, strict=True))
-    for name in [name for name in state if name not in read]:
-        del state[name]
-
-
-def _outputs(
-    graph: Graph, params: Mapping[str, Any], encodings: Encodings, last: Mapping[str, Any], plain: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the outputs of a stretch, those with their channels last and the others."""
-    values = {name: Value(array, channels_last=True) for name, array in last.items()}
-    values |= {name: Value(array) for name, array in plain.items()}
-    intercept = fake_quantization(Model(graph=graph, params=dict(params)), encodings)
-    found = interpret_in_layout(graph, params, values, intercept=intercept)
-    last_ones = {name: value.array for name, value in found.items() if value.channels_last}
-    return last_ones, {name: value.array for name, value in found.items() if not value.channels_last}
-
-
-_run = compiled(_outputs, is_brief=True)
-
-
-def _inputs(batch: Batch, activations: Encodings) -> dict[str, _Pair]:
-    """Returns a batch as both networks read it."""
-    rounded = {
-        name: fake_quantize(np.asarray(array), concrete(activations[name])) if name in activations else array
-        for name, array in batch.items()
-    }
-    return {name: _Pair(Value(jnp.asarray(rounded[name])), Value(jnp.asarray(batch[name]))) for name in batch}
-
-
-def _fitting(walk: _Walk) -> _Walk:
-    """Returns the walk with as many of its batches as can be held, at least one."""
-    state = dict(walk.states[0])
-    most = _num_bytes(state)
-    for stretch in walk.parts:
-        found = [
-            jax.eval_shape(partial(_outputs, stretch.graph), *each[1:])
-            for each in walk.arguments(stretch, walk.rounded, state)
-        ]
-        _go_on(state, stretch, [_values(stretch, each) for each in found], walk.read_behind(stretch))
-        most = max(most, _num_bytes(state))
-    return replace(walk, states=walk.states[: max(1, _MOST_BYTES // max(most, 1))])
-
-
-def _num_bytes(state: Mapping[str, _Pair]) -> int:
-    return sum(value.array.size * value.array.dtype.itemsize for pair in state.values() for value in pair)
-
-
-def _layers(model: Model, encodings: Encodings, kept: Collection[str]) -> tuple[dict[str, Linear], Report]:
-    """Returns the layers to solve by the tensor that their node writes, and records of those that are left alone."""
-    found: dict[str, Linear] = {}
-    left_alone = []
-    for layer in linear_layers(model).values():
-        if layer.weight not in encodings:
-            continue
-        reason = (
-            "its encoding was given, or is that of a table"
-            if layer.weight in kept
-            else _obstacle(model, layer, encodings)
-        )
-        if reason:
-            left_alone.append(_record(layer, "rounded to nearest", done=False, reason=reason))
-        else:
-            found[layer.node.output] = layer
-    return found, tuple(left_alone)
-
-
-def _obstacle(model: Model, layer: Linear, encodings: Encodings) -> str:
-    """Returns why a layer's weights are rounded to nearest, or nothing."""
-    encoding = encodings[layer.weight]
-    if not np.all(np.asarray(encoding.enabled)):
-        return "its weight stays in float"
-    if encoding.float_format is not None:
-        return f"its weight has the type {encoding.float_format}, whose codes are not evenly spaced"
-    return why_not_rewritable(model.graph, layer)
-
-
-def _solve(walk: _Walk, layer: Linear, params: dict[str, Any]) -> Record:
-    """Puts the weight and the bias of a layer into `params`."""
+    Raises:
+        DataError: What it reads is not finite, or its squares are not.
+    """
     weight = np.asarray(walk.model.params[layer.weight])
-    first, second = _moments(walk, layer, weight.shape[2:] if layer.kernel_rank else ())
+    first, second = _moments(walk, layer, weight.shape[2:] if layer.kernel_rank else (), settings.seed)
     problem = Problem.of(layer, weight, walk.encodings[layer.weight])
     nearest = problem.nearest()
     errors = {0.0: problem.error(nearest, second.means())}
@@ -276,9 +112,9 @@ def _solve(walk: _Walk, layer: Linear, params: dict[str, Any]) -> Record:
     ridge = min(errors, key=errors.__getitem__)  # of equal ones the first
     both = first.plus(second).means()
     solved = problem.weight_of(problem.solve(both, ridge) if ridge else nearest).astype(weight.dtype)
-    params[layer.weight] = solved if walk.settings.moved is None else walk.settings.moved(layer.weight, solved)
+    params[layer.weight] = solved if settings.moved is None else settings.moved(layer.weight, solved)
     codes = problem.codes(params[layer.weight])
-    if walk.settings.corrects and layer.bias and layer.node.attribute("beta", 1.0) == 1:
+    if settings.corrects and layer.bias and layer.node.attribute("beta", 1.0) == 1:
         bias = np.asarray(walk.model.params[layer.bias])
         params[layer.bias] = _shifted(bias, problem.shift(codes, both))
     signal = problem.signal(second.means())
@@ -293,13 +129,13 @@ def _shifted(bias: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return (wide + (shift.reshape(bias.shape) if bias.size == shift.size else shift)).astype(bias.dtype)
 
 
-def _moments(walk: _Walk, layer: Linear, kernel: tuple[int, ...]) -> tuple[Moments, Moments]:
+def _moments(walk: Walk, layer: Linear, kernel: tuple[int, ...], seed: int) -> tuple[Moments, Moments]:
     """Returns those of the samples to solve on, and of those that judge; of a single sample the same.
 
     Raises:
         DataError: They are not finite.
     """
-    first, second = moments_of_halves(layer, kernel, [state[layer.input] for state in walk.states], walk.settings.seed)
+    first, second = moments_of_halves(layer, kernel, [state[layer.input] for state in walk.states], seed)
     if not all(np.isfinite(each).all() for half in (first, second) for each in half):
         raise DataError(
             f"what {layer.node.op_type} (producing '{layer.node.output}') reads, '{layer.input}', is NaN or infinite, "

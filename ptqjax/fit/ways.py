@@ -45,13 +45,34 @@ class Policy:
     """Steps of learning, where a weight has one scale for all channels; 0: nothing is learned."""
     rounding_samples: int
     """Samples that roundings of weights are solved on, half of them held back."""
+    rounding_steps: int
+    """Steps of learning the roundings of a block, where they are learned."""
 
 
 POLICIES = {
-    "fast": Policy(trial_samples=0, behaviour_samples=16, tries_all=False, learning_steps=0, rounding_samples=32),
-    "balanced": Policy(trial_samples=64, behaviour_samples=64, tries_all=False, learning_steps=0, rounding_samples=128),
+    "fast": Policy(
+        trial_samples=0,
+        behaviour_samples=16,
+        tries_all=False,
+        learning_steps=0,
+        rounding_samples=32,
+        rounding_steps=50,
+    ),
+    "balanced": Policy(
+        trial_samples=64,
+        behaviour_samples=64,
+        tries_all=False,
+        learning_steps=0,
+        rounding_samples=128,
+        rounding_steps=100,
+    ),
     "thorough": Policy(
-        trial_samples=128, behaviour_samples=128, tries_all=True, learning_steps=100, rounding_samples=256
+        trial_samples=128,
+        behaviour_samples=128,
+        tries_all=True,
+        learning_steps=100,
+        rounding_samples=256,
+        rounding_steps=300,
     ),
 }
 """What each effort buys, by its name in `QuantizationConfig.effort`."""

@@ -32,6 +32,12 @@ class Stretch:
         """What later stretches read, by the whole graph's names."""
         return self._whole(self.graph.outputs)
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """What its nodes compute, by the whole graph's names, in their order."""
+        back = {here: name for name, here in self.names.items()}
+        return tuple(back[name] for node in self.graph.nodes for name in node.outputs if name)
+
     def _whole(self, specs: Sequence[object]) -> tuple[str, ...]:
         back = {here: name for name, here in self.names.items()}
         return tuple(back[spec.name] for spec in specs)  # pyright: ignore[reportAttributeAccessIssue]
