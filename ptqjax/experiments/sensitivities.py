@@ -62,6 +62,7 @@ def sensitivity(
     labels: np.ndarray | str | None = None,
     seed: int = 0,
     follow: Follow | None = None,
+    solved: Mapping[str, Any] | None = None,
 ) -> tuple[Sensitivity, ...]:
     """Returns what rounding each group of tied tensors does to the outputs, in the order of the groups.
 
@@ -83,6 +84,8 @@ def sensitivity(
             class that the float model names. The first floating output is taken as logits.
         seed: Of the random signs of "one-pass".
         follow: Shows how far the pass over the batches is.
+        solved: Weights whose rounding was solved for, by name, as `solve_rounding` leaves them: they are rounded from
+            these values, and their error is counted from the model's own; None: all are rounded to nearest.
 
     Raises:
         ConfigError: The method or labels are unknown, there is an encoding or group for what the model has not, or
@@ -96,7 +99,9 @@ def sensitivity(
     _check_groups(groups, encodings)
     if not groups:
         return ()
-    effects = _way(method, seed)(model, batches, encodings, groups, labels=checked_labels_of(labels), follow=follow)
+    effects = _way(method, seed)(
+        model, batches, encodings, groups, labels=checked_labels_of(labels), follow=follow, solved=solved
+    )
     return _as_records(groups, effects, method)
 
 

@@ -13,7 +13,7 @@ from ptqjax.encodings.biases import guard_biases, sums_in_fixed_point
 from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.errors import ConfigError
 from ptqjax.fit.bias_correction import correct_each
-from ptqjax.fit.rounding import Solving, solve_rounding
+from ptqjax.fit.rounding import Solving, solve_weights
 from ptqjax.fit.ways import POLICIES
 from ptqjax.ir import Model, Report
 from ptqjax.placement.tables import tied_weights
@@ -60,7 +60,7 @@ def adapt_each(
         frozen: Tensors whose encodings were given: their integers stay what they are.
 
     Raises:
-        PtqjaxError: As `solve_rounding` and `correct_each` do.
+        PtqjaxError: As `solve_weights` and `correct_each` do.
         ConfigError: Weights are to be solved for, and there are no data.
     """
     pairs = [pairs_for(c, model, e, kept=frozen) for c, e in zip(configs, variants, strict=True)]
@@ -151,8 +151,8 @@ def _solved(
         kept=frozenset(frozen) | set(tied_weights(model, load_target(config.target))),
         moved=moves_for(config, model, first.encodings),
     )
-    solved, report = solve_rounding(model, first.encodings, batches, settings)
-    return Adapted(solved, first.encodings, (*first.report, *report))
+    solved = solve_weights(model, first.encodings, batches, settings)
+    return Adapted(solved.model, solved.encodings, (*first.report, *solved.report))
 
 
 def _guarded(adapted: Adapted, config: QuantizationConfig) -> Adapted:

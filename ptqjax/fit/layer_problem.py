@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ptqjax.encodings.encoding import Encoding, along_axis
 from ptqjax.kernels import rounding
@@ -57,7 +57,7 @@ class Problem:
 
     def codes(self, weight: np.ndarray) -> Weights:
         """Returns the codes next to a weight in its own shape."""
-        return self._codes(_view(weight, self.shape, len(self.weights), inputs_first=self.inputs_first))
+        return self._codes(self.view(weight))
 
     def _codes(self, weights: Weights) -> Weights:
         scale, low, high = self.grid
@@ -69,18 +69,46 @@ class Problem:
         view = (codes * self.grid.scale).reshape(groups, outputs, -1, self.taps)
         return np.asarray(ungrouped_view(view, self.shape, inputs_first=self.inputs_first))
 
+    def view(self, array: np.ndarray) -> Weights:
+        """Returns an array of the weight's own shape as [g, n, k]."""
+        return _view(array, self.shape, len(self.weights), inputs_first=self.inputs_first)
+
+    def rounded(self, found: Moments, ridge: float) -> Weights:
+        """Returns the codes of least error under a ridge; for a ridge of 0 those next to the weights."""
+        return self.solve(found, ridge) if ridge else self.nearest()
+
     def error(self, codes: Weights, found: Moments) -> float:
         """Returns E|W x - V x'|^2 over the rows of `found`, summed over the layer's outputs."""
-        rounded = (codes * self.grid.scale).astype(np.float64)
-        weights = self.weights.astype(np.float64)
-        own = np.einsum("gnk,gnk->", rounded @ found.gram, rounded)
-        mixed = np.einsum("gnk,gnk->", rounded @ found.cross, weights)
-        return float(own - 2 * mixed + self.signal(found))
+        return float(self.row_errors(codes, found).sum())
+
+    def row_errors(self, codes: Weights, found: Moments) -> Float[np.ndarray, " outputs"]:
+        """Returns E|w x - v x'|^2 for each output w of the layer."""
+        rounded, weights = ((codes * self.grid.scale).astype(np.float64), self.weights.astype(np.float64))
+        pull = rounded @ found.gram - 2 * (weights @ np.swapaxes(found.cross, 1, 2))
+        return (np.einsum("gnk,gnk->gn", pull, rounded) + self._signals(found)).reshape(-1)
+
+    def errors_by_cell(
+        self, codes: Weights, found: Moments, cells: Int[np.ndarray, "g n k"]
+    ) -> Float[np.ndarray, " cells"]:
+        """Returns (v - w) H (v - w)^T of each cell of weights by itself: without what cells do to each other.
+
+        Args:
+            codes: The codes.
+            found: The moments.
+            cells: For each weight its cell; those of a cell lie in a row, at the same columns in every row.
+        """
+        error = (codes * self.grid.scale - self.weights).astype(np.float64)
+        gram = np.where(cells[:, :1, :, None] == cells[:, :1, None, :], found.gram[:, None], 0)[:, 0]
+        powers = (error @ gram) * error
+        return np.bincount(cells.ravel(), weights=powers.ravel(), minlength=int(cells.max()) + 1)
 
     def signal(self, found: Moments) -> float:
         """Returns E|W x|^2, summed over the layer's outputs."""
+        return float(self._signals(found).sum())
+
+    def _signals(self, found: Moments) -> Float[np.ndarray, "g n"]:
         weights = self.weights.astype(np.float64)
-        return float(np.einsum("gnk,gnk->", weights @ found.float_gram, weights))
+        return np.einsum("gnk,gnk->gn", weights @ found.float_gram, weights)
 
     def shift(self, codes: Weights, found: Moments) -> np.ndarray:
         """Returns what the bias must add for the mean outputs to stay what they are in float, [outputs]."""

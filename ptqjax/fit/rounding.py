@@ -21,9 +21,9 @@ from ptqjax.encodings.encoding import Encodings, concrete, fake_quantize
 from ptqjax.errors import DataError
 from ptqjax.fit.bias_correction import with_biases
 from ptqjax.fit.layer_moments import moments_of_halves
-from ptqjax.fit.layer_problem import Problem
+from ptqjax.fit.layer_solution import Halves, Solution, solve_layer
+from ptqjax.fit.weight_scales import SHRINKS
 from ptqjax.ir import Graph, Model, Record, Report
-from ptqjax.kernels.gram import Moments
 from ptqjax.lowering import Stretch, Value, compiled, interpret_in_layout, stretches
 from ptqjax.placement.tensors import check_not_quantized, floating_tensors
 from ptqjax.qdq.insert import check_tensors
@@ -34,6 +34,8 @@ RIDGES = (0.1, 1.0, 10.0)
 """What is tried as ridge, over the mean diagonal of a layer's moments: held-back samples decide, layer by layer."""
 _MOST_BYTES = 2**32  # of what crosses from layer to layer, for all samples together
 _NAME = "solve_rounding"
+_FIGURE = "SQNR of the layer's output, dB"
+_WHOLE = 8  # bits from which the whole range is a grid fine enough
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,21 @@ class Solving:
     """Weights whose integers stay those next to them."""
     moved: Callable[[str, np.ndarray], np.ndarray] | None = None
     """Returns a weight, by its name and as it was solved, with integers that the target's kernels can take."""
+    ridges: tuple[float, ...] = RIDGES
+    """What is tried as ridge; none: integers stay next to the weights, and biases and scales are what is solved for."""
+    shrinks: tuple[float, ...] = SHRINKS
+    """By what `solve_weights` may multiply scales of weights of fewer than 8 bits; none: they are the given ones."""
+
+
+class Solved(NamedTuple):
+    """A model whose weights are on their grids."""
+
+    model: Model
+    """The model."""
+    encodings: Encodings
+    """Its encodings, with the scales that were chosen."""
+    report: Report
+    """A record for each layer."""
 
 
 def solve_rounding(
@@ -81,19 +98,39 @@ def solve_rounding(
     Source:
         Frantar et al., "GPTQ", ICLR 2023, on inputs of the quantized network and towards outputs of the float one.
     """
+    settings = replace(settings or Solving(), shrinks=())
+    model, _, report = solve_weights(model, encodings, batches, settings)
+    return model, report
+
+
+def solve_weights(
+    model: Model, encodings: Encodings, batches: Iterable[Mapping[str, Any]], settings: Solving | None = None
+) -> Solved:
+    """Returns what `solve_rounding` does, with scales chosen as well, where a weight has fewer than 8 bits.
+
+    Each output of a layer takes the given scales, or these shrunk, whichever leaves less error at it on the odd samples
+    with roundings that are solved for anew; blocks also what is best for each by itself. So no width is worse there
+    than the given scales. Arguments and errors are those of `solve_rounding`.
+
+    Returns:
+        The model, the encodings that it is rounded by, and a record per layer as `solve_rounding` has it.
+    """
     check_not_quantized(model)
     check_tensors(model.graph, encodings)
     settings = settings or Solving()
     model = with_biases(model, encodings) if settings.corrects else model
     walk = _fitting(_Walk.through(model, encodings, batches, settings))
-    params, records = dict(walk.rounded), list(walk.left_alone)
+    params, records, chosen = dict(walk.rounded), list(walk.left_alone), dict(encodings)
     for stretch in walk.parts:
         layer = walk.layer_of(stretch)
         if layer is not None:
-            records.append(_solve(walk, layer, params))
+            solution = _solve(walk, layer, params)
+            chosen[layer.weight] = solution.encoding
+            records.append(_solved_record(layer, solution))
         walk.advance(stretch, params)
     solved = (name for layer in walk.layers.values() for name in (layer.weight, layer.bias) if name)
-    return model.replace(params={**model.params, **{name: params[name] for name in solved}}), tuple(records)
+    model = model.replace(params={**model.params, **{name: params[name] for name in solved}})
+    return Solved(model, chosen, tuple(records))
 
 
 class _Pair(NamedTuple):
@@ -265,26 +302,20 @@ def _obstacle(model: Model, layer: Linear, encodings: Encodings) -> str:
     return why_not_rewritable(model.graph, layer)
 
 
-def _solve(walk: _Walk, layer: Linear, params: dict[str, Any]) -> Record:
-    """Puts the weight and the bias of a layer into `params`."""
-    weight = np.asarray(walk.model.params[layer.weight])
-    first, second = _moments(walk, layer, weight.shape[2:] if layer.kernel_rank else ())
-    problem = Problem.of(layer, weight, walk.encodings[layer.weight])
-    nearest = problem.nearest()
-    errors = {0.0: problem.error(nearest, second.means())}
-    errors |= {ridge: problem.error(problem.solve(first.means(), ridge), second.means()) for ridge in RIDGES}
-    ridge = min(errors, key=errors.__getitem__)  # of equal ones the first
-    both = first.plus(second).means()
-    solved = problem.weight_of(problem.solve(both, ridge) if ridge else nearest).astype(weight.dtype)
+def _solve(walk: _Walk, layer: Linear, params: dict[str, Any]) -> Solution:
+    """Puts the weight and the bias of a layer into `params`, and returns how they came about."""
+    weight, encoding = np.asarray(walk.model.params[layer.weight]), walk.encodings[layer.weight]
+    halves = _moments(walk, layer, weight.shape[2:] if layer.kernel_rank else ())
+    shrinks = walk.settings.shrinks if encoding.num_bits < _WHOLE else ()
+    solution = solve_layer(layer, weight, encoding, halves, ridges=walk.settings.ridges, shrinks=shrinks)
+    problem = solution.problem
+    solved = problem.weight_of(solution.codes).astype(weight.dtype)
     params[layer.weight] = solved if walk.settings.moved is None else walk.settings.moved(layer.weight, solved)
-    codes = problem.codes(params[layer.weight])
     if walk.settings.corrects and layer.bias and layer.node.attribute("beta", 1.0) == 1:
         bias = np.asarray(walk.model.params[layer.bias])
-        params[layer.bias] = _shifted(bias, problem.shift(codes, both))
-    signal = problem.signal(second.means())
-    return _solved_record(
-        layer, ridge, {name: _decibels(errors[key], signal) for name, key in (("nearest", 0.0), ("solved", ridge))}
-    )
+        both = halves.first.plus(halves.second).means()
+        params[layer.bias] = _shifted(bias, problem.shift(problem.codes(params[layer.weight]), both))
+    return solution
 
 
 def _shifted(bias: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -293,7 +324,7 @@ def _shifted(bias: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return (wide + (shift.reshape(bias.shape) if bias.size == shift.size else shift)).astype(bias.dtype)
 
 
-def _moments(walk: _Walk, layer: Linear, kernel: tuple[int, ...]) -> tuple[Moments, Moments]:
+def _moments(walk: _Walk, layer: Linear, kernel: tuple[int, ...]) -> Halves:
     """Returns those of the samples to solve on, and of those that judge; of a single sample the same.
 
     Raises:
@@ -305,7 +336,7 @@ def _moments(walk: _Walk, layer: Linear, kernel: tuple[int, ...]) -> tuple[Momen
             f"what {layer.node.op_type} (producing '{layer.node.output}') reads, '{layer.input}', is NaN or infinite, "
             "or its squares are; check the model in float on these batches"
         )
-    return first, second if second.count else first
+    return Halves(first, second if second.count else first)
 
 
 def _decibels(error: float, signal: float) -> float:
@@ -314,22 +345,38 @@ def _decibels(error: float, signal: float) -> float:
     return float(10 * np.log10(max(signal, smallest) / max(error, smallest)))
 
 
-def _solved_record(layer: Linear, ridge: float, after: Mapping[str, float]) -> Record:
+def _solved_record(layer: Linear, solution: Solution) -> Record:
+    ridge, num_shrunk = solution.ridge, solution.num_shrunk
     what = f"weights solved for, with a ridge of {ridge:g}" if ridge else "weights rounded to nearest"
-    reason = "" if ridge else "no ridge gave less error on samples held back"
-    return _record(layer, what, done=bool(ridge), reason=reason, before=after["nearest"], after=after["solved"])
+    what += f", {num_shrunk} of {np.size(solution.encoding.scale)} scales shrunk" if num_shrunk else ""
+    reasons = [] if ridge else ["no ridge gave less error on samples held back"]
+    if solution.num_rows < solution.num_unknowns:
+        reasons.append(
+            f"{solution.num_rows} outputs were looked at for {solution.num_unknowns} unknowns: what they do not tell, "
+            "the ridge leaves as it was"
+        )
+    names = {"nearest": _FIGURE, "whole": f"{_FIGURE}, scales as given", "error": _FIGURE}
+    found = {key: _decibels(getattr(solution, key), solution.signal) for key in names}
+    after = {names[key]: found[key] for key in (("whole", "error") if num_shrunk else ("error",))}
+    before = {_FIGURE: found["nearest"]}
+    return _record(layer, what, done=bool(ridge or num_shrunk), reason="; ".join(reasons), before=before, after=after)
 
 
 def _record(
-    layer: Linear, what: str, *, done: bool, reason: str, before: float | None = None, after: float | None = None
+    layer: Linear,
+    what: str,
+    *,
+    done: bool,
+    reason: str,
+    before: Mapping[str, float] | None = None,
+    after: Mapping[str, float] | None = None,
 ) -> Record:
-    figure = "SQNR of the layer's output, dB"
     return Record(
         transform=_NAME,
         done=done,
         what=what,
         where=(layer.output, layer.weight),
         reason=reason,
-        before={} if before is None else {figure: before},
-        after={} if after is None else {figure: after},
+        before=before or {},
+        after=after or {},
     )
