@@ -24,6 +24,8 @@ _ROWS = (1, 4, 16, 64, 128)
 _GROUPS = 32  # that are solved at a time, where a layer has several
 
 Weights = Float[np.ndarray, "g n k"]
+Prepared = tuple[tuple[Any, ...], ...]
+"""What solutions under one ridge share, by piece of the groups."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +75,6 @@ class Problem:
         """Returns an array of the weight's own shape as [g, n, k]."""
         return _view(array, self.shape, len(self.weights), inputs_first=self.inputs_first)
 
-    def rounded(self, found: Moments, ridge: float) -> Weights:
-        """Returns the codes of least error under a ridge; for a ridge of 0 those next to the weights."""
-        return self.solve(found, ridge) if ridge else self.nearest()
-
     def error(self, codes: Weights, found: Moments) -> float:
         """Returns E|W x - V x'|^2 over the rows of `found`, summed over the layer's outputs."""
         return float(self.row_errors(codes, found).sum())
@@ -118,24 +116,41 @@ class Problem:
 
     def solve(self, found: Moments, ridge: float) -> Weights:
         """Returns the codes of least error under a ridge, see `kernels.rounding`."""
+        return self.solve_prepared(self.prepared(found, ridge))
+
+    def prepared(self, found: Moments, ridge: float) -> Prepared:
+        """Returns what the solutions of all grids of these weights share: for each piece of the groups its factors."""
+        groups, _, inputs = self.weights.shape
+        num_groups, size = _groups_at_once(groups), _padded_size(inputs)
+
+        def of(some: slice) -> tuple[Any, ...]:
+            moments = (_fitting(each[some], (num_groups, size, size)) for each in (found.gram, found.cross))
+            return _prepared(*moments, np.float32(ridge))
+
+        return tuple(of(some) for some in _pieces(groups, num_groups))
+
+    def solve_prepared(self, prepared: Prepared) -> Weights:
+        """Returns the codes of least error under the ridge that was prepared for."""
         groups, outputs, inputs = self.weights.shape
         size = _padded_size(inputs)
         num_rows = next((rows for rows in _ROWS if rows >= outputs or rows == _ROWS[-1]), _ROWS[-1])
-        num_groups = 1 if groups == 1 else _GROUPS
+        num_groups = _groups_at_once(groups)
         codes = np.zeros(self.weights.shape, np.float32)
-        for some in _pieces(groups, num_groups):
-            moments = (_fitting(each[some], (num_groups, size, size)) for each in (found.gram, found.cross))
-            prepared = _prepared(*moments, np.float32(ridge))
+        for factors, some in zip(prepared, _pieces(groups, num_groups), strict=True):
             for rows in _pieces(outputs, num_rows):
                 shape = (num_groups, num_rows, size)
                 weights, low, high = (
                     _fitting(each[some, rows], shape) for each in (self.weights, self.grid.low, self.grid.high)
                 )
                 scale = _fitting(self.grid.scale[some, rows], shape, fill=1.0)
-                solved = np.asarray(_solved(prepared, weights, Grid(scale, low, high)))
+                solved = np.asarray(_solved(factors, weights, Grid(scale, low, high)))
                 here = codes[some, rows]
                 codes[some, rows] = solved[: here.shape[0], : here.shape[1], :inputs]
         return codes
+
+
+def _groups_at_once(groups: int) -> int:
+    return 1 if groups == 1 else _GROUPS
 
 
 def _view(array: Any, shape: tuple[int, ...], groups: int, *, inputs_first: bool) -> Weights:

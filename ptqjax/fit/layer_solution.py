@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ptqjax.encodings.encoding import Encoding
-from ptqjax.fit.layer_problem import Problem, Weights
+from ptqjax.fit.layer_problem import Prepared, Problem, Weights
 from ptqjax.fit.weight_scales import owners, picked, shrunk
 from ptqjax.kernels.gram import Moments
 from ptqjax.transforms.linear import Linear
@@ -78,23 +78,23 @@ def solve_layer(
     first, second = (half.means() for half in halves)
     problem = Problem.of(layer, weight, encoding)
     tried = [(0.0, problem.row_errors(problem.nearest(), second))]
-    tried += [(ridge, problem.row_errors(problem.solve(first, ridge), second)) for ridge in ridges]
+    tried += [
+        (ridge, problem.row_errors(_rounded(problem, _prepared(problem, first, ridge)), second)) for ridge in ridges
+    ]
     ridge, errors = min(tried, key=lambda each: each[1].sum())  # of equal ones the first
     whole, nearest = float(errors.sum()), float(tried[0][1].sum())
-    chosen = _with_scales(layer, weight, encoding, halves, ridge=ridge, shrinks=shrinks, errors=errors)
-    num_shrunk = int(np.count_nonzero(np.asarray(chosen.scale) != np.asarray(encoding.scale)))
-    error = whole
-    if num_shrunk:
-        problem = Problem.of(layer, weight, chosen)
-        error = float(problem.row_errors(problem.rounded(first, ridge), second).sum())
-    if error > whole:  # low-power blocks whose products were rounded, for all rows together
-        problem, chosen, num_shrunk, error = Problem.of(layer, weight, encoding), encoding, 0, whole
+    search = _Search(
+        layer=layer, weight=weight, halves=Halves(first, second), prepared=_prepared(problem, first, ridge)
+    )
+    chosen, error = search.with_scales(encoding, errors, shrinks) if shrinks else (encoding, whole)
+    problem = Problem.of(layer, weight, chosen)
+    both = halves.first.plus(halves.second).means()
     return Solution(
         problem=problem,
         encoding=chosen,
-        codes=problem.rounded(halves.first.plus(halves.second).means(), ridge),
+        codes=_rounded(problem, _prepared(problem, both, ridge)),
         ridge=ridge,
-        num_shrunk=num_shrunk,
+        num_shrunk=int(np.count_nonzero(np.asarray(chosen.scale) != np.asarray(encoding.scale))),
         nearest=nearest,
         whole=whole,
         error=error,
@@ -104,35 +104,57 @@ def solve_layer(
     )
 
 
-def _with_scales(
-    layer: Linear,
-    weight: np.ndarray,
-    encoding: Encoding,
-    halves: Halves,
-    *,
-    ridge: float,
-    shrinks: Sequence[float],
-    errors: np.ndarray,
-) -> Encoding:
-    """Returns the encoding with the scales that give each row the least error, integers solved for anew."""
-    first, second = (half.means() for half in halves)
-    candidates = list(shrunk(encoding, shrinks)) if shrinks else []
-    if not candidates:
-        return encoding
-    if encoding.block_size is not None:
-        candidates.append(_by_block(layer, weight, [encoding, *candidates], first))
-    problems = [Problem.of(layer, weight, each) for each in candidates]
-    found = [errors, *(each.row_errors(each.rounded(first, ridge), second) for each in problems)]
-    return picked([encoding, *candidates], owners(encoding, weight.shape, problems[0].view).choice(np.stack(found)))
+def _prepared(problem: Problem, found: Moments, ridge: float) -> Prepared | None:
+    return problem.prepared(found, ridge) if ridge else None
 
 
-def _by_block(layer: Linear, weight: np.ndarray, candidates: Sequence[Encoding], found: Moments) -> Encoding:
-    """Returns the encoding in which each block has the scale that is best for it alone, integers next to the weights.
+def _rounded(problem: Problem, prepared: Prepared | None) -> Weights:
+    """Returns the codes that are solved for; those next to the weights where no ridge is, or float32 is left behind."""
+    codes = problem.nearest() if prepared is None else problem.solve_prepared(prepared)
+    return codes if np.isfinite(codes).all() else problem.nearest()
 
-    Source:
-        Sequential MSE of aimet-onnx 2.42 for blocks, which leaves out what blocks do to each other; by the moments.
-    """
-    problems = [Problem.of(layer, weight, each) for each in candidates]
-    cells = owners(candidates[0], weight.shape, problems[0].view).cells
-    errors = np.stack([each.errors_by_cell(each.nearest(), found, cells) for each in problems])
-    return picked(candidates, errors.argmin(axis=0).reshape(np.shape(candidates[0].scale)))
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Search:
+    """A layer whose scales are looked for."""
+
+    layer: Linear
+    weight: np.ndarray
+    halves: Halves
+    """Means over the samples of each half."""
+    prepared: Prepared | None
+    """For the ridge and the first half; None where integers stay next to the weights."""
+
+    def problem(self, encoding: Encoding) -> Problem:
+        return Problem.of(self.layer, self.weight, encoding)
+
+    def errors(self, encoding: Encoding) -> np.ndarray:
+        """Returns the error of each row on the second half, rounded for the first."""
+        problem = self.problem(encoding)
+        return problem.row_errors(_rounded(problem, self.prepared), self.halves.second)
+
+    def with_scales(self, given: Encoding, errors: np.ndarray, shrinks: Sequence[float]) -> tuple[Encoding, float]:
+        """Returns the encoding with the scales that give each row the least error, and the error; `errors`: the given.
+
+        Low-power blocks are products, so that what rows chose may not be what they get: the given ones stay where all
+        rows together are worse.
+        """
+        others = list(shrunk(given, shrinks))
+        others += [self._by_block([given, *others])] if given.block_size is not None and others else []
+        if not others:
+            return given, float(errors.sum())
+        found = np.stack([errors, *map(self.errors, others)])
+        chosen = picked([given, *others], owners(given, self.weight.shape, self.problem(given).view).choice(found))
+        error, before = float(self.errors(chosen).sum()), float(errors.sum())
+        return (chosen, error) if error < before else (given, before)
+
+    def _by_block(self, candidates: Sequence[Encoding]) -> Encoding:
+        """Returns the encoding in which each block has the scale that is best for it alone, rounded to nearest.
+
+        Source:
+            Sequential MSE of aimet-onnx 2.42, which leaves out what blocks do to each other; here from the moments.
+        """
+        problems = [self.problem(each) for each in candidates]
+        cells = owners(candidates[0], self.weight.shape, problems[0].view).cells
+        errors = np.stack([each.errors_by_cell(each.nearest(), self.halves.first, cells) for each in problems])
+        return picked(candidates, errors.argmin(axis=0).reshape(np.shape(candidates[0].scale)))
