@@ -6,11 +6,14 @@ import pytest
 import ptqjax
 from ptqjax.encodings.encoding import concrete, fake_quantize, integers, make_encoding
 from ptqjax.encodings.low_power import compose, decompose
+from ptqjax.fit import rounding
+from ptqjax.fit.layer_moments import moments_of_halves
 from ptqjax.fit.layer_problem import Problem
 from ptqjax.fit.layer_solution import Halves, solve_layer
 from ptqjax.fit.rounding import solve_weights
 from ptqjax.fit.weight_scales import SHRINKS, owners, picked, shrunk
 from ptqjax.kernels.gram import Moments
+from ptqjax.lowering import Value
 from ptqjax.transforms.linear import linear_layers
 from tests.test_rounding import layer_model, pictures, small_network
 
@@ -65,7 +68,7 @@ def test_no_grid_is_worse_than_the_whole_range(case, calibrated):
             continue
         scales, given = (np.asarray(each.scale) for each in (encoding, encodings[name]))
         assert scales.shape == given.shape
-        assert np.all(scales <= given)
+        assert np.all(scales <= given) or encoding.scale_bits is not None  # those are products, and are rounded
         on_grid = np.asarray(solved.model.params[name])
         np.testing.assert_array_equal(fake_quantize(on_grid, concrete(encoding)), on_grid)
         if encoding.scale_bits is not None:
@@ -187,6 +190,31 @@ def test_the_record_says_where_there_were_fewer_samples_than_unknowns(calibrated
     report = solve_weights(model, encodings, [pictures(0, 2)]).report
     told = {record.where[1] for record in report if "outputs were looked at for" in record.reason}
     assert told == {"w4"}  # 2 outputs of a product with 8 inputs; convolutions have 64 a sample
+
+
+def test_moments_of_batches_add_up_and_are_as_large_for_many_as_for_few():
+    """Of 36 outputs a sample all are looked at: nothing is drawn."""
+    model = layer_model("Conv", (6, 4, 3, 3), {})
+    (layer,) = linear_layers(model).values()
+    rng = np.random.default_rng(0)
+    values = [Value(rng.normal(size=(4, 4, 8, 8)).astype(np.float32)) for _ in range(3)]
+    each = [moments_of_halves(layer, (3, 3), [(value, value)], 0) for value in values]
+    together = moments_of_halves(layer, (3, 3), [(value, value) for value in values], 0)
+    for half in range(2):
+        merged = each[0][half].plus(each[1][half]).plus(each[2][half])
+        for found, wanted, alone in zip(together[half], merged, each[0][half], strict=True):
+            np.testing.assert_array_equal(found, wanted)
+            assert np.asarray(found).nbytes == np.asarray(alone).nbytes
+
+
+def test_what_crosses_is_bounded_so_that_more_samples_than_fit_change_nothing(calibrated, monkeypatch):
+    model, encodings, batches = calibrated
+    monkeypatch.setattr(rounding, "_MOST_BYTES", 1)  # room for no batch at all: one is taken
+    bounded, report = rounding.solve_rounding(model, encodings, batches)
+    wanted, _ = rounding.solve_rounding(model, encodings, batches[:1])
+    for name in WEIGHTS:
+        np.testing.assert_array_equal(bounded.params[name], wanted.params[name])
+    assert len(report) == 4
 
 
 def test_chosen_scales_and_integers_come_back_through_files(tmp_path):

@@ -16,6 +16,8 @@ from ptqjax.fit.bias_correction import correct_each
 from ptqjax.fit.rounding import Solving, solve_weights
 from ptqjax.fit.ways import POLICIES
 from ptqjax.ir import Model, Report
+from ptqjax.placement.place import place
+from ptqjax.placement.sites import has_open_range
 from ptqjax.placement.tables import tied_weights
 from ptqjax.ranges.observing import Means
 from ptqjax.ranges.pairs import Pairs, moves_for, pairs_for
@@ -150,6 +152,7 @@ def _solved(
         corrects=config.correct != "none",
         kept=frozenset(frozen) | set(tied_weights(model, load_target(config.target))),
         moved=moves_for(config, model, first.encodings),
+        given=frozenset(site.tensor for site in place(model, config).sites if not has_open_range(site, config)),
     )
     solved = solve_weights(model, first.encodings, batches, settings)
     return Adapted(solved.model, solved.encodings, (*first.report, *solved.report))
