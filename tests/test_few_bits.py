@@ -11,7 +11,7 @@ from ptqjax.fit.layer_moments import moments_of_halves
 from ptqjax.fit.layer_problem import Problem
 from ptqjax.fit.layer_solution import Halves, solve_layer
 from ptqjax.fit.rounding import solve_weights
-from ptqjax.fit.weight_scales import SHRINKS, owners, picked, shrunk
+from ptqjax.fit.weight_scales import SHRINKS, owners, picked, shrunk, whole
 from ptqjax.kernels.gram import Moments
 from ptqjax.lowering import Value
 from ptqjax.transforms.linear import linear_layers
@@ -148,6 +148,19 @@ def test_candidates_hold_zero_and_shrink():
     assert [each.scale.tolist() for each in shrunk(powers)] == [[0.125, 1.0]]
     chosen = picked([powers, *shrunk(powers)], np.array([1, 0]))
     assert chosen.scale.tolist() == [0.125, 2.0]
+
+
+def test_a_range_that_cuts_off_is_also_tried_whole():
+    layer, weight, halves = layer_and_moments()
+    largest = np.abs(weight).max()
+    clipped = make_encoding(np.float32(largest / 7 * 0.3), np.float32(0), dtype="int4")
+    widest = whole(clipped, weight, np.zeros(weight.shape, int))
+    assert widest.scale == np.float32(largest / 7)
+    assert whole(widest, weight, np.zeros(weight.shape, int)).scale == widest.scale
+    solution = solve_layer(layer, weight, clipped, halves, ridges=(0.1,), shrinks=SHRINKS)
+    assert solution.encoding.scale == widest.scale
+    of_whole = solve_layer(layer, weight, widest, halves, ridges=(), shrinks=())
+    assert solution.error < of_whole.error  # the whole range, rounded to nearest
 
 
 def singular(kind):

@@ -14,7 +14,7 @@ import numpy as np
 
 from ptqjax.encodings.encoding import Encoding
 from ptqjax.fit.layer_problem import Prepared, Problem, Weights
-from ptqjax.fit.weight_scales import owners, picked, shrunk
+from ptqjax.fit.weight_scales import owners, picked, shrunk, whole
 from ptqjax.kernels.gram import Moments
 from ptqjax.transforms.linear import Linear
 
@@ -139,12 +139,14 @@ class _Search:
         Low-power blocks are products, so that what rows chose may not be what they get: the given ones stay where all
         rows together are worse.
         """
-        others = list(shrunk(given, shrinks))
+        served = owners(given, self.weight.shape, self.problem(given).view)
+        widest = whole(given, self.problem(given).weights, served.cells)
+        others = [*shrunk(given, shrinks), *([] if np.array_equal(widest.scale, given.scale) else [widest])]
         others += [self._by_block([given, *others])] if given.block_size is not None and others else []
         if not others:
             return given, float(errors.sum())
         found = np.stack([errors, *map(self.errors, others)])
-        chosen = picked([given, *others], owners(given, self.weight.shape, self.problem(given).view).choice(found))
+        chosen = picked([given, *others], served.choice(found))
         error, before = float(self.errors(chosen).sum()), float(errors.sum())
         return (chosen, error) if error < before else (given, before)
 

@@ -35,6 +35,25 @@ def shrunk(encoding: Encoding, factors: Sequence[float] = SHRINKS) -> tuple[Enco
     return (*both, *(_cut(encoding, *ends) for factor in factors for ends in ((factor, 1.0), (1.0, factor))))
 
 
+def whole(encoding: Encoding, weight: np.ndarray, cells: Int[np.ndarray, "*shape"]) -> Encoding:
+    """Returns the encoding with each scale as large as it takes to cut nothing off; none gets smaller.
+
+    Args:
+        encoding: An encoding with the zero point in the middle; any other comes back as it is, and low-power blocks.
+        weight: The weight.
+        cells: The number of its scale for each element.
+    """
+    encoding = concrete(encoding)
+    if not _is_centred(encoding) or encoding.scale_bits is not None:
+        return encoding
+    largest = np.zeros(np.size(encoding.scale), np.float32)
+    np.maximum.at(largest, cells.ravel(), np.abs(weight, dtype=np.float32).ravel())
+    needed = largest.reshape(np.shape(encoding.scale)) / np.float32(encoding.qmax - encoding.zero_point.ravel()[0])
+    if _are_powers_of_two(encoding.scale):
+        needed = np.exp2(np.ceil(np.log2(np.maximum(needed, SMALLEST_SCALE)))).astype(np.float32)
+    return encoding.replace(scale=np.maximum(encoding.scale, needed))
+
+
 def picked(encodings: Sequence[Encoding], choice: Int[np.ndarray, "..."]) -> Encoding:
     """Returns the first encoding with each scale from the one that `choice`, of the scales' shape, names.
 
