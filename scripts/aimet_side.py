@@ -49,23 +49,38 @@ def simulation(
     *,
     weights: str = "int8",
     per_channel: bool = True,
+    activations: str = "int8",
     scheme: str = "min_max",
 ) -> Any:
-    """Returns AIMET's simulation with activations of 8 bits, calibrated on `samples`, if any; the CPU alone."""
+    """Returns AIMET's simulation, calibrated on `samples`, if any; the CPU alone."""
     folder = Path(str(aimet_onnx.__file__)).parent / "common" / "quantsim_config"
     config = folder / ("default_config_per_channel.json" if per_channel else "default_config.json")
     sim = aimet_onnx.QuantizationSimModel(
         model,
         param_type=aimet_onnx.qtype.int(int(weights.removeprefix("int"))),
-        activation_type="int8",
+        activation_type=aimet_onnx.qtype.int(int(activations.removeprefix("int"))),
         quant_scheme=scheme,
         config_file=str(config),
         providers=["CPUExecutionProvider"],
     )
-    name = model.graph.input[0].name
     if len(samples):
-        sim.compute_encodings([{name: samples[i : i + BATCH]} for i in range(0, len(samples), BATCH)])
+        sim.compute_encodings(batches_of(model, samples))
     return sim
+
+
+def batches_of(model: onnx.ModelProto, samples: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """Returns the samples as AIMET takes them."""
+    name = model.graph.input[0].name
+    return [{name: samples[i : i + BATCH]} for i in range(0, len(samples), BATCH)]
+
+
+def round_weights(sim: Any, batches: list[dict[str, np.ndarray]], rounding: str, iterations: int) -> None:
+    """Chooses scales ("seq-mse") or roundings ("adaround") of weights on the batches, and then all other encodings."""
+    if rounding == "adaround":
+        aimet_onnx.apply_adaround(sim, batches, num_iterations=iterations)
+    elif rounding == "seq-mse":
+        aimet_onnx.apply_seq_mse(sim, batches)
+    sim.compute_encodings(batches)
 
 
 def answer_forwards(sim: Any, samples: np.ndarray) -> None:
@@ -143,6 +158,9 @@ def main() -> None:
     quantize.add_argument("out")
     quantize.add_argument("--per-channel", action="store_true")
     quantize.add_argument("--weights", default="int8", help="type of the weights: int8, int6, int4")
+    quantize.add_argument("--activations", default="int8", help="type of the activations: int8, int4")
+    quantize.add_argument("--rounding", choices=("nearest", "seq-mse", "adaround"), default="nearest")
+    quantize.add_argument("--iterations", type=int, default=10_000, help="of adaround, for each layer")
     for command in (quantize, encodings):
         command.add_argument("--scheme", default="min_max")
     quantize.add_argument("--equalize", action="store_true")
@@ -159,8 +177,14 @@ def main() -> None:
         return
     model = prepare(arguments.model, equalize=arguments.equalize)
     sim = simulation(
-        model, samples, weights=arguments.weights, per_channel=arguments.per_channel, scheme=arguments.scheme
+        model,
+        samples[:0],
+        weights=arguments.weights,
+        per_channel=arguments.per_channel,
+        activations=arguments.activations,
+        scheme=arguments.scheme,
     )
+    round_weights(sim, batches_of(model, np.asarray(samples)), arguments.rounding, arguments.iterations)
     onnx.save(sim.to_onnx_qdq(), arguments.out)
 
 

@@ -67,9 +67,14 @@ COLUMNS = {
     "W8A8 per channel": {"weights": "int8", "granularity": "channel"},
     "W6A8 per channel": {"weights": "int6", "granularity": "channel"},
     "W4A8 per channel": {"weights": "int4", "granularity": "channel"},
+    "W4A8 blocks of 32": {"weights": "int4", "granularity": "block:32"},
+    "W3A8 per channel": {"weights": "int3", "granularity": "channel"},
+    "W4A4 per channel": {"weights": "int4", "granularity": "channel", "activations": "uint4"},
 }
 """Columns: label, and the settings that they stand for."""
 FLOAT = "float"
+ADAROUND_STEPS = 300
+"""Of AIMET's AdaRound for each layer; its default, 10,000, takes hours on a CPU."""
 
 Settings = Mapping[str, Any]
 Way = Callable[["Task", Path, Settings], Path]
@@ -220,6 +225,8 @@ def with_onnxruntime(task: Task, folder: Path, settings: Settings) -> Path:
     types = {"int8": QuantType.QInt8, "int4": QuantType.QInt4}
     if settings["weights"] not in types:
         raise ValueError(f"ONNX Runtime's tool has no {settings['weights']}")
+    if settings["granularity"] not in ("tensor", "channel") or "activations" in settings:
+        raise ValueError("ONNX Runtime's tool has no blocks in convolutions, and no activations of 4 bits")
     prepared, out = folder / "prepared.onnx", folder / "model.onnx"
     with chdir(folder):  # it leaves files where it runs
         quant_pre_process(str(task.model.resolve()), str(prepared))
@@ -241,12 +248,16 @@ def with_aimet(task: Task, folder: Path, settings: Settings, *, python: Path, op
 
     Raises:
         RuntimeError: AIMET failed; the message is the last line that it wrote.
+        ValueError: It has no such grid.
     """
     samples, out = folder / "samples.npy", folder / "model.onnx"
     np.save(samples, task.calibration)
     side = Path(__file__).with_name("aimet_side.py")
     command = [str(python), str(side), "quantize", str(task.model), str(samples), str(out), *options]
+    if settings["granularity"] not in ("tensor", "channel"):
+        raise ValueError("blocks are not compared with AIMET's, which exports them for other runtimes")
     command += ["--weights", settings["weights"]]
+    command += ["--activations", settings["activations"].removeprefix("u")] if "activations" in settings else []
     command += ["--per-channel"] if settings["granularity"] == "channel" else []
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
@@ -280,6 +291,7 @@ def ways(*, scaling: str, onnxruntime: bool, aimet_python: Path | None) -> dict[
         "defaults, rounding to nearest": nearest(),
         "defaults, rounding solved": ours(rounding="solved"),
         "defaults, rounding learned": ours(rounding="learned"),
+        "defaults, rounding solved, whole ranges": ours(rounding="solved", weight_ranges="min-max"),
         "defaults": ours(),
         "defaults, no data at all": ours(has_data=False),
     }
@@ -289,6 +301,9 @@ def ways(*, scaling: str, onnxruntime: bool, aimet_python: Path | None) -> dict[
         aimet = partial(with_aimet, python=aimet_python)
         chosen["AIMET, folded"] = partial(aimet, options=())
         chosen["AIMET, equalized"] = partial(aimet, options=("--equalize",))
+        chosen["AIMET, sequential MSE"] = partial(aimet, options=("--rounding", "seq-mse"))
+        steps = ("--rounding", "adaround", "--iterations", str(ADAROUND_STEPS))
+        chosen[f"AIMET, AdaRound of {ADAROUND_STEPS} steps"] = partial(aimet, options=steps)
     return chosen
 
 

@@ -69,7 +69,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ptqjax import QuantizationConfig, calibrate, correct_biases, evaluate, simulate
+from ptqjax import QuantizationConfig, calibrate, correct_biases, evaluate, simulate, solve_rounding
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.recipes.together import shard_batches
 from ptqjax.experiments.engine import Variant, evaluate_variants
@@ -116,6 +116,11 @@ def correct(encodings, batches):
     return dict(corrected.params), report
 
 
+def solve(encodings, batches):
+    solved, report = solve_rounding(model, encodings, batches)
+    return dict(solved.params), report
+
+
 by_hand = [{name: put(x[:16], ("a", "b"))}, {name: put(x[16:], None)}]
 copies = [{name: put(x[at : at + 8], "b")} for at in (0, 8)] + [{name: put(x[16:], None)}]
 spread = [by_hand, copies, shard_batches(batches, mesh), shard_batches(batches, mesh, axes=("a",))]
@@ -128,6 +133,11 @@ corrected = correct(alone, batches)
 assert np.any(corrected[0]["b1"] != model.params["b1"])
 for each in spread:
     equal(correct(alone, each), corrected)
+
+solved = solve(alone, batches)
+assert np.any(solved[0]["w2"] != model.params["w2"])
+for each in spread:
+    equal(solve(alone, each), solved)
 
 # What parts would be, if they were not batches of their own, is something else: the law above is not empty.
 whole = correct(alone, [{name: x}])

@@ -44,6 +44,14 @@ def test_fine_tuning_recovers_what_three_bits_lose(tmp_path):
     assert not list(tmp_path.iterdir())  # where no --out is given, nothing stays
 
 
+def test_four_bits_that_are_solved_for_lose_less(tmp_path):
+    printed = run("four_bits", tmp_path)
+    found = shares(printed)
+    noise = {name: float(db) for name, db in re.findall(r"^(\S+) .* ([\d.]+) dB", printed, re.MULTILINE)}
+    assert noise["solved"] > noise["nearest"] + 1.5
+    assert found["solved"] >= found["nearest"] > 90
+
+
 def test_mixed_precision_spends_the_same_bits_better(tmp_path):
     printed = run("mixed_precision", tmp_path)
     found, noise, size = shares(printed), {}, {}

@@ -302,3 +302,15 @@ def test_what_was_found_is_written_as_json_csv_and_a_picture(tmp_path):
     assert marks.count("chosen") == 1
     texts = [each.text for each in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "uniform 6" in texts
+
+
+def test_at_a_mean_of_four_bits_solved_weights_are_better_than_at_four_everywhere():
+    """Candidates are weights that are solved for, as the result is."""
+    found = mixed_precision(
+        network(), data(), CONFIG, budget=Budget(mean_weight_bits=4), widths=(2, 3, 4, 5, 6, 8), points=2
+    )
+    (uniform,) = [point for point in found.points if point.is_uniform and set(point.widths.values()) == {4}]
+    assert found.chosen.costs.mean_weight_bits <= 4
+    assert found.chosen.metrics["sqnr_db"] > uniform.metrics["sqnr_db"] + 0.5
+    result = quantize(network(), data(), found.config)
+    assert all(record.done for record in result.reports["correct"] if record.transform == "solve_rounding")

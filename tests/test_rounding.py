@@ -13,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 
 import ptqjax
 from ptqjax.encodings.encoding import make_encoding
+from ptqjax.experiments.sensitivities import sensitivity
 from ptqjax.fit.layer_moments import POSITIONS, moments_of_halves
 from ptqjax.fit.layer_problem import Problem
 from ptqjax.fit.rounding import solve_rounding
@@ -20,6 +21,7 @@ from ptqjax.kernels import rounding
 from ptqjax.kernels.rounding import Grid
 from ptqjax.lowering import Value, stretches
 from ptqjax.placement.tensors import floating_tensors
+from ptqjax.report.depth import measure_depth
 from ptqjax.simulation import round_parameters
 from ptqjax.transforms.linear import linear_layers
 
@@ -361,3 +363,26 @@ def test_layers_without_a_bias_get_one_where_biases_are_corrected(solved):
     plain, _ = solve_rounding(result.model, result.encodings, batches, ptqjax.Solving(corrects=False))
     assert not next(each for each in linear_layers(plain).values() if each.weight == "w3").bias
     np.testing.assert_array_equal(plain.params["b1"], result.model.params["b1"])
+
+
+def test_reports_hold_solved_weights_against_the_float_ones():
+    """Solved weights lie on their grid: rounded once more, they would seem to lose nothing, and the float ones more."""
+    batches = [pictures(seed, 16) for seed in range(2)]
+    config = ptqjax.QuantizationConfig(weights="int3", equalize=False)
+    result = ptqjax.quantize(small_network(), batches, config)
+    exact, rounded = small_network().params["w2"], np.asarray(result.model.params["w2"])
+    depth = measure_depth(small_network(), result.model, result.encodings, batches).sums["w2"]
+    assert depth.own_noise == pytest.approx(float(np.square(rounded - exact).sum()), rel=1e-5)
+    only = {"w2": result.encodings["w2"]}
+    alone = [
+        sensitivity(small_network(), batches, only, method=method, solved={"w2": rounded})[0].noise
+        for method in ("on-only", "one-pass")
+    ]
+    moved = small_network()
+    moved = moved.replace(params={**moved.params, "w2": rounded})
+    outputs = [[np.asarray(ptqjax.apply(m.graph, m.params, b)["y"]) for b in batches] for m in (small_network(), moved)]
+    wanted = sum(np.square(a - b).sum() for a, b in zip(*outputs, strict=True))
+    wanted /= sum(np.square(a).sum() for a in outputs[0])
+    assert alone[0] == pytest.approx(wanted, rel=1e-3)
+    assert alone[1] == pytest.approx(wanted, rel=0.5)  # an estimate
+    assert sensitivity(small_network(), batches, only, method="on-only")[0].noise != pytest.approx(wanted, rel=0.05)

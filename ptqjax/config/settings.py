@@ -83,7 +83,8 @@ class QuantizationConfig:
     """How ranges are chosen: "min-max", "moving-average", "sqnr", "percentile:P", "mse" or "entropy"."""
     weight_ranges: str | None = None
     """The scheme that weights' ranges are chosen by; None: `ranges`, but "min-max" in place of "sqnr" where a scale
-    is for a channel or less and has fewer than 8 bits: there, what is cut off costs more than it spares."""
+    is for a channel or less and has fewer than 8 bits: there, what is cut off costs more than it spares. Where
+    roundings are solved for, scales of fewer than 6 bits are then shrunk as far as that lessens the layer's error."""
     activation_ranges: str | None = None
     """The scheme that activations' ranges are chosen by; None: `ranges`."""
     weights_symmetric: Symmetry | None = None

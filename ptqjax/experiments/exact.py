@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,6 +28,7 @@ def measure_effects(
     labels: Labels = None,
     metric: Metric | None = None,
     follow: Follow | None = None,
+    solved: Mapping[str, Any] | None = None,
 ) -> Effects:
     """Returns exactly what each group does to the outputs of these samples; a run of the simulated model for each.
 
@@ -43,21 +44,27 @@ def measure_effects(
         labels: Which task's loss is measured.
         metric: What else is measured, and told as a change: with the group's rounding less without it.
         follow: Shows how far the pass is.
+        solved: Parameters, by name, that are rounded from these values in place of the model's own.
 
     Raises:
         DataError: The batches do not fit the model, there are none, or not as many labels as samples.
         ModelError: An output is not finite, or none holds floating numbers.
     """
     named = [frozenset(group.tensors) for group in groups]
+
+    def variant(name: str, is_on: Callable[[str], bool]) -> Variant:
+        values = {tensor: value for tensor, value in (solved or {}).items() if is_on(tensor)}
+        params = {**model.params, **values} if values else None
+        return Variant(name=name, encodings=switched(encodings, is_on), params=params)
+
     variants = [
-        Variant(name=group.name, encodings=switched(encodings, lambda name, of=of: (name in of) == is_alone))
+        variant(group.name, lambda name, of=of: (name in of) == is_alone)
         for group, of in zip(groups, named, strict=True)
     ]
-    base = switched(encodings, lambda _: not is_alone)
     metrics = [_noise(), *([] if labels is None else [_loss()]), *([] if metric is None else [metric])]
     values = evaluate_variants(
         model,
-        [Variant(name="all the others", encodings=base), *variants],
+        [variant("all the others", lambda _: not is_alone), *variants],
         batches,
         metrics=metrics,
         labels=None if isinstance(labels, str) else labels,

@@ -45,6 +45,7 @@ def estimate_effects(
     labels: Labels = None,
     seed: int = 0,
     follow: Follow | None = None,
+    solved: Mapping[str, Any] | None = None,
 ) -> Effects:
     """Returns about what each group does to the outputs; one pass forward and back, memory of one batch.
 
@@ -70,6 +71,7 @@ def estimate_effects(
         labels: Which task's loss is followed.
         seed: Of what is drawn.
         follow: Shows how far the pass is.
+        solved: Parameters, by name, that are rounded from these values in place of the model's own.
 
     Raises:
         DataError: The batches do not fit the model, there are none, or not as many labels as samples;
@@ -81,7 +83,8 @@ def estimate_effects(
         injection=injection_of(model.graph, groups, from_float=is_alone),
         estimate=Estimate(is_alone=is_alone, has_loss=labels is not None),
     )
-    in_hand = round_parameters(model, encodings)[0].params  # in the program, each would be a branch of its own
+    source = model.replace(params={**model.params, **(solved or {})})
+    in_hand = round_parameters(source, encodings)[0].params  # in the program, each would be a branch of its own
     rounded = {name: in_hand.get(name, value) for name, value in model.params.items()}
     params = jax.device_put(_Params(dict(model.params), rounded))
     noise, loss, power, count = np.zeros(len(groups)), np.zeros(len(groups)), 0.0, 0

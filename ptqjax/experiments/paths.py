@@ -41,7 +41,13 @@ def by_noise(study: Study, names: Sequence[str]) -> Path:
     table = [np.empty(len(widths)) for widths in study.candidates]
     for width, encodings in study.levels.items():
         found = sensitivity(
-            study.model, study.data.batches, encodings, method="one-pass", groups=study.groups, follow=study.data.follow
+            study.model,
+            study.data.batches,
+            encodings,
+            method="one-pass",
+            groups=study.groups,
+            follow=study.data.follow,
+            solved=study.solved(width),
         )
         for noise, widths, group in zip(table, study.candidates, found, strict=True):
             noise[widths == width] = group.noise
@@ -128,13 +134,20 @@ def by_flips(study: Study, names: Sequence[str]) -> Path:  # noqa: ARG001 - the 
 
 def _alone(study: Study) -> list[np.ndarray]:
     """Returns for each group the noise at each of its widths, run with all else in float."""
-    variants = []
+    variants, weights = [], {width: study.solved(width) or {} for width in study.levels}
     for group, candidates in zip(study.groups, study.candidates, strict=True):
         for width in candidates:
             widths = study.uniform(int(width))
             encodings = study.encodings(by_name(study.groups, widths))
             own = frozenset(group.tensors)
-            variants.append(Variant(name=f"{group.name} at {width}", encodings=switched(encodings, own.__contains__)))
+            solved = {name: value for name, value in weights[int(width)].items() if name in own}
+            variants.append(
+                Variant(
+                    name=f"{group.name} at {width}",
+                    encodings=switched(encodings, own.__contains__),
+                    params={**study.model.params, **solved} if solved else None,
+                )
+            )
     found = evaluate_variants(study.model, variants, study.data.judged, metrics=("sqnr_db",), follow=study.data.follow)
     noise = iter(10.0 ** (-values["sqnr_db"] / 10) for values in found.values)
     return [np.array([next(noise) for _ in candidates]) for candidates in study.candidates]

@@ -66,6 +66,7 @@ def sensitivity(
     metric: Metric | None = None,
     seed: int = 0,
     follow: Follow | None = None,
+    solved: Mapping[str, Any] | None = None,
 ) -> tuple[Sensitivity, ...]:
     """Returns what rounding each group of tied tensors does to the outputs, in the order of the groups.
 
@@ -88,6 +89,8 @@ def sensitivity(
         metric: A figure of your own, see `Metric`; its change is measured by the methods "on-only" and "off-only".
         seed: Of the random signs of "one-pass".
         follow: Shows how far the pass over the batches is.
+        solved: Weights whose rounding was solved for, by name, as `solve_rounding` leaves them: they are rounded from
+            these values, and their error is counted from the model's own; None: all are rounded to nearest.
 
     Raises:
         ConfigError: The method or labels are unknown, a metric is asked for of a method that estimates, there is an
@@ -101,7 +104,7 @@ def sensitivity(
     _check_groups(groups, encodings)
     if not groups:
         return ()
-    given = {"labels": checked_labels_of(labels), "follow": follow, **_checked_metric(metric, method)}
+    given = {"labels": checked_labels_of(labels), "follow": follow, "solved": solved, **_checked_metric(metric, method)}
     effects = _way(method, seed)(model, batches, encodings, groups, **given)
     return _as_records(groups, effects, method)
 

@@ -20,11 +20,14 @@ from ptqjax.experiments.costs import CostModel, cost_model
 from ptqjax.experiments.engine import Variant, evaluate_variants
 from ptqjax.experiments.tied_tensors import Group, Kind
 from ptqjax.experiments.widths import Widths, adjustable_groups, by_name, picked, with_widths
-from ptqjax.fit.bias_correction import correct_each
+from ptqjax.fit.adapting import adapt_each, is_solved_for
+from ptqjax.fit.rounding import Solving, solve_rounding
 from ptqjax.ir import Model
 from ptqjax.progress import Follow
 from ptqjax.ranges.calibrate import calibrate_each
 from ptqjax.ranges.headroom import widened
+
+_SAMPLES = 32  # that candidates are solved for on, each width anew: they are compared, not kept
 
 Candidates = Mapping[Kind, tuple[int, ...]]
 """Widths to choose from, by kind of group; of a kind that is not there, nothing is chosen."""
@@ -83,16 +86,33 @@ class Study:
 
     def variants(self, chosen: Sequence[np.ndarray]) -> list[Variant]:
         """Returns the quantized models with these widths, as `quantize` makes them."""
-        encodings = [self.encodings(by_name(self.groups, widths)) for widths in chosen]
-        models = [self.model] * len(encodings)
-        if self.config.correct != "none":
-            corrected = correct_each(self.model, encodings, self.data.batches, method=self.config.correct)
-            models = [model for model, _ in corrected]
-            encodings = [self._guarded(model, each) for model, each in zip(models, encodings, strict=True)]
+        by_group = [by_name(self.groups, widths) for widths in chosen]
+        adapted = adapt_each(
+            self.model,
+            [self.encodings(widths) for widths in by_group],
+            [rules_for(self, widths) for widths in by_group],
+            self.data.batches,
+            method=self.config.correct,
+        )
         return [
-            Variant(name=" ".join(map(str, widths)), encodings=each, params=model.params, graph=model.graph)
-            for widths, each, model in zip(chosen, encodings, models, strict=True)
+            Variant(
+                name=" ".join(map(str, widths)),
+                encodings=each.encodings,
+                params=each.model.params,
+                graph=each.model.graph,
+            )
+            for widths, each in zip(chosen, adapted, strict=True)
         ]
+
+    def solved(self, width: int) -> dict[str, Any] | None:
+        """Returns weights of groups solved for at a width, each for what it reads in float; None: nearest ones do."""
+        weights = {name for group in self.groups if group.kind == "weight" for name in group.tensors}
+        if not weights or not is_solved_for(self.model, self.levels[min(self.levels)], self.config, has_data=True):
+            return None
+        encodings = self._guarded(self.model, self.levels[width])
+        settings = Solving(seed=self.config.seed, samples=_SAMPLES, corrects=False, is_sequential=False, shrinks=())
+        found, _ = solve_rounding(self.model, encodings, self.data.batches, settings)
+        return {name: found.params[name] for name in weights if name in found.params}
 
     def measured(self, chosen: Sequence[np.ndarray]) -> list[dict[str, float]]:
         """Returns the metrics of these widths."""

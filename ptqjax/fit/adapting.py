@@ -14,10 +14,11 @@ from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.errors import ConfigError
 from ptqjax.fit.bias_correction import correct_each
 from ptqjax.fit.learned_rounding import RoundingLearning, learn_rounding
-from ptqjax.fit.rounding import Solving, solve_rounding
+from ptqjax.fit.rounding import Solving, solve_weights
 from ptqjax.fit.ways import POLICIES
 from ptqjax.ir import Model, Report
-from ptqjax.placement.place import place_as_found
+from ptqjax.placement.place import place, place_as_found
+from ptqjax.placement.sites import has_open_range
 from ptqjax.placement.tables import tied_weights
 from ptqjax.ranges.observing import Means
 from ptqjax.ranges.pairs import Pairs, moves_for, pairs_for
@@ -93,7 +94,7 @@ def adapt_each(
         frozen: Tensors whose encodings were given: their integers stay what they are.
 
     Raises:
-        PtqjaxError: As `solve_rounding` and `correct_each` do.
+        PtqjaxError: As `solve_weights` and `correct_each` do.
         ConfigError: Weights are to be solved for, and there are no data.
     """
     pairs = [pairs_for(c, model, e, kept=frozen) for c, e in zip(configs, variants, strict=True)]
@@ -183,10 +184,11 @@ def _solved(
         corrects=config.correct != "none",
         kept=frozenset(frozen) | set(tied_weights(model, load_target(config.target))),
         moved=moves_for(config, model, first.encodings),
+        given=frozenset(site.tensor for site in place(model, config).sites if not has_open_range(site, config)),
     )
     if config.rounding != "learned":
-        solved, report = solve_rounding(model, first.encodings, batches, settings)
-        return Adapted(solved, first.encodings, (*first.report, *report))
+        solved = solve_weights(model, first.encodings, batches, settings)
+        return Adapted(solved.model, solved.encodings, (*first.report, *solved.report))
     learning = RoundingLearning(
         num_steps=POLICIES[config.effort].rounding_steps, steps=_free_steps(model, first.encodings, config, frozen)
     )

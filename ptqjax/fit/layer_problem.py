@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ptqjax.encodings.encoding import Encoding, along_axis
 from ptqjax.kernels import rounding
@@ -24,6 +24,8 @@ _ROWS = (1, 4, 16, 64, 128)
 _GROUPS = 32  # that are solved at a time, where a layer has several
 
 Weights = Float[np.ndarray, "g n k"]
+Prepared = tuple[tuple[Any, ...], ...]
+"""What solutions under one ridge share, by piece of the groups."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +59,7 @@ class Problem:
 
     def codes(self, weight: np.ndarray) -> Weights:
         """Returns the codes next to a weight in its own shape."""
-        return self._codes(_view(weight, self.shape, len(self.weights), inputs_first=self.inputs_first))
+        return self._codes(self.view(weight))
 
     def _codes(self, weights: Weights) -> Weights:
         scale, low, high = self.grid
@@ -69,18 +71,42 @@ class Problem:
         view = (codes * self.grid.scale).reshape(groups, outputs, -1, self.taps)
         return np.asarray(ungrouped_view(view, self.shape, inputs_first=self.inputs_first))
 
+    def view(self, array: np.ndarray) -> Weights:
+        """Returns an array of the weight's own shape as [g, n, k]."""
+        return _view(array, self.shape, len(self.weights), inputs_first=self.inputs_first)
+
     def error(self, codes: Weights, found: Moments) -> float:
         """Returns E|W x - V x'|^2 over the rows of `found`, summed over the layer's outputs."""
-        rounded = (codes * self.grid.scale).astype(np.float64)
-        weights = self.weights.astype(np.float64)
-        own = np.einsum("gnk,gnk->", rounded @ found.gram, rounded)
-        mixed = np.einsum("gnk,gnk->", rounded @ found.cross, weights)
-        return float(own - 2 * mixed + self.signal(found))
+        return float(self.row_errors(codes, found).sum())
+
+    def row_errors(self, codes: Weights, found: Moments) -> Float[np.ndarray, " outputs"]:
+        """Returns E|w x - v x'|^2 for each output w of the layer."""
+        rounded, weights = ((codes * self.grid.scale).astype(np.float64), self.weights.astype(np.float64))
+        pull = rounded @ found.gram - 2 * (weights @ np.swapaxes(found.cross, 1, 2))
+        return (np.einsum("gnk,gnk->gn", pull, rounded) + self._signals(found)).reshape(-1)
+
+    def errors_by_cell(
+        self, codes: Weights, found: Moments, cells: Int[np.ndarray, "g n k"]
+    ) -> Float[np.ndarray, " cells"]:
+        """Returns (v - w) H (v - w)^T of each cell of weights by itself: without what cells do to each other.
+
+        Args:
+            codes: The codes.
+            found: The moments.
+            cells: For each weight its cell; those of a cell lie in a row, at the same columns in every row.
+        """
+        error = (codes * self.grid.scale - self.weights).astype(np.float64)
+        gram = np.where(cells[:, :1, :, None] == cells[:, :1, None, :], found.gram[:, None], 0)[:, 0]
+        powers = (error @ gram) * error
+        return np.bincount(cells.ravel(), weights=powers.ravel(), minlength=int(cells.max()) + 1)
 
     def signal(self, found: Moments) -> float:
         """Returns E|W x|^2, summed over the layer's outputs."""
+        return float(self._signals(found).sum())
+
+    def _signals(self, found: Moments) -> Float[np.ndarray, "g n"]:
         weights = self.weights.astype(np.float64)
-        return float(np.einsum("gnk,gnk->", weights @ found.float_gram, weights))
+        return np.einsum("gnk,gnk->gn", weights @ found.float_gram, weights)
 
     def shift(self, codes: Weights, found: Moments) -> np.ndarray:
         """Returns what the bias must add for the mean outputs to stay what they are in float, [outputs]."""
@@ -90,24 +116,41 @@ class Problem:
 
     def solve(self, found: Moments, ridge: float) -> Weights:
         """Returns the codes of least error under a ridge, see `kernels.rounding`."""
+        return self.solve_prepared(self.prepared(found, ridge))
+
+    def prepared(self, found: Moments, ridge: float) -> Prepared:
+        """Returns what the solutions of all grids of these weights share: for each piece of the groups its factors."""
+        groups, _, inputs = self.weights.shape
+        num_groups, size = _groups_at_once(groups), _padded_size(inputs)
+
+        def of(some: slice) -> tuple[Any, ...]:
+            moments = (_fitting(each[some], (num_groups, size, size)) for each in (found.gram, found.cross))
+            return _prepared(*moments, np.float32(ridge))
+
+        return tuple(of(some) for some in _pieces(groups, num_groups))
+
+    def solve_prepared(self, prepared: Prepared) -> Weights:
+        """Returns the codes of least error under the ridge that was prepared for."""
         groups, outputs, inputs = self.weights.shape
         size = _padded_size(inputs)
         num_rows = next((rows for rows in _ROWS if rows >= outputs or rows == _ROWS[-1]), _ROWS[-1])
-        num_groups = 1 if groups == 1 else _GROUPS
+        num_groups = _groups_at_once(groups)
         codes = np.zeros(self.weights.shape, np.float32)
-        for some in _pieces(groups, num_groups):
-            moments = (_fitting(each[some], (num_groups, size, size)) for each in (found.gram, found.cross))
-            prepared = _prepared(*moments, np.float32(ridge))
+        for factors, some in zip(prepared, _pieces(groups, num_groups), strict=True):
             for rows in _pieces(outputs, num_rows):
                 shape = (num_groups, num_rows, size)
                 weights, low, high = (
                     _fitting(each[some, rows], shape) for each in (self.weights, self.grid.low, self.grid.high)
                 )
                 scale = _fitting(self.grid.scale[some, rows], shape, fill=1.0)
-                solved = np.asarray(_solved(prepared, weights, Grid(scale, low, high)))
+                solved = np.asarray(_solved(factors, weights, Grid(scale, low, high)))
                 here = codes[some, rows]
                 codes[some, rows] = solved[: here.shape[0], : here.shape[1], :inputs]
         return codes
+
+
+def _groups_at_once(groups: int) -> int:
+    return 1 if groups == 1 else _GROUPS
 
 
 def _view(array: Any, shape: tuple[int, ...], groups: int, *, inputs_first: bool) -> Weights:

@@ -23,7 +23,7 @@ from ptqjax.fit.bias_correction import with_biases
 from ptqjax.fit.block_problem import BlockProblem
 from ptqjax.fit.block_steps import Draw, Progress, Sample, Variables, step
 from ptqjax.fit.blocks import blocks, layers_of_blocks
-from ptqjax.fit.rounding import Solving, solve_layer, solve_rounding
+from ptqjax.fit.rounding import Solving, solve_layer, solve_weights
 from ptqjax.fit.walking import Pair, Walk, by_layout, layers_in, layers_to_round, run_part, values_of
 from ptqjax.ir import Model, Record, Report
 from ptqjax.lowering import Stretch, Value
@@ -81,8 +81,9 @@ def learn_rounding(
         learning: How to learn; None for the defaults.
 
     Returns:
-        The model, rounding to nearest changes nothing of its weights; its encodings, some steps of activations changed;
-        and a record per layer (see `solve_rounding`), per block and of the whole: noise on samples held back, in dB
+        The model, rounding to nearest changes nothing of its weights; its encodings, scales of weights chosen and some
+        steps of activations changed;
+        and a record per layer (see `solve_weights`), per block and of the whole: noise on samples held back, in dB
         below the signal, as it was solved for and as it is now.
 
     Raises:
@@ -96,7 +97,8 @@ def learn_rounding(
     """
     solving, learning = solving or Solving(), learning or RoundingLearning()
     given = first_samples(model.graph, batches, solving.samples)
-    solved, report = solve_rounding(model, encodings, given, solving)
+    solved, encodings, report = solve_weights(model, encodings, given, solving)
+    solving = replace(solving, shrinks=())  # what was chosen stays
     exact = with_biases(model, encodings) if solving.corrects else model
     layers, _ = layers_to_round(exact, encodings, solving.kept)
     data = _chunks(exact, given)
@@ -145,7 +147,7 @@ class _Learner:
             for part in parts:
                 if has_changed:
                     for layer in layers_in(part, walk.layers):
-                        solve_layer(walk, layer, params, self.solving)
+                        solve_layer(walk, layer, walk.encodings[layer.weight], params, self.solving)
                 walk.advance(part, params)
             if not layers_in(block, walk.layers):
                 continue

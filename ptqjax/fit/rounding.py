@@ -8,20 +8,20 @@ read is kept, so that the time is that of two forward passes; statistics are tho
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptqjax.data.regroup import first_samples
-from ptqjax.encodings.encoding import Encodings
+from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.errors import DataError
 from ptqjax.fit.bias_correction import with_biases
 from ptqjax.fit.layer_moments import moments_of_halves
-from ptqjax.fit.layer_problem import Problem
+from ptqjax.fit.layer_solution import Halves, Solution, solution_of
 from ptqjax.fit.walking import Walk, layers_in, layers_to_round
+from ptqjax.fit.weight_scales import SHRINKS
 from ptqjax.ir import Graph, Model, Record, Report
-from ptqjax.kernels.gram import Moments
 from ptqjax.lowering import Stretch, stretches
 from ptqjax.placement.tensors import check_not_quantized
 from ptqjax.qdq.insert import check_tensors
@@ -30,6 +30,8 @@ from ptqjax.transforms.linear import Linear
 RIDGES = (0.1, 1.0, 10.0)
 """What is tried as ridge, over the mean diagonal of a layer's moments: held-back samples decide, layer by layer."""
 _NAME = "solve_rounding"
+_FIGURE = "SQNR of the layer's output, dB"
+_FINE = 6  # bits from which the whole range is a grid fine enough: layers gain 0.2 dB there, and 0.9 at 4 bits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +48,26 @@ class Solving:
     """Weights whose integers stay those next to them."""
     moved: Callable[[str, np.ndarray], np.ndarray] | None = None
     """Returns a weight, by its name and as it was solved, with integers that the target's kernels can take."""
+    ridges: tuple[float, ...] = RIDGES
+    """What is tried as ridge; none: integers stay next to the weights, and biases and scales are what is solved for."""
+    is_sequential: bool = True
+    """Whether each layer sees what the layers and roundings before it leave, or the float network's own values: then
+    what a layer loses is its own doing."""
+    given: frozenset[str] = frozenset()
+    """Weights whose scales `solve_weights` leaves as they are given."""
+    shrinks: tuple[float, ...] = SHRINKS
+    """By what `solve_weights` may multiply scales of weights of fewer than 6 bits; none: they are the given ones."""
+
+
+class Solved(NamedTuple):
+    """A model whose weights are on their grids."""
+
+    model: Model
+    """The model."""
+    encodings: Encodings
+    """Its encodings, with the scales that were chosen."""
+    report: Report
+    """A record for each layer."""
 
 
 def solve_rounding(
@@ -77,50 +99,70 @@ def solve_rounding(
     Source:
         Frantar et al., "GPTQ", ICLR 2023, on inputs of the quantized network and towards outputs of the float one.
     """
+    settings = replace(settings or Solving(), shrinks=())
+    model, _, report = solve_weights(model, encodings, batches, settings)
+    return model, report
+
+
+def solve_weights(
+    model: Model, encodings: Encodings, batches: Iterable[Mapping[str, Any]], settings: Solving | None = None
+) -> Solved:
+    """Returns what `solve_rounding` does, with scales chosen as well, where a weight has fewer than 6 bits.
+
+    Each output of a layer takes the given scales, or these shrunk, whichever leaves less error at it on the odd samples
+    with roundings that are solved for anew; blocks also what is best for each by itself. So no width is worse there
+    than the given scales. Arguments and errors are those of `solve_rounding`.
+
+    Returns:
+        The model, the encodings that it is rounded by, and a record per layer as `solve_rounding` has it.
+    """
     check_not_quantized(model)
     check_tensors(model.graph, encodings)
     settings = settings or Solving()
     model = with_biases(model, encodings) if settings.corrects else model
     layers, left_alone = layers_to_round(model, encodings, settings.kept)
     data = first_samples(model.graph, batches, settings.samples)
-    walk = Walk.through(model, encodings, data, layers, _layer_by_layer)
-    params = dict(walk.rounded)
+    walk = Walk.through(model, encodings if settings.is_sequential else {}, data, layers, _layer_by_layer)
+    params, chosen = dict(walk.rounded), dict(encodings)
     records = [_record(layer, "rounded to nearest", done=False, reason=reason) for layer, reason in left_alone]
     for stretch in walk.parts:
-        records += [solve_layer(walk, layer, params, settings) for layer in layers_in(stretch, layers)]
-        walk.advance(stretch, params)
+        for layer in layers_in(stretch, layers):
+            chosen[layer.weight], record = solve_layer(walk, layer, chosen[layer.weight], params, settings)
+            records.append(record)
+        walk.advance(stretch, params if settings.is_sequential else model.params)
     solved = (name for layer in layers.values() for name in (layer.weight, layer.bias) if name)
-    return model.replace(params={**model.params, **{name: params[name] for name in solved}}), tuple(records)
+    model = model.replace(params={**model.params, **{name: params[name] for name in solved}})
+    return Solved(model, chosen, tuple(records))
 
 
 def _layer_by_layer(graph: Graph, layers: Mapping[str, Linear], crossing: Collection[str]) -> tuple[Stretch, ...]:
     return stretches(graph, list(layers), crossing)
 
 
-def solve_layer(walk: Walk, layer: Linear, params: dict[str, Any], settings: Solving) -> Record:
-    """Puts the weight and the bias of a layer that the walk has come to into `params`; returns what it gained.
+def solve_layer(
+    walk: Walk, layer: Linear, encoding: Encoding, params: dict[str, Any], settings: Solving
+) -> tuple[Encoding, Record]:
+    """Puts the weight and the bias of a layer that the walk has come to into `params`.
+
+    Returns:
+        The weight's encoding, with the scales that were chosen, and what solving gained.
 
     Raises:
-        DataError: What it reads is not finite, or its squares are not.
+        DataError: What the layer reads is not finite, or its squares are not.
     """
     weight = np.asarray(walk.model.params[layer.weight])
-    first, second = _moments(walk, layer, weight.shape[2:] if layer.kernel_rank else (), settings.seed)
-    problem = Problem.of(layer, weight, walk.encodings[layer.weight])
-    nearest = problem.nearest()
-    errors = {0.0: problem.error(nearest, second.means())}
-    errors |= {ridge: problem.error(problem.solve(first.means(), ridge), second.means()) for ridge in RIDGES}
-    ridge = min(errors, key=errors.__getitem__)  # of equal ones the first
-    both = first.plus(second).means()
-    solved = problem.weight_of(problem.solve(both, ridge) if ridge else nearest).astype(weight.dtype)
+    halves = _moments(walk, layer, weight.shape[2:] if layer.kernel_rank else (), settings.seed)
+    is_open = encoding.num_bits < _FINE and layer.weight not in settings.given
+    shrinks = settings.shrinks if is_open else ()
+    solution = solution_of(layer, weight, encoding, halves, ridges=settings.ridges, shrinks=shrinks)
+    problem = solution.problem
+    solved = problem.weight_of(solution.codes).astype(weight.dtype)
     params[layer.weight] = solved if settings.moved is None else settings.moved(layer.weight, solved)
-    codes = problem.codes(params[layer.weight])
     if settings.corrects and layer.bias and layer.node.attribute("beta", 1.0) == 1:
         bias = np.asarray(walk.model.params[layer.bias])
-        params[layer.bias] = _shifted(bias, problem.shift(codes, both))
-    signal = problem.signal(second.means())
-    return _solved_record(
-        layer, ridge, {name: _decibels(errors[key], signal) for name, key in (("nearest", 0.0), ("solved", ridge))}
-    )
+        both = halves.first.plus(halves.second).means()
+        params[layer.bias] = _shifted(bias, problem.shift(problem.codes(params[layer.weight]), both))
+    return solution.encoding, _solved_record(layer, solution)
 
 
 def _shifted(bias: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -129,7 +171,7 @@ def _shifted(bias: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return (wide + (shift.reshape(bias.shape) if bias.size == shift.size else shift)).astype(bias.dtype)
 
 
-def _moments(walk: Walk, layer: Linear, kernel: tuple[int, ...], seed: int) -> tuple[Moments, Moments]:
+def _moments(walk: Walk, layer: Linear, kernel: tuple[int, ...], seed: int) -> Halves:
     """Returns those of the samples to solve on, and of those that judge; of a single sample the same.
 
     Raises:
@@ -141,7 +183,7 @@ def _moments(walk: Walk, layer: Linear, kernel: tuple[int, ...], seed: int) -> t
             f"what {layer.node.op_type} (producing '{layer.node.output}') reads, '{layer.input}', is NaN or infinite, "
             "or its squares are; check the model in float on these batches"
         )
-    return first, second if second.count else first
+    return Halves(first, second if second.count else first)
 
 
 def _decibels(error: float, signal: float) -> float:
@@ -150,22 +192,38 @@ def _decibels(error: float, signal: float) -> float:
     return float(10 * np.log10(max(signal, smallest) / max(error, smallest)))
 
 
-def _solved_record(layer: Linear, ridge: float, after: Mapping[str, float]) -> Record:
+def _solved_record(layer: Linear, solution: Solution) -> Record:
+    ridge, num_shrunk = solution.ridge, solution.num_shrunk
     what = f"weights solved for, with a ridge of {ridge:g}" if ridge else "weights rounded to nearest"
-    reason = "" if ridge else "no ridge gave less error on samples held back"
-    return _record(layer, what, done=bool(ridge), reason=reason, before=after["nearest"], after=after["solved"])
+    what += f", {num_shrunk} of {np.size(solution.encoding.scale)} scales shrunk" if num_shrunk else ""
+    reasons = [] if ridge else ["no ridge gave less error on samples held back"]
+    if solution.num_rows < solution.num_unknowns:
+        reasons.append(
+            f"{solution.num_rows} outputs were looked at for {solution.num_unknowns} unknowns: what they do not tell, "
+            "the ridge leaves as it was"
+        )
+    names = {"nearest": _FIGURE, "whole": f"{_FIGURE}, scales as given", "error": _FIGURE}
+    found = {key: _decibels(getattr(solution, key), solution.signal) for key in names}
+    after = {names[key]: found[key] for key in (("whole", "error") if num_shrunk else ("error",))}
+    before = {_FIGURE: found["nearest"]}
+    return _record(layer, what, done=bool(ridge or num_shrunk), reason="; ".join(reasons), before=before, after=after)
 
 
 def _record(
-    layer: Linear, what: str, *, done: bool, reason: str, before: float | None = None, after: float | None = None
+    layer: Linear,
+    what: str,
+    *,
+    done: bool,
+    reason: str,
+    before: Mapping[str, float] | None = None,
+    after: Mapping[str, float] | None = None,
 ) -> Record:
-    figure = "SQNR of the layer's output, dB"
     return Record(
         transform=_NAME,
         done=done,
         what=what,
         where=(layer.output, layer.weight),
         reason=reason,
-        before={} if before is None else {figure: before},
-        after={} if after is None else {figure: after},
+        before=before or {},
+        after=after or {},
     )

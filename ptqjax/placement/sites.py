@@ -89,7 +89,11 @@ def scheme_of(site: Site, config: QuantizationConfig) -> str:
     On a grid of few integers a weight's search for the least error cuts off more than roundings behind it can make up
     for (MobileNetV2, 4 bits a channel, biases corrected: 45 % against 66 %), so that the default there is the range.
     """
-    scheme = site.ranges or config.ranges
-    is_open = not site.ranges and scheme == _SEARCH and config.compatibility is None
     has_few = site.kind == WEIGHT and site.axis is not None and num_bits(site.dtype) < _WHOLE
-    return _RANGE if is_open and has_few and site.dtype not in FLOAT_DTYPES else scheme
+    is_open = has_open_range(site, config) and site.dtype not in FLOAT_DTYPES
+    return _RANGE if is_open and has_few else site.ranges or config.ranges
+
+
+def has_open_range(site: Site, config: QuantizationConfig) -> bool:
+    """Tells whether no setting says how a site's range is chosen: then what measures best may be."""
+    return not site.ranges and config.ranges == _SEARCH and config.compatibility is None

@@ -38,7 +38,8 @@ class Sums(NamedTuple):
     noise: float
     """The sum of (Q(v) - x)^2: the error accumulated up to and including this tensor."""
     own_noise: float
-    """The sum of (Q(v) - v)^2: the error that rounding this tensor adds."""
+    """The sum of (Q(v) - v)^2, the error that rounding this tensor adds; of a weight, that of (Q(v) - x)^2, however it
+    was rounded."""
     clip_noise: float
     """The part of `own_noise` that is from values outside the grid."""
     num_clipped: int
@@ -110,7 +111,7 @@ def measure_depth(
     weights = [name for name in sorted(encodings) if name in model.params]
     return Depth(
         sums={name: sums[name] for name in names if name in sums}
-        | {name: _sums_of_weight(np.asarray(model.params[name]), encodings[name]) for name in weights},
+        | {name: _sums_of_weight(reference, model, name, encodings[name]) for name in weights},
         histograms={name: _histogram(values) for name, values in met.items() if values},
         num_samples=count,
     )
@@ -208,8 +209,21 @@ def _sums(x: np.ndarray, value: np.ndarray, rounded: np.ndarray, encoding: Encod
     )
 
 
-def _sums_of_weight(value: np.ndarray, encoding: Encoding) -> Sums:
-    return _sums(value, value, np.asarray(fake_quantize(value, concrete(encoding))), encoding)
+def _sums_of_weight(reference: Model, model: Model, name: str, encoding: Encoding) -> Sums:
+    """Returns the sums of a weight: its error is that against the float one, whichever integers it was given."""
+    solved = np.asarray(model.params[name])
+    exact = np.asarray(reference.params.get(name, solved))
+    rounded = np.asarray(fake_quantize(solved, concrete(encoding)))
+    own = rounded - exact
+    clipped = _is_clipped(exact, np.asarray(fake_quantize(exact, concrete(encoding))) - exact, concrete(encoding))
+    return Sums(
+        signal=_squared(exact),
+        noise=_squared(own),
+        own_noise=_squared(own),
+        clip_noise=_squared(own[clipped]),
+        num_clipped=int(np.count_nonzero(clipped)),
+        num_values=exact.size,
+    )
 
 
 def _squared(values: np.ndarray) -> float:

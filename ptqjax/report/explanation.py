@@ -174,13 +174,23 @@ def _in_float(result: Result) -> Model:
     return next(stage.model for stage in reversed(result.stages) if stage.name != "correct")
 
 
+def _solved_weights(result: Result) -> dict[str, Any]:
+    """Returns the weights whose integers are not those next to the float model's."""
+    before, after = _in_float(result).params, result.model.params
+    return {
+        name: after[name]
+        for name in result.encodings
+        if name in after and name in before and not np.array_equal(before[name], after[name])
+    }
+
+
 def _depth_facts(result: Result, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns what `measure_depth` finds: the corrected model against the one that has the float function."""
     found = measure_depth(_in_float(result), result.model, result.encodings, batches)
     return {
         "measured_samples": found.num_samples,
         "tensors": [_tensor(name, sums, result.model.graph) for name, sums in found.sums.items()],
-        "histograms": _histograms(found, result.model, result.encodings),
+        "histograms": _histograms(found, _in_float(result), result.encodings),
     }
 
 
@@ -211,9 +221,9 @@ def _histograms(found: Depth, model: Model, encodings: Encodings) -> dict[str, A
 
 def _sensitivity_facts(result: Result, batches: Iterable[Mapping[str, Any]], follow: Follow) -> dict[str, Any]:
     """Returns the share of each group in the noise of the output; or why it cannot be told."""
-    batches = tuple(batches)
+    batches, solved = tuple(batches), _solved_weights(result)
     try:
-        found = sensitivity(_in_float(result), batches, result.encodings, follow=follow)
+        found = sensitivity(_in_float(result), batches, result.encodings, follow=follow, solved=solved)
     except _CANNOT as error:
         return {"samples": 0, "groups": [], "reason": str(error)}
     groups = [
