@@ -20,6 +20,7 @@ from ptqjax.errors import ConfigError, ModelError
 from ptqjax.ir import Model, Node, place_of
 from ptqjax.onnx_io.opset import blocking_node, with_opset
 from ptqjax.publish import published, write_text
+from ptqjax.qdq.equal_nodes import merge_equal_nodes
 from ptqjax.qdq.implied_clips import drop_implied_clips
 from ptqjax.qdq.insert import insert_qdq
 from ptqjax.qdq.integer_bounds import bound_integers
@@ -85,11 +86,11 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
 
     Attributes that became inputs are converted on the way. Where raising the opset would change an operator, the opset
     stays, and QuantizeLinear and DequantizeLinear are those of ONNX Runtime's own operator set, which have all integer
-    types. Bounds per channel are applied to integers (`bound_integers`); Relu, Clip and bounds that the grid behind
-    them implies are left out (`drop_implied_clips`), and ONNX Runtime is kept from rounding operands of products that
-    the file has in more bits (`keep_precision`). Rows of tables are taken as integers (`gather_codes`), what a layer
-    shares with a table is stored once (`store_once`), and what is no operand in integers is dequantized when the file
-    is loaded (`dequantize_at_load`).
+    types. Equal nodes become one (`merge_equal_nodes`). Bounds per channel are applied to integers (`bound_integers`);
+    Relu, Clip and bounds that the grid behind them implies are left out (`drop_implied_clips`), and ONNX Runtime is
+    kept from rounding operands of products that the file has in more bits (`keep_precision`). Rows of tables are taken
+    as integers (`gather_codes`), what a layer shares with a table is stored once (`store_once`), and what is no operand
+    in integers is dequantized when the file is loaded (`dequantize_at_load`).
 
     Args:
         model: The float model.
@@ -116,7 +117,7 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     opsets = {name: lowest_opset(grid, enabled[name]) for name, grid in grids.items()}
     fixed = {name: opset for name, opset in opsets.items() if needs_opset(grids[name], enabled[name])}
     lowest = max(*opsets.values(), _PER_CHANNEL_SINCE if weights == "float" else 0)
-    raised = _raised(quantized, lowest, fixed)
+    raised = _raised(merge_equal_nodes(quantized)[0], lowest, fixed)
     precise = keep_precision(drop_implied_clips(bound_integers(raised)[0])[0])[0]
     return store_once(dequantize_at_load(gather_codes(precise)[0])[0])[0]
 

@@ -266,7 +266,7 @@ def _calibrated(
         )
         for position, draft, (encodings, report) in zip(positions, some, calibrated.each, strict=True):
             kept = {name: encodings[name] for name in frozen}
-            wide = widened(scaled, encodings, draft.choice.headroom, draft.config) | kept
+            wide = widened(scaled, encodings, draft.choice.headroom, draft.config, calibrated.num_values) | kept
             found[position] = replace(draft, encodings=wide, calibrate_report=report, means=calibrated.means)
     return [found[position] for position in range(len(drafts))]
 

@@ -119,7 +119,7 @@ class QuantizationConfig:
     than 8 bits, or one scale for all channels and `effort` is not "fast", and everywhere where that is "thorough"."""
     headroom: float | None = None
     """How many times wider than the calibration data's the ranges of activations are, bounded by what can occur; None:
-    as measures best (`scaling="auto"`), else 1."""
+    as measures best (`scaling="auto"`), else 1, and more for a tensor of few values (`ranges.headroom`)."""
     effort: str = "balanced"
     """How much time choices may take, one of `EFFORTS`: what closed forms say is taken ("fast"), what may win by them
     is tried on samples held back ("balanced"), or all is tried and scales are learned to the end ("thorough")."""

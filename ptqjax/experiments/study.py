@@ -22,7 +22,7 @@ from ptqjax.fit import scale_as_configured
 from ptqjax.fit.bias_correction import correct_each
 from ptqjax.ir import Model
 from ptqjax.progress import Follow
-from ptqjax.ranges.calibrate import calibrate_each
+from ptqjax.ranges.calibrate import calibrate_and_measure
 from ptqjax.ranges.headroom import widened
 from ptqjax.transforms import fold_batch_norms, prepare
 
@@ -129,8 +129,11 @@ def study_of(model: Model, config: QuantizationConfig, candidates: Candidates, d
         )
     own = tuple(np.array(candidates[group.kind], int) for group in groups)
     configs = _configs(config, groups, own)
-    calibrated = zip(configs.items(), calibrate_each(prepared, data.batches, list(configs.values())), strict=True)
-    levels = {width: widened(prepared, found, headroom, each) for (width, each), (found, _) in calibrated}
+    calibrated = calibrate_and_measure(prepared, data.batches, list(configs.values()))
+    levels = {
+        width: widened(prepared, found, headroom, each, calibrated.num_values)
+        for (width, each), (found, _) in zip(configs.items(), calibrated.each, strict=True)
+    }
     costs = cost_model(prepared, data.batches[0])
     return Study(
         model=prepared,
@@ -153,7 +156,8 @@ def prepared_as_configured(
     choice = scale_as_configured(prepared, batches, config)
     if choice.scaling is not None:
         config = replace(config, scaling=choice.scaling)
-    config = replace(config, headroom=choice.headroom, correct=choice.correct)
+    headroom = config.headroom if choice.headroom == 1.0 else choice.headroom  # None: few values still ask for more
+    config = replace(config, headroom=headroom, correct=choice.correct)
     return choice.model, config, choice.headroom
 
 

@@ -20,7 +20,7 @@ from ptqjax.placement.tables import as_shared
 from ptqjax.placement.unlike import Joints, find_joints, give_up
 from ptqjax.ranges.data_free import encode_from_statistics
 from ptqjax.ranges.observers import Extremes, RangeScheme
-from ptqjax.ranges.observing import Axes, Means, Observed, Wanted, Watched, observe
+from ptqjax.ranges.observing import Axes, Means, Observed, Seen, Wanted, Watched, observe
 from ptqjax.ranges.schemes import MIN_MAX, find_scheme
 from ptqjax.ranges.search import encode_constants
 from ptqjax.ranges.site_encodings import (
@@ -115,6 +115,8 @@ class Calibrated:
     """For each configuration the encodings, and a record for each weight whose scale was raised."""
     means: Means | None
     """Channel means of the tensors that were to be measured, batch by batch; None where they were not kept."""
+    num_values: Mapping[str, int]
+    """How many values each activation had in all batches, counted up to `observing.MANY`; none without data."""
 
 
 def calibrate_and_measure(
@@ -139,7 +141,7 @@ def calibrate_and_measure(
             if not label:
                 raise
             raise ConfigError(f"{label}{error}") from error
-    return _calibrated(model, batches, tasks, measured) if tasks else Calibrated(each=(), means=None)
+    return _calibrated(model, batches, tasks, measured) if tasks else Calibrated(each=(), means=None, num_values={})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,15 +233,16 @@ def _search(site: Site, config: QuantizationConfig) -> _Search:
 
 def _calibrated(model: Model, batches: Iterable[Any] | None, tasks: Sequence[_Task], measured: Axes = ()) -> Calibrated:
     constants = _encode_constants(model, [search for task in tasks for search in task.constants.values()])
-    means = None
+    means, num_values = None, {}
     if batches is None:
         observed = [_encoded_without_data(model, task) for task in tasks]
     else:
         searches = [search for task in tasks for search in task.observed.values()]
-        found, means = _encode_observed(model, batches, searches, measured)
+        found, seen = _encode_observed(model, batches, searches, measured)
+        means, num_values = seen.means, seen.num_values
         observed = [{name: found[search] for name, search in task.observed.items()} for task in tasks]
     each = tuple(_result(model, task, constants, after) for task, after in zip(tasks, observed, strict=True))
-    return Calibrated(each=each, means=means)
+    return Calibrated(each=each, means=means, num_values=num_values)
 
 
 def _encoded_without_data(model: Model, task: _Task) -> dict[str, Ranged]:
@@ -319,7 +322,7 @@ def _parts(alike: Sequence[_Search]) -> list[list[_Search]]:
 
 def _encode_observed(
     model: Model, batches: Iterable[Any], searches: Sequence[_Search], measured: Axes
-) -> tuple[dict[_Search, Ranged], Means | None]:
+) -> tuple[dict[_Search, Ranged], Seen]:
     groups = list(_alike(searches))
     wanted = [
         Wanted(observer=scheme.observer, tensors=tuple(map(_watched, alike)), scheme=scheme.name)
@@ -329,7 +332,7 @@ def _encode_observed(
     found: dict[_Search, Ranged] = {}
     for scheme, alike in groups:
         found |= dict(zip(alike, _finished(scheme, seen.observed[scheme.observer], alike), strict=True))
-    return found, seen.means
+    return found, seen
 
 
 def _watched(search: _Search) -> Watched:

@@ -32,7 +32,7 @@ from ptqjax.pipeline import Result, Stage
 from ptqjax.placement.tensors import check_not_quantized
 from ptqjax.progress import Follow
 from ptqjax.publish import write_text
-from ptqjax.ranges.calibrate import calibrate_and_report
+from ptqjax.ranges.calibrate import calibrate_and_measure
 from ptqjax.ranges.headroom import widened
 from ptqjax.recipes.data import Data
 from ptqjax.recipes.recipe import Recipe
@@ -99,8 +99,9 @@ def _equalize(task: Task, root: Path, folder: Path) -> None:
 
 def _calibrate(task: Task, root: Path, folder: Path) -> None:
     config, model, choice = task.recipe.config, read_model(root / "equalize"), _read_json(root / "equalize" / _CHOICE)
-    calibrated, records = calibrate_and_report(model, task.placed("calibrate"), config)
-    _write_encodings(folder, widened(model, calibrated, choice["headroom"], config))
+    found = calibrate_and_measure(model, task.placed("calibrate"), [config], labels=[""])
+    ((calibrated, records),) = found.each
+    _write_encodings(folder, widened(model, calibrated, choice["headroom"], config, found.num_values))
     _write_records(folder, records)
 
 
