@@ -8,14 +8,18 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from ptqjax.config import QuantizationConfig
 from ptqjax.config.checks import check_choice
-from ptqjax.encodings.encoding import Encoding, Encodings
+from ptqjax.encodings.encoding import Encoding, Encodings, make_encoding
 from ptqjax.errors import ConfigError
+from ptqjax.exporting import check_opset
 from ptqjax.fit import Choice, scale_each
 from ptqjax.fit.adapting import adapt_each, check_data
 from ptqjax.fit.bias_correction import layer_axes
 from ptqjax.ir import Model, Report
+from ptqjax.placement.place import place
 from ptqjax.placement.rules import num_bits
 from ptqjax.placement.tensors import check_not_quantized
 from ptqjax.ranges.calibrate import calibrate_and_measure
@@ -306,6 +310,26 @@ def _finished(folded: tuple[Model, Report], draft: _Draft) -> Result:
         reports={name: report for name, report in reports.items() if ran.get(name, True)},
         stages=tuple(Stage(name=name, model=after) for name, after in stages.items() if ran.get(name, True)),
     )
+
+
+def check_exportable(model: Model, config: QuantizationConfig) -> None:
+    """Checks that `export` can bring the model, quantized as `config` says, to an opset that has its grids.
+
+    Costs no pass over data: what is rounded to which types follows from the graph and the settings.
+
+    Raises:
+        ModelError, ConfigError: It cannot, as `export` would say in the end; or nothing can be placed.
+    """
+    check_not_quantized(model)
+    folded, _ = fold_batch_norms(model)
+    one, zero = np.float32(1), np.float32(0)
+    grids = {
+        site.tensor: make_encoding(
+            one, zero, dtype=site.dtype, symmetric=False, axis=site.axis, block_size=site.block_size
+        )
+        for site in place(folded, config).sites
+    }
+    check_opset(folded, grids)
 
 
 def middle_ones(configs: Sequence[QuantizationConfig]) -> tuple[int, ...]:

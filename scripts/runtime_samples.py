@@ -15,7 +15,7 @@ from ptqjax.data.pictures import NORMALIZATIONS, Preprocessing, decode, read_lis
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PTQJAX_SHARED", ROOT.parent / "shared"))
-NUM_CALIBRATION, NUM_EVALUATION = 32, 16
+NUM_CALIBRATION, NUM_EVALUATION = 32, 64
 _RATE, _HOP = 16000, 160  # samples a second, and from frame to frame
 
 Batch = Mapping[str, np.ndarray]
