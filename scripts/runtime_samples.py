@@ -30,7 +30,7 @@ class Samples:
 
 
 def samples_of(network: str) -> Samples:
-    """Returns the samples of a network of `NETWORKS`, 32 to calibrate and 16 others to evaluate on."""
+    """Returns the samples of a network of `NETWORKS`, 32 to calibrate and 64 others to evaluate on: of a few, which rare value is clipped decides."""
     found = NETWORKS[network]()
     return Samples(
         calibration=[next(found) for _ in range(NUM_CALIBRATION)],
