@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,12 @@ import numpy as np
 from ptqjax import onnx_io
 from ptqjax.config import load_target
 from ptqjax.encoding_files import encodings_json
-from ptqjax.encodings.encoding import Encodings, concrete
+from ptqjax.encodings.encoding import Encoding, Encodings, concrete
 from ptqjax.errors import ConfigError, ModelError
 from ptqjax.ir import Model, Node, place_of
-from ptqjax.onnx_io.opset import blocking_node, with_opset
+from ptqjax.onnx_io.opset import CONVERTED, blocking_nodes, with_opset
 from ptqjax.publish import published, write_text
+from ptqjax.qdq.equal_nodes import merge_equal_nodes
 from ptqjax.qdq.implied_clips import drop_implied_clips
 from ptqjax.qdq.insert import insert_qdq
 from ptqjax.qdq.integer_bounds import bound_integers
@@ -95,11 +96,11 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
 
     Attributes that became inputs are converted on the way. Where raising the opset would change an operator, the opset
     stays, and QuantizeLinear and DequantizeLinear are those of ONNX Runtime's own operator set, which have all integer
-    types. Bounds per channel are applied to integers (`bound_integers`); Relu, Clip and bounds that the grid behind
-    them implies are left out (`drop_implied_clips`), and ONNX Runtime is kept from rounding operands of products that
-    the file has in more bits (`keep_precision`). Rows of tables are taken as integers (`gather_codes`), what a layer
-    shares with a table is stored once (`store_once`), and what is no operand in integers is dequantized when the file
-    is loaded (`dequantize_at_load`).
+    types. Equal nodes become one (`merge_equal_nodes`). Bounds per channel are applied to integers (`bound_integers`);
+    Relu, Clip and bounds that the grid behind them implies are left out (`drop_implied_clips`), and ONNX Runtime is
+    kept from rounding operands of products that the file has in more bits (`keep_precision`). Rows of tables are taken
+    as integers (`gather_codes`), what a layer shares with a table is stored once (`store_once`), and what is no operand
+    in integers is dequantized when the file is loaded (`dequantize_at_load`).
 
     Args:
         model: The float model.
@@ -122,11 +123,9 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     quantized = insert_qdq(model, held, weights=weights)
     if not enabled:
         return quantized
-    grids = stored_grids(model, enabled)
-    opsets = {name: lowest_opset(grid, enabled[name]) for name, grid in grids.items()}
-    fixed = {name: opset for name, opset in opsets.items() if needs_opset(grids[name], enabled[name])}
-    lowest = max(*opsets.values(), _PER_CHANNEL_SINCE if weights == "float" else 0)
-    raised = _raised(quantized, lowest, fixed)
+    lowest, fixed = _opsets(model, enabled)
+    lowest = max(lowest, _PER_CHANNEL_SINCE if weights == "float" else 0)
+    raised = _raised(merge_equal_nodes(quantized)[0], lowest, fixed)
     precise = keep_precision(drop_implied_clips(bound_integers(raised)[0])[0])[0]
     return store_once(dequantize_at_load(gather_codes(precise)[0])[0])[0]
 
@@ -164,11 +163,40 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _raised(model: Model, lowest: int, fixed: Mapping[str, int]) -> Model:
-    """Returns the model at the opset `lowest`, or at the highest below it that keeps what nodes mean.
+def check_opset(model: Model, encodings: Mapping[str, Encoding]) -> None:
+    """Checks that `model` can be raised to an opset that has the grids of `encodings`, before anything is written.
 
     Args:
-        model: The QDQ model.
+        model: The float model.
+        encodings: What will be rounded; types, axes and blocks count, scales do not.
+
+    Raises:
+        ModelError, ConfigError: It cannot, as `quantized_model` would say in the end.
+    """
+    if encodings:
+        _opset_for(model, *_opsets(model, encodings))
+
+
+def _opsets(model: Model, encodings: Mapping[str, Encoding]) -> tuple[int, dict[str, int]]:
+    """Returns the lowest opset that has all grids, and for each that ONNX's own operators alone have, theirs."""
+    grids = stored_grids(model, encodings)
+    opsets = {name: lowest_opset(grid, encodings[name]) for name, grid in grids.items()}
+    return max(opsets.values()), {
+        name: opset for name, opset in opsets.items() if needs_opset(grids[name], encodings[name])
+    }
+
+
+def _raised(model: Model, lowest: int, fixed: Mapping[str, int]) -> Model:
+    """Returns the QDQ model at the opset that `_opset_for` finds."""
+    reached = _opset_for(model, lowest, fixed)
+    return _with_own_quantizers(with_opset(model, reached)) if reached > model.graph.opset() else model
+
+
+def _opset_for(model: Model, lowest: int, fixed: Mapping[str, int]) -> int:
+    """Returns the opset `lowest`, or the highest below it that keeps what nodes mean; the model's where that will do.
+
+    Args:
+        model: The model.
         lowest: The opset that has all its types.
         fixed: For each tensor that ONNX's own operators alone can round, the opset since which they can.
 
@@ -179,21 +207,24 @@ def _raised(model: Model, lowest: int, fixed: Mapping[str, int]) -> Model:
     opset = model.graph.opset()
     wanted = max(lowest, _PER_CHANNEL_SINCE) if opset < _INTEGER_SINCE else lowest
     if opset >= wanted:
-        return model
+        return opset
     needed = max(fixed.values(), default=_INTEGER_SINCE)
     versions = sorted({each for each in (_INTEGER_SINCE, _PER_CHANNEL_SINCE, needed, wanted) if opset < each <= wanted})
-    blocked = {version: blocking_node(model, version) for version in versions}
-    reached = max((version for version, node in blocked.items() if node is None), default=opset)
+    blocked = {version: tuple(blocking_nodes(model, version)) for version in versions}
+    reached = max((version for version, nodes in blocked.items() if not nodes), default=opset)
     if reached < needed:
-        node = blocked[min(version for version in versions if version >= needed)]
+        nodes = blocked[min(version for version in versions if version >= needed)]
         tensor = next((name for name, since in fixed.items() if since == needed), None)
-        raise _cannot_be_raised(opset, needed, node, tensor)
-    return _with_own_quantizers(with_opset(model, reached)) if reached > opset else model
+        raise _cannot_be_raised(opset, needed, nodes, tensor)
+    return max(opset, reached)
 
 
-def _cannot_be_raised(opset: int, needed: int, node: Node | None, tensor: str | None) -> ModelError | ConfigError:
-    place = "an operator" if node is None else place_of(node)
-    remedy = f"convert it with onnx.version_converter.convert_version(model, {max(needed, _PER_CHANNEL_SINCE)}) first"
+def _cannot_be_raised(opset: int, needed: int, nodes: Sequence[Node], tensor: str | None) -> ModelError | ConfigError:
+    place = place_of(nodes[0]) if nodes else "an operator"
+    newer = max(needed, _PER_CHANNEL_SINCE)
+    remedy = f"export the model anew with opset {newer} or later"
+    if nodes and all(node.op_type in CONVERTED for node in nodes):
+        remedy = f"convert it with onnx.version_converter.convert_version(model, {newer}) first"
     if tensor is not None:
         return ConfigError(
             f"the grid of '{tensor}' needs opset {needed}; the model is of opset {opset}, and {place} would change its "

@@ -12,12 +12,18 @@ from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from ptqjax.config import QuantizationConfig
 from ptqjax.drafts import Draft, Result, alike, drafted
-from ptqjax.encodings.encoding import Encoding
+from ptqjax.encodings.encoding import Encoding, make_encoding
+from ptqjax.exporting import check_opset
 from ptqjax.fit.adapting import adapt_each
 from ptqjax.fit.bias_correction import layer_axes
 from ptqjax.fit.selection import scale_each
+from ptqjax.ir import Model
+from ptqjax.placement.place import place
+from ptqjax.placement.tensors import check_not_quantized
 from ptqjax.ranges.calibrate import calibrate_and_measure
 from ptqjax.ranges.headroom import widened
 from ptqjax.transforms import fold_batch_norms, prepare, without_absorption
@@ -107,7 +113,7 @@ def calibrated(drafts: Sequence[Draft], batches: Batches) -> list[Draft]:
             measured=layer_axes(model) if needs_means else (),
         )
         for position, draft, (encodings, report) in zip(positions, some, seen.each, strict=True):
-            wide = widened(model, encodings, draft.headroom, draft.config)
+            wide = widened(model, encodings, draft.headroom, draft.config, seen.num_values)
             kept = wide | {name: encodings[name] for name in draft.frozen}
             found[position] = draft.encoded("calibrate", kept, report, means=seen.means)
     return [found[position] for position in range(len(drafts))]
@@ -137,3 +143,21 @@ STAGES: Mapping[str, Callable[[Sequence[Draft], Batches], Iterable[Draft]]] = Ma
     {"fold": folded, "equalize": equalized, "calibrate": calibrated, "correct": corrected}
 )
 """The stages by name, in order: each takes drafts of one model and calibration data, and returns them further on."""
+
+
+def check_exportable(model: Model, config: QuantizationConfig) -> None:
+    """Checks that `export` can bring the model, quantized as `config` says, to an opset that has its grids.
+
+    Costs no pass over data: what is rounded to which types follows from the graph and the settings.
+
+    Raises:
+        ModelError, ConfigError: It cannot, as `export` would say in the end; or nothing can be placed.
+    """
+    check_not_quantized(model)
+    lean, _ = fold_batch_norms(model)
+    one, zero = np.float32(1), np.float32(0)
+    grids = {
+        site.tensor: make_encoding(one, zero, dtype=site.dtype, axis=site.axis, block_size=site.block_size)
+        for site in place(lean, config).sites
+    }
+    check_opset(lean, grids)

@@ -3,7 +3,7 @@
     python scripts/bench_runtime.py [--effort fast | --plain] [--networks NAME ...] [--document docs/runtime.md]
 
 Ours is made with the defaults of `ptqjax.quantize`, the peer's by `onnxruntime.quantization.quantize_static` (QDQ,
-uint8 activations, int8 weights per channel, MinMax) after its own preprocessing, from the same 32 samples. Of 16
+uint8 activations, int8 weights per channel, MinMax) after its own preprocessing, from the same 32 samples. Of 64
 others: SQNR against the float file over all outputs, in a session without options ("plain") and with exact sums
 (`session.x64quantprecision`). Times are those of one thread's processor, the files in turns, medians. Rows are printed
 as they come, and with `--document` put into its table.

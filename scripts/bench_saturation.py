@@ -37,7 +37,7 @@ from ptqjax.ir import Model
 from ptqjax.kernels.pair_sums import LARGEST_SUM, paired
 from ptqjax.lowering import apply_few_times
 from ptqjax.qdq.fuse_quantized import fuse_quantized
-from ptqjax.ranges.calibrate import calibrate_and_report
+from ptqjax.ranges.calibrate import calibrate_and_measure
 from ptqjax.ranges.headroom import widened
 from ptqjax.ranges.pairs import fit_pairs, saturating_layers
 from ptqjax.transforms import fold_batch_norms, prepare
@@ -134,8 +134,8 @@ def written(source: str, calibration: str, folder: Path) -> Iterator[tuple[str, 
     samples = batches(calibration, size_of(model))
     prepared, _ = prepare(fold_batch_norms(model)[0], config.absorb)
     choice = scale_as_configured(prepared, samples, config)
-    found, _ = calibrate_and_report(choice.model, samples, config)
-    encodings = widened(choice.model, found, choice.headroom, config)
+    found = calibrate_and_measure(choice.model, samples, [config], labels=[""])
+    encodings = widened(choice.model, found.each[0][0], choice.headroom, config, found.num_values)
     names = saturating_layers(choice.model, encodings, config)
     for way, function in WAYS.items():
         weights, grids = function(choice.model, encodings, names)

@@ -424,7 +424,9 @@ def test_with_a_configuration_every_tensor_to_be_rounded_needs_an_entry(tmp_path
 def test_what_a_file_holds_is_frozen_and_the_rest_is_calibrated(tmp_path):
     """Read, freeze, calibrate: what the file holds stays to the bit; the rest is what calibration alone finds."""
     model, batches = network(), [{"x": normal(3, 6, 6, 6, seed=i)} for i in range(2)]
-    config = QuantizationConfig(ranges="min-max", equalize=False, correct="none", target="generic-per-channel")
+    config = QuantizationConfig(
+        ranges="min-max", equalize=False, correct="none", headroom=1.0, target="generic-per-channel"
+    )
     free = ptqjax.calibrate(model, batches, config)
     held = {"w": EXAMPLES["w"][-1], "r": UINT8[-1], "p": STRICT[-1]}
     ptqjax.write_encodings(tmp_path / "some.encodings", model, held, "2.0.0")

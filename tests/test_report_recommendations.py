@@ -18,6 +18,7 @@ from ptqjax.report.recommendations import (
     clipping,
     dominant_groups,
     losing_stages,
+    never_values,
     noisy_kind,
     one_grid_for_all_channels,
     other_arithmetic,
@@ -228,6 +229,19 @@ def test_a_range_that_loses_most_by_clipping_is_to_reach_farther(facts):
     assert clipping(facts) == []
 
 
+def test_masks_that_are_measured_as_data_are_to_stay_in_float(facts):
+    assert never_values(facts) == []
+    mask = {"tensor": "a mask", "reason": "carries values that mean never ('m')", "counts": True}
+    scores = {"tensor": "x2", "reason": "values that mean never ('m') do not count", "counts": False}
+    facts["never"] = [scores, mask]
+    (found,) = never_values(facts)
+    assert found.where == ("a mask",)
+    assert "mean never ('m')" in found.why
+    assert shlex.split(found.option) == ["--exclude", "a mask"]
+    facts["tensors"] = [tensor("x2", clipped=0.4, clip_share=0.9, own_sqnr_db=1.0)]
+    assert clipping(facts) == []  # what lies outside is meant to
+
+
 def test_where_the_runtime_computes_something_else_the_file_is_to_be_judged_there(facts):
     assert other_arithmetic(facts) == []
     facts["runtime"] |= {"integer": {"agreement": 0.9}, "groups": [{"tensor": "t"}]}
@@ -276,7 +290,7 @@ def test_each_reason_has_a_name_of_its_own_and_tells_figures(facts):
     assert {"few samples", "losing stage", "dominant groups", "noisy kind", "clipping"} == {f.reason for f in found}
     assert all(re.search(r"\d", each.why) for each in found)
     assert all(each["option"] and isinstance(each["where"], list) for each in as_facts(found))
-    assert len(REASONS) == 11
+    assert len(REASONS) == 12
 
 
 def with_outputs(facts: dict, **figures: float) -> dict:

@@ -195,7 +195,7 @@ def test_what_is_frozen_is_kept_and_parts_may_be_frozen():
 def test_parts_keep_their_grids_through_headroom_and_files(tmp_path):
     model, batch = head([CONCAT], ["y"]), batch_for("Concat")
     found = ptqjax.calibrate(model, [batch], PLAIN)
-    wide = widened(model, found, 1.25, PLAIN)
+    wide = widened(model, found, 1.25, PLAIN, {})
     assert set(wide) == set(found)
     for name in ("wide", "small"):
         assert float(wide[name].scale) == pytest.approx(1.25 * float(found[name].scale))

@@ -83,9 +83,11 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
         follow: Shows passes over samples.
     """
     import ptqjax
+    from ptqjax.pipeline import check_exportable
 
     with watch("read"):
         source, origin = ptqjax.read(job.model), _provenance(job.model, job.data.files)
+        check_exportable(source, job.config)
         frozen = None if job.encodings is None else _frozen_encodings(job.encodings, source)
         labels, batches = load(job.data, source.graph, job.batch_axes) if job.data else (None, None)
     data = None if batches is None else follow(batches, "quantizing")

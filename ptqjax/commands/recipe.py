@@ -191,7 +191,10 @@ def _say_run(done: Run) -> None:
 
 
 def _figures(metrics: Mapping[str, Any]) -> str:
-    return ", ".join(form.format(float(metrics[name])) for name, form in _METRICS.items() if name in metrics)
+    found = [form.format(float(metrics[name])) for name, form in _METRICS.items() if name in metrics]
+    if "worst_output" in metrics:
+        found.append(f"the worst output '{metrics['worst_output']}' {float(metrics['worst_sqnr_db']):.2f} dB")
+    return ", ".join(found)
 
 
 def _say_replay(found: Replay) -> None:

@@ -72,6 +72,9 @@ class Target:
     tables), GRU, LSTM, RNN."""
     pieces: bool = True
     """Whether nothing is rounded inside a function that several operators spell, such as a normalization."""
+    integer_pieces: frozenset[str] = frozenset()
+    """Names of such functions that are rounded at each piece all the same, as "Swish": the runtime has integer kernels
+    for all of their pieces, and takes less time so."""
     bounds_per_channel: bool = True
     """Whether a Min or Max with a bound for each channel is as good as a Clip."""
     exceptions: tuple[Rule, ...] = ()
@@ -212,6 +215,7 @@ _READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "biases": (_one_of("int32", "float"), '"int32" or "float"'),
     "exported_weights": (_one_of("integer", "float"), '"integer" or "float"'),
     "fixed_point": (_kind(bool), "true or false"),
+    "integer_pieces": (lambda value: frozenset(_names(value)), "a list of functions"),
     **dict.fromkeys(("pairs_in_16_bits", "pieces", "bounds_per_channel"), (_kind(bool), "true or false")),
     "exceptions": (lambda value: tuple(map(rule_of, value)), "tables, each a rule"),
     "defaults": (lambda value: tuple(value.items()), "a table of settings"),

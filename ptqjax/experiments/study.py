@@ -24,7 +24,7 @@ from ptqjax.fit.adapting import adapt_each, is_solved_for
 from ptqjax.fit.rounding import Solving, solve_rounding
 from ptqjax.ir import Model
 from ptqjax.progress import Follow
-from ptqjax.ranges.calibrate import calibrate_each
+from ptqjax.ranges.calibrate import calibrate_and_measure
 from ptqjax.ranges.headroom import widened
 
 _SAMPLES = 32  # that candidates are solved for on, each width anew: they are compared, not kept
@@ -149,8 +149,11 @@ def study_of(model: Model, config: QuantizationConfig, candidates: Candidates, d
         )
     own = tuple(np.array(candidates[group.kind], int) for group in groups)
     configs = _configs(config, groups, own)
-    calibrated = zip(configs.items(), calibrate_each(prepared, data.batches, list(configs.values())), strict=True)
-    levels = {width: widened(prepared, found, headroom, each) for (width, each), (found, _) in calibrated}
+    calibrated = calibrate_and_measure(prepared, data.batches, list(configs.values()))
+    levels = {
+        width: widened(prepared, found, headroom, each, calibrated.num_values)
+        for (width, each), (found, _) in zip(configs.items(), calibrated.each, strict=True)
+    }
     costs = cost_model(prepared, data.batches[0])
     return Study(
         model=prepared,
@@ -170,7 +173,8 @@ def prepared_as_configured(
     """Returns the model before it is calibrated, the settings with what was chosen on the way, and the headroom."""
     (folded,) = pipeline.folded([drafted(model, config, has_data=True)], batches)
     (draft,) = pipeline.equalized([folded], batches)
-    return draft.model, replace(draft.config_as_chosen, headroom=draft.headroom, correct=draft.correct), draft.headroom
+    headroom = config.headroom if draft.headroom == 1.0 else draft.headroom  # None: few values still ask for more
+    return draft.model, replace(draft.config_as_chosen, headroom=headroom, correct=draft.correct), draft.headroom
 
 
 def rules_for(study: Study, widths: Widths) -> QuantizationConfig:

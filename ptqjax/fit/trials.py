@@ -97,7 +97,7 @@ class Judge:
         return measured
 
     def _outcome(self, trial: Trial, found: Calibrated) -> float:
-        encodings = widened(trial.model, found.each[0][0], trial.headroom, self.config)
+        encodings = widened(trial.model, found.each[0][0], trial.headroom, self.config, found.num_values)
         model = trial.model
         if trial.correct != "none":
             data = self.used if trial.correct == "empirical" else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,10 @@ _CHANGED = {
     "GridSample": 20,
     "GroupNormalization": 21,
 }
+CONVERTED = frozenset({"GridSample", "GroupNormalization", "LogSoftmax", "RoiAlign", "Softmax"})
+"""Those that `onnx.version_converter` brings to the newer opset with their meaning kept, as ONNX Runtime computes them:
+not so Hardmax, Resize and Upsample."""
+
 _ALONG_AN_AXIS = ("Softmax", "LogSoftmax", "Hardmax")
 
 # Attributes that went, with the value by which they say nothing; None: any, outside training.
@@ -59,12 +63,17 @@ _SPLIT_COUNTS_SINCE = 18
 
 def blocking_node(model: Model, opset: int) -> Node | None:
     """Returns the first node that cannot be brought to `opset` with its meaning kept; None where all can."""
+    return next(blocking_nodes(model, opset), None)
+
+
+def blocking_nodes(model: Model, opset: int) -> Iterator[Node]:
+    """Yields the nodes that cannot be brought to `opset` with their meaning kept."""
     old = model.graph.opset()
     nodes = [node for node in model.graph.nodes if not node.domain]
     ranks = _ranks(model) if any(node.op_type in _ALONG_AN_AXIS for node in nodes) else {}
     single = all(np.dtype(value.dtype).kind != "f" or value.dtype == np.float32 for value in model.params.values())
     raised = (node for node in nodes if not is_old_resize(node, old, opset) or not keeps_places(model, node))
-    return next((node for node in raised if not _can_be_raised(node, old, opset, ranks, single=single)), None)
+    yield from (node for node in raised if not _can_be_raised(node, old, opset, ranks, single=single))
 
 
 def with_opset(model: Model, opset: int) -> Model:
@@ -166,8 +175,16 @@ def _with_node(model: Model, index: int, node: Node, old: int, new: int) -> Mode
 
 
 def _ranks(model: Model) -> dict[str, int]:
+    """Returns how many axes tensors have: as ONNX infers it, or as a Reshape is told so many sizes; Concat keeps it."""
     graph = inferred(to_proto(model)).graph
     infos = (*graph.input, *graph.output, *graph.value_info)
-    return {
-        info.name: len(info.type.tensor_type.shape.dim) for info in infos if info.type.tensor_type.HasField("shape")
-    }
+    shapes = {info.name: info.type.tensor_type.shape.dim for info in infos if info.type.tensor_type.HasField("shape")}
+    ranks = {name: len(shape) for name, shape in shapes.items()}
+    sizes = {name: shape[0].dim_value for name, shape in shapes.items() if len(shape) == 1 and shape[0].dim_value}
+    for node in model.graph.nodes:
+        told = {"Reshape": sizes, "Concat": ranks}.get(node.op_type, {})
+        read = node.inputs[1:] if node.op_type == "Reshape" else node.inputs
+        rank = next((told[name] for name in read if name in told), None)
+        if rank is not None:
+            ranks.setdefault(node.output, rank)
+    return ranks

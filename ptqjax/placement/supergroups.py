@@ -34,7 +34,7 @@ def find_groups(model: Model, target: Target, supergroups: Sequence[tuple[str, .
     bounds and one activation function may follow. Before all of them, functions spelled in pieces (`find_pieces`).
     Source: the fusions that `target` names.
     """
-    pieces = find_pieces(model) if target.pieces else ()
+    pieces = [each for each in find_pieces(model) if each.name not in target.integer_pieces] if target.pieces else []
     inside = {name: f"inside {each.name}, which produces '{each.result}'" for each in pieces for name in each.inside}
     spelled = {node.output: each.name for each in pieces for node in each.nodes}
     bounded: dict[str, str] = {}

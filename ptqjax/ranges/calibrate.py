@@ -21,7 +21,7 @@ from ptqjax.placement.unlike import Joints, find_joints, give_up
 from ptqjax.ranges.data_free import encode_from_statistics
 from ptqjax.ranges.headroom import widened
 from ptqjax.ranges.observers import Extremes, RangeScheme
-from ptqjax.ranges.observing import Axes, Means, Observed, Wanted, Watched, observe
+from ptqjax.ranges.observing import Axes, Means, Observed, Seen, Wanted, Watched, observe
 from ptqjax.ranges.schemes import MIN_MAX, find_scheme
 from ptqjax.ranges.search import encode_constants
 from ptqjax.ranges.site_encodings import (
@@ -60,7 +60,8 @@ def calibrate_and_report(
     `data_free.encode_from_statistics`, and weights as with data. Batches are read once, one at a time, in any order and
     of any sizes (each new size is compiled anew); memory does not grow with their number. Extremes are those of all
     values; schemes that look at more count `observers.SAMPLES` values of each tensor and sample, always at the same
-    places. With `config.compatibility`, batches count one by one and in their order.
+    places. With `config.compatibility`, batches count one by one and in their order. Ranges are what was seen, times
+    `config.headroom`; what `quantize` leaves a tensor of few values is not added.
 
     Args:
         model: The model; nothing in it changes.
@@ -80,7 +81,7 @@ def calibrate_and_report(
     """
     config = QuantizationConfig() if config is None else config
     encodings, report = _calibrated(model, batches, [_task(model, config, frozen or {})]).each[0]
-    wide = widened(model, encodings, config.headroom or 1.0, config)
+    wide = widened(model, encodings, config.headroom or 1.0, config, {})
     return wide | {name: encodings[name] for name in frozen or {}}, report
 
 
@@ -118,6 +119,8 @@ class Calibrated:
     """For each configuration the encodings, and a record for each weight whose scale was raised."""
     means: Means | None
     """Channel means of the tensors that were to be measured, batch by batch; None where they were not kept."""
+    num_values: Mapping[str, int]
+    """How many values each activation had in all batches, counted up to `observing.MANY`; none without data."""
 
 
 def calibrate_and_measure(
@@ -142,7 +145,7 @@ def calibrate_and_measure(
             if not label:
                 raise
             raise ConfigError(f"{label}{error}") from error
-    return _calibrated(model, batches, tasks, measured) if tasks else Calibrated(each=(), means=None)
+    return _calibrated(model, batches, tasks, measured) if tasks else Calibrated(each=(), means=None, num_values={})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,15 +237,16 @@ def _search(site: Site, config: QuantizationConfig) -> _Search:
 
 def _calibrated(model: Model, batches: Iterable[Any] | None, tasks: Sequence[_Task], measured: Axes = ()) -> Calibrated:
     constants = _encode_constants(model, [search for task in tasks for search in task.constants.values()])
-    means = None
+    means, num_values = None, {}
     if batches is None:
         observed = [_encoded_without_data(model, task) for task in tasks]
     else:
         searches = [search for task in tasks for search in task.observed.values()]
-        found, means = _encode_observed(model, batches, searches, measured)
+        found, seen = _encode_observed(model, batches, searches, measured)
+        means, num_values = seen.means, seen.num_values
         observed = [{name: found[search] for name, search in task.observed.items()} for task in tasks]
     each = tuple(_result(model, task, constants, after) for task, after in zip(tasks, observed, strict=True))
-    return Calibrated(each=each, means=means)
+    return Calibrated(each=each, means=means, num_values=num_values)
 
 
 def _encoded_without_data(model: Model, task: _Task) -> dict[str, Ranged]:
@@ -322,7 +326,7 @@ def _parts(alike: Sequence[_Search]) -> list[list[_Search]]:
 
 def _encode_observed(
     model: Model, batches: Iterable[Any], searches: Sequence[_Search], measured: Axes
-) -> tuple[dict[_Search, Ranged], Means | None]:
+) -> tuple[dict[_Search, Ranged], Seen]:
     groups = list(_alike(searches))
     wanted = [
         Wanted(observer=scheme.observer, tensors=tuple(map(_watched, alike)), scheme=scheme.name)
@@ -332,7 +336,7 @@ def _encode_observed(
     found: dict[_Search, Ranged] = {}
     for scheme, alike in groups:
         found |= dict(zip(alike, _finished(scheme, seen.observed[scheme.observer], alike), strict=True))
-    return found, seen.means
+    return found, seen
 
 
 def _watched(search: _Search) -> Watched:

@@ -52,6 +52,9 @@ Axes: TypeAlias = tuple[tuple[str, int], ...]
 Means: TypeAlias = Mapping[tuple[int, int], Mapping[str, np.ndarray]]
 """By batch and first sample of a part of it: the mean of each channel, by tensor, shape [c]."""
 
+MANY = 4096
+"""Values of a tensor beyond which their number is not counted: then its extremes tell what is to come."""
+
 _MOST_BYTES_OF_MEANS = 2**28  # beyond, they are measured again by those who need them: memory stays bounded
 
 
@@ -63,6 +66,8 @@ class Seen:
     """What each observer kept over all batches."""
     means: Means | None
     """The channel means of each batch, where they were asked for; None where there are too many to be kept."""
+    num_values: Mapping[str, int]
+    """How many values each tensor has had over all batches, counted up to `MANY`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +124,8 @@ def observe(model: Model, batches: Iterable[Any], wanted: Iterable[Wanted], *, m
     if not plan.parts:
         for parts in data:  # bad ones are an error even where none are needed
             together(partial(_check, model, parts), is_shared=parts.is_shared)
-        return Seen(observed={}, means=None)
-    states, is_shared, means = _states(model, plan, wanted, data)
+        return Seen(observed={}, means=None, num_values={})
+    states, is_shared, kept = _states(model, plan, wanted, data)
     observed = {
         observer: Observed(
             observer=observer,
@@ -129,16 +134,16 @@ def observe(model: Model, batches: Iterable[Any], wanted: Iterable[Wanted], *, m
         )
         for i, (observer, watched) in enumerate(plan.parts)
     }
-    return Seen(observed=observed, means=means)
+    return Seen(observed=observed, means=kept.means if plan.measured else None, num_values=kept.num_values)
 
 
 def _states(
     model: Model, plan: _Plan, wanted: Sequence[Wanted], data: Iterable[Parts]
-) -> tuple[list[Any], bool, Means | None]:
-    """Returns the states of each device of this process, whether other processes have some too, and channel means."""
+) -> tuple[list[Any], bool, _Kept]:
+    """Returns the states of this process's devices, whether other processes have some too, and what else is kept."""
     states: dict[Any, Any] = {}
     params: dict[Any, Any] = {}
-    means = _KeptMeans()
+    kept = _Kept()
     num_seen, is_shared = 0, False
     for index, parts in enumerate(data):
         num_seen += parts.num_samples
@@ -150,17 +155,24 @@ def _states(
                 params[part.device] = jax.device_put(dict(model.params), part.device)
                 states[part.device] = jax.device_put(_initial(plan), part.device)
         found = together(partial(_advance, plan, params, states, parts), is_shared=parts.is_shared)
-        means.keep({(index, start): each for some in found for start, each in some})
-    kept = means.means if plan.measured else None
+        parts_seen = [part for some in found for part in some]
+        kept.keep({(index, start): means for start, means, _ in parts_seen})
+        kept.count(sizes for _, _, sizes in parts_seen)
     return list(states.values()) or [_initial(plan)], is_shared, kept
 
 
-class _KeptMeans:
-    """Channel means of batches, until they are too many."""
+class _Kept:
+    """Channel means of batches, until they are too many, and how many values each tensor has had."""
 
     def __init__(self) -> None:
         self.means: dict[tuple[int, int], Mapping[str, np.ndarray]] | None = {}
+        self.num_values: dict[str, int] = {}
         self._num_bytes = 0
+
+    def count(self, each: Iterable[Mapping[str, Any]]) -> None:
+        """Adds the sizes of tensors, each up to `MANY` in all."""
+        for name, size in (pair for sizes in each for pair in sizes.items()):
+            self.num_values[name] = min(self.num_values.get(name, 0) + int(size), MANY)
 
     def keep(self, found: Mapping[tuple[int, int], Mapping[str, np.ndarray]]) -> None:
         """Adds those of a batch, or forgets all."""
@@ -171,19 +183,19 @@ class _KeptMeans:
 
 def _advance(
     plan: _Plan, params: Mapping[Any, Any], states: dict[Any, Any], parts: Parts
-) -> list[tuple[int, Mapping[str, np.ndarray]]]:
-    """Replaces the states of the devices by those after one batch; returns the channel means of each part."""
+) -> list[tuple[int, Mapping[str, np.ndarray], Mapping[str, Any]]]:
+    """Replaces the states of the devices by those after one batch; returns start, means and sizes of each part."""
     running = []
     for part in parts.here:  # all devices work before the first is waited for
         inputs = checked_part(plan.graph, part)
         check_ids(plan.graph, params[part.device], inputs, part.place)
-        looked, means = _look(plan, params[part.device], inputs)
+        looked, means, sizes = _look(plan, params[part.device], inputs)
         states[part.device], is_finite = _absorb(plan.observers, states[part.device], looked)
-        running.append((part, is_finite, means))
+        running.append((part, is_finite, (means, sizes)))
     # Waits for the step: JAX would otherwise run ahead and hold many batches at once.
     for part, is_finite, _ in running:
         _check_finite(plan, np.asarray(is_finite), part.place)
-    return [(part.start, jax.device_get(means)) for part, _, means in running]
+    return [(part.start, *jax.device_get(kept)) for part, _, kept in running]
 
 
 def _initial(plan: _Plan) -> Any:
@@ -209,8 +221,10 @@ def _places(graph: Graph) -> dict[str, int]:
 
 
 @partial(compiled, is_brief=True)
-def _look(plan: _Plan, params: dict[str, Any], inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
-    """Returns what each observer is to keep of one batch, and channel means; the forward pass, and little beside it."""
+def _look(
+    plan: _Plan, params: dict[str, Any], inputs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, jax.Array], dict[str, Any]]:
+    """Returns what each observer is to keep of one batch, channel means and sizes; the forward pass, little more."""
     axes = dict(plan.measured)
     ways: dict[str, list[Counting | None]] = {}
     for name, counted in dict.fromkeys(each for _, watched in plan.parts for each in watched):
@@ -220,7 +234,7 @@ def _look(plan: _Plan, params: dict[str, Any], inputs: dict[str, Any]) -> tuple[
         if name not in ways and name not in axes:
             return value, None
         mean = channel_means(value, axes[name], channel_axis) if name in axes else None
-        return value, ([_counted(value, way, channel_axis) for way in ways.get(name, ())], mean)
+        return value, ([_counted(value, way, channel_axis) for way in ways.get(name, ())], mean, value.size)
 
     _, found = interpret(plan.graph, params, inputs, intercept=seen)
     absent = [name for name in ways if name not in found]
@@ -230,7 +244,8 @@ def _look(plan: _Plan, params: dict[str, Any], inputs: dict[str, Any]) -> tuple[
         observer.look([found[name][0][ways[name].index(way)] for name, way in watched], num_samples(inputs))
         for observer, watched in plan.parts
     )
-    return looked, {name: found[name][1] for name in axes if name in found}
+    sizes = {name: np.int32(min(found[name][2], MANY)) for name in ways}
+    return looked, {name: found[name][1] for name in axes if name in found}, sizes
 
 
 def _counted(value: jax.Array, way: Counting | None, channel_axis: int | None) -> jax.Array:

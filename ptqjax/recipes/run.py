@@ -57,7 +57,8 @@ class Run:
     stages: tuple[StageRun, ...]
     """In order."""
     metrics: Mapping[str, Any]
-    """What was measured of the exported file: "num_samples", and those of the recipe's metrics that could be."""
+    """What was measured of the exported file: "num_samples", and those of the recipe's metrics that could be; with
+    "sqnr_db" of several outputs (or parts of one) also "outputs", by name in dB, "worst_output" and "worst_sqnr_db"."""
 
     @property
     def model(self) -> Path:

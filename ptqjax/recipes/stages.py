@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -77,6 +77,7 @@ def _drafted(task: Task, model: Model) -> Draft:
 
 
 def _fold(task: Task, _: Path, folder: Path) -> None:
+    pipeline.check_exportable(task.model, task.recipe.config)
     (draft,) = pipeline.folded([_drafted(task, task.model)], None)
     write_model(folder, draft.model)
     _write_records(folder, draft.reports["fold"])
@@ -127,14 +128,26 @@ def _evaluate(task: Task, root: Path, folder: Path) -> None:
             metrics=[name for name in asked if name == "agreement"],
             device=task.recipe.device,
         )
-        found = {"num_samples": result.num_samples} | _asked(result, asked)
+        found = {"num_samples": result.num_samples} | _asked(result, asked) | _of_outputs(result, asked)
     _write_json(folder / _METRICS, found)
 
 
 def _asked(result: Evaluation, metrics: Iterable[str]) -> dict[str, float | str]:
     values = {"sqnr_db": result.sqnr, "agreement": result.agreement, "top1": result.top1}
     known = {name: value for name in metrics if (value := values[name]) is not None}
-    return {name: value if math.isfinite(value) else str(value) for name, value in known.items()}
+    return {name: _told(value) for name, value in known.items()}
+
+
+def _of_outputs(result: Evaluation, metrics: Container[str]) -> dict[str, Any]:
+    """Returns the SQNR of each of several outputs or parts in dB, and the least, where SQNR is asked for."""
+    if result.worst is None or "sqnr_db" not in metrics:
+        return {}
+    outputs = {name: _told(value) for name, value in result.outputs.items()}
+    return {"outputs": outputs, "worst_output": result.worst[0], "worst_sqnr_db": _told(result.worst[1])}
+
+
+def _told(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no infinity
 
 
 def _report(task: Task, root: Path, folder: Path) -> None:

@@ -22,6 +22,7 @@ from ptqjax.experiments.sensitivities import sensitivity
 from ptqjax.exporting import export
 from ptqjax.ir import Graph, Model
 from ptqjax.placement.names import matches_name, nodes_named
+from ptqjax.placement.never import find_nevers
 from ptqjax.progress import Follow
 from ptqjax.ranges.calibrate import calibrate
 from ptqjax.ranges.pairs import saturating_layers
@@ -58,7 +59,8 @@ def explain(
     what its own rounding adds; "histograms", what meets each grid; "sensitivity", the share of each group of tensors in
     the noise of the output; "execution", what runs in integers, size and time of `file` beside `float_file`, where
     the target tells its kernels; "runtime", how ONNX Runtime's integers compare with ours, or why they were not
-    compared; "recommendations". Without batches only the first and the last.
+    compared; "never", tensors with values that mean never; "recommendations". Without batches only the first and the
+    last two.
 
     Args:
         source: The float model as it was read.
@@ -105,7 +107,18 @@ def explain(
         facts |= {"sensitivity": _sensitivity_facts(result, first, follow)}
         facts |= {"runtime": _runtime_facts(result, config, file, first)}
     facts |= {"saturating": list(saturating_layers(result.model, result.encodings, config))}
+    facts |= {"never": _never_facts(result, config)}
     return facts | {"recommendations": report.as_facts(report.recommendations(facts))}
+
+
+def _never_facts(result: Result, config: QuantizationConfig) -> list[dict[str, Any]]:
+    """Returns the tensors with values that mean "never", the reason, and whether these count as data in its range."""
+    nevers = find_nevers(result.model)
+    is_heeded = config.compatibility is None
+    return [
+        {"tensor": name, "reason": reason, "counts": name in result.encodings and not is_heeded}
+        for name, reason in sorted({**nevers.in_float, **nevers.reasons}.items())
+    ]
 
 
 def _unseen(collection: Iterable[Any], _: str) -> Iterable[Any]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from ptqjax.fit.trials import JUDGED
+from ptqjax.report.advice import MOST_NAMED, Recommendation, count_of
+from ptqjax.report.grid_advice import never_values, saturating_sums, unlike_parts
 from ptqjax.report.options import exact_option, quoted, rule_text, wider_type
 from ptqjax.report.plots import spread
 
 _GOOD_DB, _GOOD_AGREEMENT = 30.0, 0.99  # from which on nothing more is asked of the quantized model
-_MOST_NAMED = 5  # tensors in one recommendation
 _LEAST_GAIN_DB = 0.5  # that one tensor alone must promise
 _TIMES_ITS_PART = 2.0  # of the noise, if all groups caused as much: the least that one tensor is named for
 _LEAST_GAIN_OF_KIND_DB = 1.0
@@ -25,24 +26,6 @@ _SAME_FUNCTION_DB = 60.0  # float32 leaves a hundred
 _LOST_DB = 0.5
 _WEAKER_DB = 10.0  # than the best output
 _WIDE = 8  # bits, from which on a weight is not widened but left out
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recommendation:
-    """One thing to do, and the figures that it follows from."""
-
-    reason: str
-    """Which of the reasons it is, one word or two: "dominant groups", "clipping"; the function that found it."""
-    what: str
-    """What to do, in a sentence."""
-    where: tuple[str, ...] = ()
-    """The tensors that it is about, the most important first; empty where it is about all."""
-    why: str
-    """The figures, in a sentence or two."""
-    option: str
-    """How to say it to `ptqjax quantize`: options, or tables of its --config FILE."""
-    gain_db: float | None = None
-    """SQNR of the output that it promises, in dB; None where that cannot be told."""
 
 
 def recommendations(report: Mapping[str, Any]) -> tuple[Recommendation, ...]:
@@ -159,40 +142,6 @@ def weak_output(report: Mapping[str, Any]) -> list[Recommendation]:
     ]
 
 
-def unlike_parts(report: Mapping[str, Any]) -> list[Recommendation]:
-    """Recommends what to do about tensors whose parts one grid cannot hold: 16 bits, where they are not in float."""
-    found = [record for record in report.get("records", ()) if record["transform"] == "give_up_grids"]
-    return [
-        Recommendation(
-            reason="unlike parts",
-            what=f"End the model before {first}, or keep it in float whatever the data." if done else f"Widen {first}.",
-            where=tuple(where[:_MOST_NAMED]),
-            why=f"{reason}; {what}.",
-            option=f"--exclude {quoted(first)}" if done else rule_text((first,), dtype="uint16"),
-        )
-        for done, (first, *_), where, reason, what in (
-            [record[key] for key in ("done", "where", "where", "reason", "what")] for record in found[:_MOST_NAMED]
-        )
-    ]
-
-
-def saturating_sums(report: Mapping[str, Any]) -> list[Recommendation]:
-    """Recommends the target whose weights are chosen for kernels that add two products in 16 bits."""
-    weights = report.get("saturating", ())
-    if not weights:
-        return []
-    return [
-        Recommendation(
-            reason="saturating sums",
-            what="Quantize for the target ort-cpu, or open sessions with the entry session.x64quantprecision=1.",
-            where=tuple(weights[:_MOST_NAMED]),
-            why=f"on an x86 without VNNI, ONNX Runtime adds products two by two in 16 bits, and at "
-            f"{_count(len(weights), 'weight', 'weights')} of this file two may exceed them.",
-            option="--target ort-cpu",
-        )
-    ]
-
-
 def one_grid_for_all_channels(report: Mapping[str, Any]) -> list[Recommendation]:
     """Recommends a grid per channel where one serves channels that differ by orders of magnitude."""
     if _is_good(report):
@@ -211,8 +160,8 @@ def one_grid_for_all_channels(report: Mapping[str, Any]) -> list[Recommendation]
         Recommendation(
             reason="one grid for all channels",
             what="Give each channel of the weights a grid of its own.",
-            where=tuple(wide[:_MOST_NAMED]),
-            why=f"{_count(len(wide), 'weight has', 'weights have')} one grid for channels that differ by a factor of "
+            where=tuple(wide[:MOST_NAMED]),
+            why=f"{count_of(len(wide), 'weight has', 'weights have')} one grid for channels that differ by a factor of "
             f"{_LEAST_SPREAD:.0f} or more; in {worst} by {ranges[worst]:.3g}: of its {bits} bits the narrowest channel "
             f"uses {left:.1f}.",
             option="--granularity channel",
@@ -231,7 +180,7 @@ def dominant_groups(report: Mapping[str, Any]) -> list[Recommendation]:
     for name in [name for name, share in parts.items() if share >= least and _gain(share) >= _LEAST_GAIN_DB]:
         widens = groups[name]["kind"] == "weight" and _bits(report, groups[name]["tensors"]) < _WIDE
         found[widens].append(groups[name])
-    return [_about_groups(named[:_MOST_NAMED], report, widens=widens) for widens, named in found.items() if named]
+    return [_about_groups(named[:MOST_NAMED], report, widens=widens) for widens, named in found.items() if named]
 
 
 def noisy_kind(report: Mapping[str, Any]) -> list[Recommendation]:
@@ -267,21 +216,23 @@ def clipping(report: Mapping[str, Any]) -> list[Recommendation]:
     """Recommends the whole range where most of what a tensor's rounding adds is from values outside its grid."""
     if _is_good(report):
         return []
+    on_purpose = {each["tensor"] for each in report.get("never", ())}  # what means never lies outside
     clipped = [
         tensor
         for tensor in report.get("tensors", [])
-        if tensor["clip_share"] > _MUCH_CLIPPED
+        if tensor["name"] not in on_purpose
+        and tensor["clip_share"] > _MUCH_CLIPPED
         and (tensor["kind"] == "weight" or tensor["own_sqnr_db"] < tensor["sqnr_db"] + _NEAR_DB)
         and report["settings"]["ranges"] != "min-max"
     ]
     if not clipped:
         return []
     clipped.sort(key=lambda tensor: tensor["own_sqnr_db"])
-    first, names = clipped[0], tuple(tensor["name"] for tensor in clipped[:_MOST_NAMED])
+    first, names = clipped[0], tuple(tensor["name"] for tensor in clipped[:MOST_NAMED])
     return [
         Recommendation(
             reason="clipping",
-            what=f"Let the {_count(len(clipped), 'range', 'ranges')} reach as far as the values do.",
+            what=f"Let the {count_of(len(clipped), 'range', 'ranges')} reach as far as the values do.",
             where=names,
             why=f"{first['name']} has {100 * first['clipped']:.3g} % of its values outside its grid, and "
             f"{100 * first['clip_share']:.0f} % of the noise that its rounding adds ({first['own_sqnr_db']:.1f} dB) is "
@@ -297,17 +248,17 @@ def other_arithmetic(report: Mapping[str, Any]) -> list[Recommendation]:
     if not runtime.get("compared"):
         return []
     agreement = runtime["integer"]["agreement"] if has_classes(report) else 1.0
-    worst = runtime["groups"][:_MOST_NAMED]
+    worst = runtime["groups"][:MOST_NAMED]
     if agreement >= _GOOD_AGREEMENT and not runtime["unverified"]:
         return []
     why = f"the integer program and ONNX Runtime take the same class on {100 * agreement:.1f} % of the samples"
     if runtime["unverified"]:
-        why += f"; {_count(len(runtime['unverified']), 'tensor is', 'tensors are')} computed otherwise than foreseen"
+        why += f"; {count_of(len(runtime['unverified']), 'tensor is', 'tensors are')} computed otherwise than foreseen"
     return [
         Recommendation(
             reason="other arithmetic",
             what="Judge the file in ONNX Runtime; the simulation does not speak for it.",
-            where=tuple(runtime["unverified"][:_MOST_NAMED]) or tuple(group["tensor"] for group in worst),
+            where=tuple(runtime["unverified"][:MOST_NAMED]) or tuple(group["tensor"] for group in worst),
             why=f"{why}.",
             option="ptqjax evaluate model.onnx --data TEST.npz --reference FLOAT.onnx",
         )
@@ -320,6 +271,7 @@ REASONS: tuple[Callable[[Mapping[str, Any]], list[Recommendation]], ...] = (
     losing_stages,
     unlike_parts,
     weak_output,
+    never_values,
     saturating_sums,
     one_grid_for_all_channels,
     dominant_groups,
@@ -356,7 +308,7 @@ def _about_groups(groups: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
     parts, first = shares(report), groups[0]
     saved = [1 - _left(report, group) if widens else 1.0 for group in groups]
     tensors = tuple(name for group in groups for name in group["tensors"])
-    others = f" and {_count(len(groups) - 1, 'other', 'others')}" if len(groups) > 1 else ""
+    others = f" and {count_of(len(groups) - 1, 'other', 'others')}" if len(groups) > 1 else ""
     told = ", ".join(f"{group['name']} {100 * parts[group['name']]:.0f} %" for group in groups)
     return Recommendation(
         reason="dominant groups",
@@ -392,7 +344,3 @@ def _difference(after: float, before: float) -> float:
 
 def _decibels(noise: float) -> str:
     return f"{-10 * math.log10(noise):.1f}" if noise > 0 else "any number of"
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
