@@ -12,6 +12,7 @@ BASIS = {"errors", "places", "pytrees"}
 LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (tuple(sorted(BASIS)), set()),
     (("kernels", "ir", "config", "targets", "publish", "versions", "stopwatch"), set()),
+    (("metrics",), {"config"}),
     (("progress",), {"stopwatch"}),
     (("programs",), {"versions"}),
     (("ops",), {"kernels"}),
@@ -21,7 +22,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("encodings",), {"ir", "kernels", "config"}),
     (("placement",), {"ir", "kernels", "config", "transforms", "lowering", "encodings"}),
     (("qdq",), {"ir", "kernels", "config", "transforms", "encodings", "placement"}),
-    (("data",), {"ir", "config", "placement"}),
+    (("data",), {"ir", "config", "metrics", "placement"}),
     (("ranges",), {"ir", "kernels", "config", "transforms", "lowering", "encodings", "placement", "data"}),
     (("simulation",), {"ir", "lowering", "encodings", "qdq"}),
     (("bridges",), {"ir", "lowering", "encodings", "placement", "qdq", "simulation"}),

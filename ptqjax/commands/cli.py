@@ -15,7 +15,7 @@ from ptqjax.commands.data import NO_DATA, axes_option, data_files, data_option, 
 from ptqjax.commands.device import device_option, use_device
 from ptqjax.commands.faults import reports_faults
 from ptqjax.commands.help_sections import WithTargets
-from ptqjax.commands.metric import metric_option, require_metrics
+from ptqjax.commands.metric import metric_option, metrics_of, require_metrics
 from ptqjax.commands.pictures import preprocessing_option
 from ptqjax.commands.quantize import (
     MODEL,
@@ -248,9 +248,11 @@ def evaluate(
     """Run MODEL.onnx in ONNX Runtime and tell how good it is.
 
     \b
-    With 'labels' in DATA.npz: top-1 accuracy.
+    With 'labels' in DATA.npz: top-1 accuracy; with one for each token, [samples, tokens] (-100 where none
+    counts): how many tokens are named right, and perplexity.
     With a reference, on the same samples:
-        agreement   how often both name the same class, where an output looks like classes
+        agreement   how often both name the same class, where an output looks like classes, or scores tokens
+        KL          how far the scores of tokens are from the reference's, in nats
         SQNR        10 log10(sum y^2 / sum (y - y_q)^2) of each output, in dB; of an output that joins
                     unlike parts, such as boxes and scores, of each part
 
@@ -287,7 +289,7 @@ def evaluate(
             checked_batches(graph, follow(batches, "evaluating")),
             labels=labels,
             reference=reference,
-            metrics=metrics,
+            metrics=metrics_of(metrics),
             device=device,
         )
         compared = None

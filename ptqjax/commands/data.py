@@ -34,9 +34,10 @@ data_option = click.option(
     required=True,
     multiple=True,
     metavar="DATA.npz|DIR|LIST",
-    help="One array per model input, first axis the samples, and optionally 'labels' (class indices). Also a folder of "
-    "such files, or a pattern in quotes; may be given several times. Or a folder of pictures, DIR/CLASS/PICTURE or "
-    "DIR/PICTURE, or a list of them (.tsv: path, tab, class index), with --preprocessing.",
+    help="One array per model input, first axis the samples, and optionally 'labels' (class indices, one a sample; or "
+    "one a token, -100 where none counts). Also a folder of such files, or a pattern in quotes; may be given several "
+    "times. Or a folder of pictures, DIR/CLASS/PICTURE or DIR/PICTURE, or a list of them (.tsv: path, tab, class "
+    "index), with --preprocessing.",
 )
 """The option of commands that measure."""
 axes_option = click.option(
@@ -161,9 +162,8 @@ def load(
         DataError: A file is no .npz, or does not fit the model; of several, the message names the one.
         ConfigError: `axes` does not fit the model.
     """
-    import numpy as np
-
     from ptqjax.data.files import Batches, grouped, load_each
+    from ptqjax.metrics.labels import joined_labels
 
     if data.pictures is not None:
         return load_pictures(data.pictures, graph, size=_BATCH)
@@ -172,8 +172,7 @@ def load(
     for file, parts in zip(files, each, strict=True) if len(files) > 1 else ():
         _check(file, parts, graph)
     groups = grouped([samples for parts in each for samples in parts])
-    labels = [group.labels for group in groups if group.labels is not None]
-    return np.concatenate(labels) if labels else None, Batches(groups, graph, size=_BATCH)
+    return joined_labels([group.labels for group in groups]), Batches(groups, graph, size=_BATCH)
 
 
 def _check(file: Path, parts: Sequence[Samples], graph: Graph) -> None:

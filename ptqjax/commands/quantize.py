@@ -14,6 +14,7 @@ import click
 
 from ptqjax.commands.data import DataFiles, called, load
 from ptqjax.commands.faults import Note
+from ptqjax.commands.metric import metrics_of
 from ptqjax.errors import ConfigError, OutputError
 from ptqjax.progress import Follow
 from ptqjax.publish import publish, stamp, write_text
@@ -85,6 +86,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
     import ptqjax
 
     with watch("read"):
+        metrics = metrics_of(job.metrics)
         source, origin = ptqjax.read(job.model), _provenance(job.model, job.data.files)
         frozen = None if job.encodings is None else _frozen_encodings(job.encodings, source)
         labels, batches = load(job.data, source.graph, job.batch_axes) if job.data else (None, None)
@@ -103,7 +105,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
                 batches,
                 job.config,
                 labels=labels,
-                metrics=job.metrics,
+                metrics=metrics,
                 origin=origin,
                 device=device,
                 file=job.out / MODEL[0],

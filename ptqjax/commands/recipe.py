@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130  # the exit code of what SIGINT ended
 _DIFFERS = 1
 _WIDTH = 10  # of the column of stages
-_METRICS = {"top1": "top-1 {:.2%}", "agreement": "agreement {:.2%}", "sqnr_db": "SQNR {:.2f} dB"}
+_METRICS = {
+    "top1": "top-1 {:.2%}",
+    "token_accuracy": "token accuracy {:.2%}",
+    "perplexity": "perplexity {:.3f}",
+    "agreement": "agreement {:.2%}",
+    "kl": "KL {:.4f}",
+    "sqnr_db": "SQNR {:.2f} dB",
+}
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 _file = click.Path(path_type=Path)
@@ -191,7 +198,9 @@ def _say_run(done: Run) -> None:
 
 
 def _figures(metrics: Mapping[str, Any]) -> str:
-    return ", ".join(form.format(float(metrics[name])) for name, form in _METRICS.items() if name in metrics)
+    known = [form.format(float(metrics[name])) for name, form in _METRICS.items() if name in metrics]
+    told = {"num_samples", *_METRICS}
+    return ", ".join([*known, *(f"{name} {float(value):.4g}" for name, value in metrics.items() if name not in told)])
 
 
 def _say_replay(found: Replay) -> None:

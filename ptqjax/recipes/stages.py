@@ -28,6 +28,7 @@ from ptqjax.fit import scale_as_configured
 from ptqjax.fit.adapting import adapt_each
 from ptqjax.ir import Model, Record, Report
 from ptqjax.ir.graph import Statistics
+from ptqjax.metrics.named import metric_named
 from ptqjax.pipeline import Result, Stage
 from ptqjax.placement.tensors import check_not_quantized
 from ptqjax.progress import Follow
@@ -124,22 +125,29 @@ def _evaluate(task: Task, root: Path, folder: Path) -> None:
     """Measures the exported file in ONNX Runtime against the float one."""
     found, data, asked = {}, task.evaluation, task.recipe.metrics
     if data is not None:
-        labels = data.labels if "top1" in asked else None
+        labels = data.labels if any(metric_named(name).needs_labels for name in asked) else None
         result = evaluate(
             root / "export" / "model.onnx",
             task.follow(data.batches, "evaluate"),
             labels=labels,
             reference=task.recipe.model,
-            metrics=[name for name in asked if name == "agreement"],
+            metrics=[name for name in asked if _is_of_its_own(name, labels)],
             device=task.recipe.device,
         )
         found = {"num_samples": result.num_samples} | _asked(result, asked)
     _write_json(folder / _METRICS, found)
 
 
+def _is_of_its_own(name: str, labels: np.ndarray | None) -> bool:
+    """Tells whether a metric has to be asked for; others are measured anyway where labels and outputs allow it."""
+    if metric_named(name).needs_labels:
+        return ":" in name and labels is not None
+    return ":" in name or name in ("agreement", "cosine")
+
+
 def _asked(result: Evaluation, metrics: Iterable[str]) -> dict[str, float | str]:
-    values = {"sqnr_db": result.sqnr, "agreement": result.agreement, "top1": result.top1}
-    known = {name: value for name in metrics if (value := values[name]) is not None}
+    values = {"sqnr_db": result.sqnr, "agreement": result.agreement, "top1": result.top1} | dict(result.figures)
+    known = {name: value for name in metrics if (value := values.get(name)) is not None}
     return {name: value if math.isfinite(value) else str(value) for name, value in known.items()}
 
 
