@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ptqjax.agreement import validate
     from ptqjax.bridges import from_flax, to_flax
     from ptqjax.config import QuantizationConfig, Rule, config_from_aimet, read_config, write_config
+    from ptqjax.decoders import decoding_batches
     from ptqjax.encoding_files import read_encodings, read_quantized, read_state, write_encodings, write_state
     from ptqjax.encodings.encoding import Encoding
     from ptqjax.errors import (
@@ -72,6 +73,7 @@ __all__ = [
     "choose_encoding",
     "config_from_aimet",
     "correct_biases",
+    "decoding_batches",
     "equalize",
     "evaluate",
     "explain",
@@ -123,6 +125,7 @@ _ROOM = {
     "choose_encoding": "ranges.search",
     "config_from_aimet": "config",
     "correct_biases": "fit",
+    "decoding_batches": "decoders",
     "equalize": "transforms",
     "evaluate": "evaluation",
     "explain": "report.explanation",

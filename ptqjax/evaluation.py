@@ -333,7 +333,7 @@ def require_samples(batch: Mapping[str, Any], index: int) -> None:
     Raises:
         DataError: An input has none.
     """
-    for name in [name for name, value in batch.items() if 0 in np.shape(value)]:
+    for name in [name for name, value in batch.items() if np.shape(value)[:1] == (0,)]:
         raise DataError(
             f"batch {index}: input '{name}' has no samples (shape {np.shape(batch[name])}); leave the batch out"
         )

@@ -29,7 +29,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("encoding_files",), {"ir", "kernels", "config", "onnx_io", "encodings", "placement", "qdq"}),
     (("exporting",), {"ir", "onnx_io", "encodings", "qdq", "encoding_files", "publish", "versions"}),
     (("agreement", "fit"), None),
-    (("outputs",), None),
+    (("outputs", "decoders"), None),
     (("evaluation",), None),
     (("pipeline",), None),
     (("experiments",), None),

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ptqjax.commands.branch import like_model
 from ptqjax.commands.cache import cache_option, kept_programs
 from ptqjax.commands.data import NO_DATA, axes_option, data_files, data_option, load, say_reading
 from ptqjax.commands.device import device_option, use_device
@@ -280,7 +281,7 @@ def evaluate(
 
     quantized = ptqjax.read(model)
     graph = quantized.graph  # ONNX Runtime alone computes: it says where it can
-    labels, batches = load(files, graph, batch_axes)
+    labels, batches = load(files, graph, batch_axes, decoder=quantized)
     saturating = may_saturate(quantized)
     differs = bool(saturating) and device != "cuda" and saturates_here()
     with progress(is_quiet=quiet) as follow:
@@ -288,14 +289,17 @@ def evaluate(
             [model, exact_function(model, device=device)] if differs else [model],
             checked_batches(graph, follow(batches, "evaluating")),
             labels=labels,
-            reference=reference,
+            reference=reference and like_model(reference, graph),
             metrics=metrics_of(metrics),
             device=device,
         )
         compared = None
         if reference is not None and labels is not None:
             compared = ptqjax.evaluate(
-                reference, follow(batches, "evaluating the reference"), labels=labels, device=device
+                like_model(reference, graph),
+                follow(batches, "evaluating the reference"),
+                labels=labels,
+                device=device,
             )
     tables.print_evaluation(model, found, compared, *exact)
     for warning in warn_of_saturation(saturating):
@@ -341,7 +345,7 @@ def validate(
 
     use_device(device)
     quantized = ptqjax.read(path)
-    _, batches = load(files, quantized.graph, batch_axes)
+    _, batches = load(files, quantized.graph, batch_axes, decoder=quantized)
     watch = Stopwatch()
     with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
         found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)

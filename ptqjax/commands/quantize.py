@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqjax.commands.branch import read_with_branch
 from ptqjax.commands.data import DataFiles, called, load
 from ptqjax.commands.faults import Note
 from ptqjax.commands.metric import metrics_of
@@ -87,9 +88,9 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
 
     with watch("read"):
         metrics = metrics_of(job.metrics)
-        source, origin = ptqjax.read(job.model), _provenance(job.model, job.data.files)
+        source, origin = read_with_branch(job.model), _provenance(job.model, job.data.files)
         frozen = None if job.encodings is None else _frozen_encodings(job.encodings, source)
-        labels, batches = load(job.data, source.graph, job.batch_axes) if job.data else (None, None)
+        labels, batches = load(job.data, source.graph, job.batch_axes, decoder=source) if job.data else (None, None)
     data = None if batches is None else follow(batches, "quantizing")
     result = ptqjax.quantize(source, data, job.config, frozen=frozen, stage=watch)
     with watch("export"):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ptqjax.data.object_arrays import read_array_of_arrays
+from ptqjax.data.past import Interface
 from ptqjax.data.sample_axes import Given, Listed, SampleAxis, fixed_batch_size, listed, sample_axes
 from ptqjax.errors import DataError
 from ptqjax.ir import Graph
@@ -100,6 +101,41 @@ def load_samples(path: str | os.PathLike[str], graph: Graph, *, axes: Given | No
         for index in range(num_samples)
     ]
     return grouped(one_by_one)
+
+
+def load_sequences(
+    paths: Sequence[str | os.PathLike[str]], found: Interface
+) -> tuple[list[np.ndarray], list[np.ndarray] | None] | None:
+    """Returns the token ids of each sequence in files, and the labels of each token; None where a file holds more.
+
+    Where a file holds the decoder's attention mask as well, the tokens that it leaves out are left out.
+
+    Raises:
+        DataError: A file is missing or is no .npz, or its arrays are not as many as sequences, or not as long.
+    """
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for path in paths:
+        arrays = _read(Path(path))
+        if found.ids not in arrays or set(arrays) - {found.ids, found.mask, _LABELS}:
+            return None
+        rows = [np.asarray(row).reshape(-1) for row in arrays[found.ids]]
+        kept = [np.ones(len(row), bool) for row in rows]
+        for name in [name for name in (found.mask, _LABELS) if name in arrays]:
+            others = [np.asarray(row).reshape(-1) for row in arrays[name]]
+            if [len(row) for row in others] != [len(row) for row in rows]:
+                raise DataError(
+                    f"'{path}': '{name}' and '{found.ids}' hold sequences of unlike number or length; expected an "
+                    "entry for each token"
+                )
+            if name == found.mask:
+                kept = [row != 0 for row in others]
+            else:
+                labels += [row[keep] for row, keep in zip(others, kept, strict=True)]
+        ids += [row[keep] for row, keep in zip(rows, kept, strict=True)]
+    if labels and len(labels) != len(ids):
+        raise DataError(f"some files have '{_LABELS}' and others have none; give labels to all of them, or to none")
+    return ids, labels or None
 
 
 def _of_sample(value: Listed, axis: SampleAxis, index: int) -> np.ndarray:
