@@ -18,6 +18,7 @@ from ptqjax.encoding_files import encodings_json
 from ptqjax.encodings.encoding import Encodings, concrete
 from ptqjax.errors import ConfigError, ModelError
 from ptqjax.ir import Model, Node, place_of
+from ptqjax.mapped import release
 from ptqjax.onnx_io.opset import blocking_node, with_opset
 from ptqjax.publish import published, write_text
 from ptqjax.qdq.implied_clips import drop_implied_clips
@@ -146,7 +147,8 @@ def fingerprint(model: Model) -> str:
     for name, value in sorted(model.params.items()):
         array = np.ascontiguousarray(value)
         digest.update(f"{name}{array.dtype.name}{array.shape}".encode())
-        digest.update(array.tobytes())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+        release(value)
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ptqjax"
 
 # Per level: the modules on it, and what they may import besides those of the first; None: whatever stands above it.
-BASIS = {"errors", "places", "pytrees"}
+BASIS = {"errors", "mapped", "places", "pytrees"}
 LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (tuple(sorted(BASIS)), set()),
     (("kernels", "ir", "config", "targets", "publish", "versions", "stopwatch"), set()),
