@@ -46,7 +46,7 @@ class Evaluation:
     sqnr: float | None
     """10 log10(sum y^2 / sum (y - y_q)^2) over all outputs, y the reference's, in dB; None without a reference."""
     outputs: Mapping[str, float] = field(default_factory=dict)
-    """The same of each output by itself, by name; of an output that strings unlike parts together, of each part:
+    """The figures of each output by itself, by name; of an output that strings unlike parts together, of each part:
     "output: part". Empty without a reference."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Every other metric, by name: those that were asked for, with labels [N, T] "token_accuracy", "cross_entropy" and
@@ -220,7 +220,7 @@ class _Comparison:
     reference: _Runner | None
     """What they are compared with."""
     labels: np.ndarray | None
-    """Of all samples."""
+    """The labels of all samples; None without."""
 
     def seen(self, parts: Parts, before: int) -> Iterator[tuple[int, int, list[Seen]]]:
         """Yields the first sample, the size and what each model gives of each part of a batch that this process has.

@@ -23,7 +23,7 @@ class Seen:
     found: Outputs
     """The outputs of the model that is measured."""
     wanted: Outputs
-    """Those of the reference; empty without one."""
+    """The outputs of the reference; empty without one."""
     labels: np.ndarray | None
     """The index of the class of each sample [N], or of each of its positions [N, T] with `IGNORED` where none counts;
     None without labels."""
