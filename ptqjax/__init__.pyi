@@ -13,6 +13,8 @@ from ptqjax.config import read_config as read_config
 from ptqjax.config import write_config as write_config
 from ptqjax.config.target import Target as Target
 from ptqjax.config.target import target_names as target_names
+from ptqjax.decoders import Decoded as Decoded
+from ptqjax.decoders import decoding_batches as decoding_batches
 from ptqjax.drafts import Result as Result
 from ptqjax.encoding_files import Mismatch as Mismatch
 from ptqjax.encoding_files import read_encodings as read_encodings
@@ -63,6 +65,9 @@ from ptqjax.ir import Model as Model
 from ptqjax.ir import Record as Record
 from ptqjax.ir import Report as Report
 from ptqjax.lowering import apply as apply
+from ptqjax.metrics.named import Asked as Asked
+from ptqjax.metrics.records import Seen as Seen
+from ptqjax.metrics.records import mean_of as mean_of
 from ptqjax.onnx_io import read as read
 from ptqjax.onnx_io import write as write
 from ptqjax.ops import lowers as lowers

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from ptqjax import onnx_io
-from ptqjax.agreement import decibels, run, session
+from ptqjax.agreement import run, session
 from ptqjax.agreement.runtime import model_file
-from ptqjax.config import near_names
-from ptqjax.data.files import checked_labels
 from ptqjax.data.parts import Part, Parts, parts_of, together
-from ptqjax.errors import ConfigError, DataError, ModelError
-from ptqjax.outputs import UNLIKE, Strung, class_output, strung_outputs
+from ptqjax.errors import DataError, ModelError
+from ptqjax.metrics import Metric, Seen, Tally, decibels, find_metrics
+from ptqjax.metrics.classes import agreement as agreement_metric
+from ptqjax.metrics.classes import naming_output, predicted, token_scores
+from ptqjax.metrics.classes import top1 as top1_metric
+from ptqjax.metrics.labels import labels_of, padded_labels
+from ptqjax.metrics.named import Asked
+from ptqjax.metrics.records import added
+from ptqjax.metrics.sequences import cross_entropy, kl, perplexity, token_accuracy
+from ptqjax.metrics.sums import Energies, energies, sqnr_db
+from ptqjax.outputs import UNLIKE, Strung, strung_outputs
 from ptqjax.outputs import Parts as OutputParts
 
 Runnable = str | os.PathLike[str] | bytes | Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -41,6 +48,9 @@ class Evaluation:
     outputs: Mapping[str, float] = field(default_factory=dict)
     """The figures of each output by itself, by name; of an output that strings unlike parts together, of each part:
     "output: part". Empty without a reference."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Every other metric, by name: those that were asked for, with labels [N, T] "token_accuracy", "cross_entropy" and
+    "perplexity", and of an output of tokens with a reference "kl"."""
 
     @property
     def worst(self) -> tuple[str, float] | None:
@@ -56,9 +66,9 @@ def evaluate(
     model: Runnable,
     batches: Iterable[Mapping[str, Any]],
     *,
-    labels: np.ndarray | None = None,
+    labels: np.ndarray | Sequence[Any] | None = None,
     reference: Runnable | None = None,
-    metrics: Sequence[str] = (),
+    metrics: Sequence[Asked] = (),
     strung: Strung | None = None,
     device: str = "cpu",
 ) -> Evaluation:
@@ -70,18 +80,23 @@ def evaluate(
             VNNI as well.
         batches: Inputs by name, samples along the first axis. Of a batch that lies on several devices, each part goes
             through the function on its device; what the function reads besides is to lie on the host, or nowhere fixed.
-        labels: The index of the class of each sample, in the order of the batches. The classes are the elements of the
-            first output, over all its axes but that of the samples.
+        labels: In the order of the batches, the index of the class of each sample [N]: the classes are the elements of
+            the first output, over all its axes but that of the samples. Or that of each position of its sequence
+            [N, T], `IGNORED` (-100) where none counts: the classes are along the last axis of the first output
+            [N, T, C]; a list of arrays [T] where sequences are of unlike length.
         reference: The float model, to compare with: of the same inputs and outputs.
-        metrics: What to measure although it does not look so: "agreement" of the first output, or "agreement:OUTPUT".
+        metrics: What to measure besides: names of `METRICS`, also with ":OUTPUT" for another output than the one that
+            a metric picks itself; `Metric` records; or functions of `Seen`, whose mean is taken (`mean_of`).
         strung: The outputs that have parts; None: as the reference's file tells, if it is one.
         device: Where ONNX Runtime computes: "cpu", "cuda" or "auto".
 
     Raises:
         DataError: The batches do not fit the model, there are none, one is empty, or there are not as many as labels;
-            or the labels are not indices of classes; or the reference has other inputs or outputs.
+            or the labels are not indices of classes, or are not as long as sequences; or the reference has other inputs
+            or outputs.
         ModelError: A file cannot be run, an output is not finite, or the first is a single number.
-        ConfigError: onnxruntime is missing or has no such device; or a metric is unknown, or of no output.
+        ConfigError: onnxruntime is missing or has no such device; or a metric is unknown, or of no output, or of labels
+            or a reference that there are not.
     """
     how = {"labels": labels, "reference": reference, "metrics": metrics, "strung": strung, "device": device}
     return evaluate_each([model], batches, **how)[0]
@@ -91,50 +106,78 @@ def evaluate_each(
     models: Sequence[Runnable],
     batches: Iterable[Mapping[str, Any]],
     *,
-    labels: np.ndarray | None = None,
+    labels: np.ndarray | Sequence[Any] | None = None,
     reference: Runnable | None = None,
-    metrics: Sequence[str] = (),
+    metrics: Sequence[Asked] = (),
     strung: Strung | None = None,
     device: str = "cpu",
 ) -> tuple[Evaluation, ...]:
     """Returns what `evaluate` returns for each model, from one pass over the data, in which the reference runs once."""
     subjects = [_runner(model, "the model", device) for model in models]
     other = None if reference is None else _runner(reference, "the reference", device)
-    counting = _Counting(metrics=tuple(metrics), strung=strung or _strung(reference), labels=labels)
-    totals = [_Counts() for _ in models]
+    labels = None if labels is None else _labels(labels)
+    measures = _measures(metrics, labels, strung or _strung(reference), has_reference=other is not None)
+    comparison = _Comparison(subjects=subjects, reference=other, labels=labels)
+    totals = [Tally.of(measures) for _ in models]
     num_samples = 0
     for index, batch in enumerate(batches):
         require_samples(batch, index)
         parts = parts_of(batch, f"batch {index}")
-        measured = partial(_measured, subjects, other, parts, counting, num_samples)
-        found = [each for some in together(measured, is_shared=parts.is_shared) for each in some]
-        for _, size, each in sorted(found, key=lambda part: int(part[0])):
-            totals = [total.plus(counts) for total, counts in zip(totals, each, strict=True)]
-            num_samples += int(size)
+        totals, size = _counted(totals, comparison, parts, num_samples)
+        num_samples += size
     num_labels = num_samples if labels is None else len(labels)
     if not num_samples or num_labels != num_samples:
         raise DataError(
             f"there are {num_samples} samples and {num_labels} labels to evaluate on; "
             "expected at least one sample, and a label for each"
         )
-    return tuple(_evaluation(total, num_samples, labels is not None, other is not None) for total in totals)
+    return tuple(_evaluation(total, num_samples, metrics) for total in totals)
 
 
-def _evaluation(total: _Counts, num_samples: int, has_labels: bool, is_compared: bool) -> Evaluation:  # noqa: FBT001
+def _labels(labels: Any) -> np.ndarray:
+    is_listed = isinstance(labels, list | tuple) and any(np.ndim(each) for each in labels)
+    return padded_labels(labels, "labels") if is_listed else np.asarray(labels)
+
+
+def _measures(
+    asked: Sequence[Asked], labels: np.ndarray | None, strung: Strung | None, *, has_reference: bool
+) -> tuple[Metric, ...]:
+    """Returns what is measured: what is asked for, and whatever labels and a reference tell."""
+    found = find_metrics(asked, has_labels=labels is not None, has_reference=has_reference)
+    usual: list[Metric] = []
+    if has_reference:
+        usual += [sqnr_db(), _of_parts(strung), agreement_metric(choose=naming_output), kl(choose=token_scores)]
+    if labels is not None:
+        usual += [top1_metric()] if labels.ndim == 1 else [token_accuracy(), cross_entropy(), perplexity()]
+    names = {metric.name for metric in found}
+    return (*(metric for metric in usual if metric.name not in names), *found)
+
+
+_FIELDS = ("sqnr_db", "agreement", "top1")
+_PARTS = "parts"
+
+
+def _evaluation(total: Tally, num_samples: int, asked: Sequence[Asked]) -> Evaluation:
+    figures = {name: value for name, value in total.figures().items() if not math.isnan(value)}
+    named = [name for name in asked if isinstance(name, str) and name.startswith("agreement")]
     return Evaluation(
         num_samples=num_samples,
-        top1=total.num_right / num_samples if has_labels else None,
-        agreement=total.num_same / total.num_named if total.num_named else None,
-        sqnr=decibels(*np.sum(list(total.outputs.values()), axis=0)) if is_compared else None,
+        top1=figures.get("top1"),
+        agreement=figures.get(named[-1] if named else "agreement"),
+        sqnr=figures.get("sqnr_db"),
         outputs={name: decibels(*sums) for name, sums in _told_apart(total).items()},
+        figures={name: value for name, value in figures.items() if name not in _FIELDS},
     )
 
 
-def _told_apart(total: _Counts) -> dict[str, _Sums]:
+def _told_apart(total: Tally) -> dict[str, tuple[float, float]]:
     """Returns the sums of each output; in place of those of one with unlike parts, those of each part."""
-    found: dict[str, _Sums] = {}
-    for output, sums in total.outputs.items():
-        parts = {part: total.parts[output, part] for name, part in total.parts if name == output}
+    states = {metric.name: state for metric, state in total.by_metric()}
+    outputs: Energies = states.get("sqnr_db", {})
+    every: _PartSums = states.get(_PARTS, {})
+    found: dict[str, tuple[float, float]] = {}
+    for output, sums in outputs.items():
+        parts = {part: every[output, part] for name, part in every if name == output}
         powers = [signal / size for signal, _, size in parts.values() if signal > 0]
         if powers and max(powers) >= UNLIKE**2 * min(powers):
             found |= {f"{output}: {part}": (signal, noise) for part, (signal, noise, _) in parts.items()}
@@ -143,31 +186,23 @@ def _told_apart(total: _Counts) -> dict[str, _Sums]:
     return found
 
 
-_Sums: TypeAlias = tuple[float, float]
-"""Sums of squares of the reference's elements, and of their differences."""
-_SumsAndSize: TypeAlias = tuple[float, float, float]
-"""The same, and the number of elements."""
+_PartSums = Mapping[tuple[str, str], tuple[float, float, float]]
+"""By output and part: sums of squares of the reference's elements, of their differences, and the number of elements."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Counting:
-    """What is counted."""
+def _of_parts(strung: Strung | None) -> Metric:
+    """Returns the metric whose state tells the parts of outputs apart; it has no figure of its own."""
 
-    metrics: tuple[str, ...]
-    strung: Strung | None
-    labels: np.ndarray | None
+    def update(state: _PartSums, seen: Seen) -> _PartSums:
+        known = strung.parts(seen.inputs) if strung is not None else {}
+        found = {
+            (name, part): sums
+            for name in known
+            for part, sums in _by_part(seen.wanted[name], seen.found[name], known[name])
+        }
+        return added(state, found)
 
-    def named(self, outputs: Mapping[str, np.ndarray], inputs: Mapping[str, Any]) -> str | None:
-        """Returns the output whose largest elements are compared: one that is asked for, or one of classes."""
-        if not self.metrics:
-            return next(iter(outputs)) if self.labels is not None else class_output(outputs, inputs)
-        kind, _, name = self.metrics[-1].partition(":")
-        if kind != "agreement":
-            raise ConfigError(f"metric {self.metrics[-1]!r} is unknown; expected 'agreement' or 'agreement:OUTPUT'")
-        name = name or next(iter(outputs))
-        if name not in outputs:
-            raise ConfigError(f"metric {self.metrics[-1]!r}: the model has no such output{near_names(name, outputs)}")
-        return name
+    return Metric(name=_PARTS, init=dict, update=update, finish=lambda _: math.nan, merge=added)
 
 
 def _strung(reference: Runnable | None) -> Strung | None:
@@ -176,104 +211,73 @@ def _strung(reference: Runnable | None) -> Strung | None:
     return strung_outputs(onnx_io.read(model_file(reference)))
 
 
-class _Counts(NamedTuple):
-    """What is counted of some samples."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Comparison:
+    """What is compared with what."""
 
-    num_right: int = 0
-    num_same: int = 0
-    num_named: int = 0
-    """How many samples `num_same` is of."""
-    outputs: Mapping[str, _Sums] = {}
-    """The sums of each output, by its name."""
-    parts: Mapping[tuple[str, str], _SumsAndSize] = {}
-    """The sums of each part of an output, by output and part."""
+    subjects: Sequence[_Runner]
+    """The models."""
+    reference: _Runner | None
+    """What they are compared with."""
+    labels: np.ndarray | None
+    """The labels of all samples; None without."""
 
-    def plus(self, other: _Counts) -> _Counts:
-        """Returns the counts of both."""
-        return _Counts(
-            num_right=self.num_right + int(other.num_right),
-            num_same=self.num_same + int(other.num_same),
-            num_named=self.num_named + int(other.num_named),
-            outputs=_added(self.outputs, other.outputs),
-            parts=_added(self.parts, other.parts),
-        )
+    def seen(self, parts: Parts, before: int) -> Iterator[tuple[int, int, list[Seen]]]:
+        """Yields the first sample, the size and what each model gives of each part of a batch that this process has.
 
+        All devices work before the first is waited for. Where labels run out, the part is not given.
 
-def _added(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Returns the sums of both by key."""
-    zero = np.zeros(())
-    return {key: tuple(np.add(one.get(key, zero), other.get(key, zero)).tolist()) for key in {**one, **other}}
-
-
-def _measured(
-    subjects: Sequence[_Runner], other: _Runner | None, parts: Parts, counting: _Counting, before: int
-) -> list[tuple[int, int, list[_Counts]]]:
-    """Returns the first sample, the size and each model's counts of each part of a batch that this process has.
-
-    All devices work before the first is waited for.
-
-    Args:
-        subjects: The models.
-        other: The reference.
-        parts: The batch.
-        counting: What is counted.
-        before: How many samples came before the batch.
-    """
-    running = [
-        (part, [subject.started(part) for subject in subjects], other and other.started(part)) for part in parts.here
-    ]
-    counted = []
-    for part, started, wanted in running:
-        reached = None if other is None or wanted is None else other.finished(wanted, part)
-        counts, size = [], 0
-        for subject, outputs in zip(subjects, started, strict=True):
-            found = subject.finished(outputs, part)
-            first = first_output(found, f"{subject.label}, {part.place}")
-            size, num_right = len(found[first]), 0
-            if counting.labels is not None:
-                labels = checked_labels(counting.labels, num_classes=found[first][0].size, place="labels")
-                begin = before + part.start
-                num_right = _num_right(predicted(found[first]), labels[begin : begin + size])
-            if other is not None and reached is not None:
-                require_alike(found, reached, f"{other.label} and {subject.label}")
-            counts.append(_counts(found, reached, part.inputs, counting, num_right))
-        counted.append((part.start, size, counts))
-    return counted
+        Args:
+            parts: The batch.
+            before: How many samples came before the batch.
+        """
+        running = [
+            (part, [each.started(part) for each in self.subjects], self.reference and self.reference.started(part))
+            for part in parts.here
+        ]
+        for part, started, wanted in running:
+            other = self.reference
+            reached = {} if other is None or wanted is None else other.finished(wanted, part)
+            each, size = [], 0
+            for subject, outputs in zip(self.subjects, started, strict=True):
+                found = subject.finished(outputs, part)
+                size = len(found[first_output(found, f"{subject.label}, {part.place}")])
+                taken = None if self.labels is None else labels_of(self.labels, found, before + part.start, part.place)
+                if other is not None:
+                    require_alike(found, reached, f"{other.label} and {subject.label}")
+                each.append(Seen(found=found, wanted=reached, labels=taken, inputs=part.inputs))
+            has_labels = all(seen.labels is None or len(seen.labels) == size for seen in each)
+            yield part.start, size, each if has_labels else []
 
 
-def _counts(
-    found: Mapping[str, np.ndarray],
-    reached: Mapping[str, np.ndarray] | None,
-    inputs: Mapping[str, Any],
-    counting: _Counting,
-    num_right: int,
-) -> _Counts:
-    if reached is None:
-        return _Counts(num_right)
-    named = counting.named(reached, inputs)
-    same = None if named is None else predicted(found[named]) == predicted(reached[named])
-    parts = counting.strung.parts(inputs) if counting.strung is not None else {}
-    return _Counts(
-        num_right=num_right,
-        num_same=0 if same is None else int(np.count_nonzero(same)),
-        num_named=0 if same is None else len(same),
-        outputs={name: (energy({name: y}), energy({name: y}, found)) for name, y in reached.items()},
-        parts={
-            (name, part): sums for name in parts for part, sums in _by_part(reached[name], found[name], parts[name])
-        },
-    )
+def _counted(totals: list[Tally], comparison: _Comparison, parts: Parts, before: int) -> tuple[list[Tally], int]:
+    """Returns each model's tally with a batch more, and how many samples that has."""
+    num_samples = 0
+    if not parts.is_shared:
+        for _, size, each in comparison.seen(parts, before):
+            totals = [total.plus(seen) for total, seen in zip(totals, each, strict=True)] if each else totals
+            num_samples += size
+        return totals, num_samples
+
+    def states() -> list[tuple[int, int, list[Any]]]:
+        fresh = Tally.of(totals[0].metrics)
+        return [
+            (start, size, [fresh.plus(one).states for one in each])
+            for start, size, each in comparison.seen(parts, before)
+        ]
+
+    found = [part for some in together(states, is_shared=True) for part in some]
+    for _, size, each in sorted(found, key=lambda part: int(part[0])):
+        totals = [total.merged(state) for total, state in zip(totals, each, strict=True)] if each else totals
+        num_samples += int(size)
+    return totals, num_samples
 
 
-def _by_part(y: np.ndarray, quantized: np.ndarray, parts: OutputParts) -> list[tuple[str, _SumsAndSize]]:
+def _by_part(y: np.ndarray, quantized: np.ndarray, parts: OutputParts) -> list[tuple[str, tuple[float, float, float]]]:
     labels, y, quantized = parts.labels.ravel(), y.ravel().astype(np.float64), quantized.ravel().astype(np.float64)
     weights = (y**2, (y - quantized) ** 2, None)
     signal, noise, size = (np.bincount(labels, weights=each, minlength=len(parts.names)) for each in weights)
     return [(name, (float(signal[i]), float(noise[i]), float(size[i]))) for i, name in enumerate(parts.names)]
-
-
-def predicted(logits: Float[np.ndarray, "n ..."]) -> Int[np.ndarray, " n"]:
-    """Returns the index of the largest element of each sample, over all its axes."""
-    return logits.reshape(len(logits), -1).argmax(-1)
 
 
 def top1(logits: Float[np.ndarray, "n ..."], labels: Int[np.ndarray, " n"]) -> float:
@@ -288,7 +292,7 @@ def agreement(y: Float[np.ndarray, "n ..."], other: Float[np.ndarray, "n ..."]) 
 
 def sqnr(y: Shaped[np.ndarray, "..."], quantized: Shaped[np.ndarray, "..."]) -> float:
     """Returns 10 log10(sum y^2 / sum (y - quantized)^2) in dB: infinite where they are equal."""
-    return decibels(energy({"": y}), energy({"": y}, {"": quantized}))
+    return decibels(*energies({"": y}, {"": quantized})[""])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -329,7 +333,7 @@ def require_samples(batch: Mapping[str, Any], index: int) -> None:
     Raises:
         DataError: An input has none.
     """
-    for name in [name for name, value in batch.items() if 0 in np.shape(value)]:
+    for name in [name for name, value in batch.items() if np.shape(value)[:1] == (0,)]:
         raise DataError(
             f"batch {index}: input '{name}' has no samples (shape {np.shape(batch[name])}); leave the batch out"
         )
@@ -380,16 +384,3 @@ def require_alike(outputs: Mapping[str, np.ndarray], wanted: Mapping[str, np.nda
             f"{who} have different outputs, {theirs} and {ours}; expected the same names and shapes: compare with the "
             "model that this one was made from"
         )
-
-
-def _num_right(classes: np.ndarray, labels: np.ndarray) -> int:
-    return int(np.count_nonzero(classes[: len(labels)] == labels))
-
-
-def energy(outputs: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> float:
-    """Returns the sum of squares of all outputs, or of their differences from `others`."""
-    total = 0.0
-    for name, value in outputs.items():
-        array = np.asarray(value, np.float64)
-        total += float(np.sum((array if others is None else array - np.asarray(others[name], np.float64)) ** 2))
-    return total

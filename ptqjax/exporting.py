@@ -19,6 +19,7 @@ from ptqjax.encoding_files import encodings_json
 from ptqjax.encodings.encoding import Encoding, Encodings, concrete
 from ptqjax.errors import ConfigError, ModelError
 from ptqjax.ir import Model, Node, place_of
+from ptqjax.mapped import release
 from ptqjax.onnx_io.opset import CONVERTED, blocking_nodes, with_opset
 from ptqjax.publish import published, write_text
 from ptqjax.qdq.equal_nodes import merge_equal_nodes
@@ -155,7 +156,8 @@ def fingerprint(model: Model) -> str:
     for name, value in sorted(model.params.items()):
         array = np.ascontiguousarray(value)
         digest.update(f"{name}{array.dtype.name}{array.shape}".encode())
-        digest.update(array.tobytes())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+        release(value)
     return digest.hexdigest()
 
 

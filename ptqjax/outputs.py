@@ -1,4 +1,4 @@
-"""What outputs are: parts that a Concat strings together, and which of them names classes.
+"""What outputs are: parts that a Concat strings together.
 
 One figure over an output of boxes in pixels and scores says what the boxes are worth. So an output is followed back,
 through operators that keep its elements apart, to the Concat that made it; each element then has a label, the number of
@@ -7,7 +7,6 @@ its part.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +26,6 @@ _ELEMENTWISE = frozenset(
 )
 _MOVING = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _MOST_PARTS = 64
-_BOXES = re.compile("b?box(es)?|coord(s|inates?)?|landmarks?|loc(ations?)?|offsets?|reg(ression)?")  # words of names
 _FLOAT = np.dtype(np.float32)
 
 
@@ -73,23 +71,6 @@ def strung_outputs(model: Model) -> Strung:
     known = {spec.name: spec for spec in outputs}
     specs = tuple(known.get(name) or TensorSpec(name=name, dtype=_FLOAT, shape=None) for name in wanted)
     return Strung(model=model.replace(graph=replace(model.graph, outputs=specs)), outputs=tuple(found))
-
-
-def class_output(outputs: Mapping[str, np.ndarray], inputs: Mapping[str, Any]) -> str | None:
-    """Returns the first output that looks like classes: one number for each of several, of each sample.
-
-    None looks so that has more axes than that (sizes of 1 do not count), has the shape of an input (a reconstruction),
-    holds integers, or whose name speaks of boxes.
-    """
-    shapes = {np.shape(value) for value in inputs.values()}
-    found = (name for name, value in outputs.items() if value.shape not in shapes and _has_classes(name, value))
-    return next(found, None)
-
-
-def _has_classes(name: str, value: np.ndarray) -> bool:
-    sizes = [size for size in value.shape[1:] if size != 1]
-    speaks_of_boxes = any(_BOXES.fullmatch(word) for word in re.findall("[a-z]+", name.lower()))
-    return value.dtype.kind == "f" and len(sizes) == 1 and not speaks_of_boxes
 
 
 def _located(model: Model, outputs: tuple[str, ...], shapes: Mapping[str, Any]) -> Iterator[tuple[str, Parts]]:

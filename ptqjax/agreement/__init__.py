@@ -5,7 +5,7 @@ from ptqjax.agreement.execution import Execution, Layer, execution, kilobytes, m
 from ptqjax.agreement.findings import Distance, Group, Likeness, OperatorSummary, Validation
 from ptqjax.agreement.plain_sums import exact_function, may_saturate, saturates_here
 from ptqjax.agreement.runtime import run, session
-from ptqjax.agreement.totals import decibels
+from ptqjax.metrics import decibels
 
 __all__ = [
     "Distance",

@@ -17,11 +17,12 @@ from ptqjax import onnx_io
 from ptqjax.agreement.findings import Distance, Group, Validation
 from ptqjax.agreement.fusions import Fusions, is_seen_in_integers, operators, otherwise_fused
 from ptqjax.agreement.runtime import model_file, optimized, run, session
-from ptqjax.agreement.totals import NO_DISTANCE, Sums, with_elements
+from ptqjax.agreement.totals import LIKENESS, NO_DISTANCE, likeness_of, with_elements
 from ptqjax.data.batches import checked_batches, num_samples
 from ptqjax.errors import ModelError
 from ptqjax.ir import Model, Node, Report, TensorSpec, rebuild, value_of
 from ptqjax.lowering import apply_few_times
+from ptqjax.metrics import Seen, Tally
 from ptqjax.qdq.fuse_quantized import fuse_quantized
 from ptqjax.transforms.saturation import saturating_weights, warn_of_saturation
 
@@ -63,12 +64,12 @@ def validate(
     groups = tuple(_group(fusions, quantized, name, tally) for name in tensors)
     unverified = [group.tensor for group in groups if not group.is_verified]
     saturating = saturating_weights(programs.fused)
-    likeness = tally.integer.likeness()
+    likeness = likeness_of(tally.integer)
     is_equal = likeness.equal == 1 and all(group.end_to_end.equal == 1 for group in groups)
     return Validation(
         groups=groups,
         integer=likeness,
-        float=tally.floating.likeness() if in_float else None,
+        float=likeness_of(tally.floating) if in_float else None,
         num_samples=tally.num_samples,
         fusion=programs.report,
         saturating=saturating,
@@ -131,8 +132,8 @@ class _Tally:
 
     alone: Mapping[str, Distance]
     end_to_end: Mapping[str, Distance]
-    integer: Sums = field(default_factory=Sums)
-    floating: Sums = field(default_factory=Sums)
+    integer: Tally = field(default_factory=lambda: Tally.of(LIKENESS))
+    floating: Tally = field(default_factory=lambda: Tally.of(LIKENESS))
     num_samples: int = 0
 
     def plus(self, programs: _Programs, runtimes: _Runtimes, batch: Mapping[str, Any], *, in_float: bool) -> _Tally:
@@ -145,16 +146,24 @@ class _Tally:
         is_equal = all(np.array_equal(found[name], whole_way[name]) for name in self.alone)
         given = {**batch, **{name: found[name] for name in self.alone}}
         again = found if is_equal else _recomputed(programs.cut, given)
-        floating = self.floating.plus(outputs, _computed(quantized, batch)) if in_float else self.floating
+        floating = self.floating
+        if in_float:
+            floating = floating.plus(_seen(outputs, _computed(quantized, batch), batch))
         return _Tally(
             alone={name: with_elements(each, found[name], again[name]) for name, each in self.alone.items()},
             end_to_end={
                 name: with_elements(each, found[name], whole_way[name]) for name, each in self.end_to_end.items()
             },
-            integer=self.integer.plus(outputs, whole_way),
+            integer=self.integer.plus(_seen(outputs, whole_way, batch)),
             floating=floating,
             num_samples=self.num_samples + num_samples(batch),
         )
+
+
+def _seen(runtime: Mapping[str, np.ndarray], computed: Mapping[str, Any], batch: Mapping[str, Any]) -> Seen:
+    """Returns what is compared: the runtime's outputs are the reference."""
+    found = {name: np.asarray(computed[name]) for name in runtime}
+    return Seen(found=found, wanted=runtime, labels=None, inputs=batch)
 
 
 def _computed(model: Model, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ptqjax.agreement.findings import Distance, Likeness
+from ptqjax.metrics import Metric, Seen, Tally
+from ptqjax.metrics.classes import agreement
+from ptqjax.metrics.records import fraction
+from ptqjax.metrics.sums import sqnr_db
 
 NO_DISTANCE = Distance(largest=0, num_equal=0, num_elements=0)
 """Of no elements at all."""
@@ -33,41 +35,22 @@ def _ranks(codes: np.ndarray) -> np.ndarray:
     return np.where(bits < _SIGN, bits, _SIGN - bits)
 
 
-@dataclass(frozen=True, slots=True)
-class Sums:
-    """What is summed over batches to say how like two programs are."""
+def _equal() -> Metric:
+    """Returns the metric: fraction of elements of all outputs that are the same number."""
 
-    signal: float = 0.0
-    noise: float = 0.0
-    num_same_class: int = 0
-    num_samples: int = 0
-    num_equal: int = 0
-    num_elements: int = 0
+    def update(state: tuple[int, int], seen: Seen) -> tuple[int, int]:
+        pairs = [(value, np.asarray(seen.found[name])) for name, value in seen.wanted.items()]
+        same = sum(int(np.count_nonzero(y == z)) for y, z in pairs)
+        return state[0] + same, state[1] + sum(y.size for y, _ in pairs)
 
-    def plus(self, found: Mapping[str, np.ndarray], computed: Mapping[str, Any]) -> Sums:
-        """Returns the sums with those of one batch more, whose outputs the runtime `found`."""
-        pairs = [(value.astype(np.float64), np.asarray(computed[name], np.float64)) for name, value in found.items()]
-        first, other = (value.reshape(len(value), -1) if value.ndim else value.reshape(1, 1) for value in pairs[0])
-        return Sums(
-            signal=self.signal + sum(float(np.sum(y**2)) for y, _ in pairs),
-            noise=self.noise + sum(float(np.sum((y - z) ** 2)) for y, z in pairs),
-            num_same_class=self.num_same_class + int(np.count_nonzero(first.argmax(-1) == other.argmax(-1))),
-            num_samples=self.num_samples + len(first),
-            num_equal=self.num_equal + sum(int(np.count_nonzero(y == z)) for y, z in pairs),
-            num_elements=self.num_elements + sum(y.size for y, _ in pairs),
-        )
-
-    def likeness(self) -> Likeness:
-        """Returns what the sums say."""
-        return Likeness(
-            sqnr=decibels(self.signal, self.noise),
-            agreement=self.num_same_class / self.num_samples,
-            equal=self.num_equal / self.num_elements,
-        )
+    return Metric(name="equal", init=lambda: (0, 0), update=update, finish=fraction)
 
 
-def decibels(signal: float, noise: float) -> float:
-    """Returns 10 log10(signal / noise): infinite without noise, minus infinity without signal."""
-    if noise == 0:
-        return float("inf")
-    return float(10 * np.log10(signal / noise)) if signal else float("-inf")
+LIKENESS = (sqnr_db(), agreement(), _equal())
+"""What tells how like two programs are."""
+
+
+def likeness_of(tally: Tally) -> Likeness:
+    """Returns what the metrics of `LIKENESS` say."""
+    figures = tally.figures()
+    return Likeness(sqnr=figures["sqnr_db"], agreement=figures["agreement"], equal=figures["equal"])

@@ -10,12 +10,13 @@ from typing import Any
 
 import click
 
+from ptqjax.commands.branch import like_model
 from ptqjax.commands.cache import cache_option, kept_programs
 from ptqjax.commands.data import NO_DATA, axes_option, data_files, data_option, load, say_reading
 from ptqjax.commands.device import device_option, use_device
 from ptqjax.commands.faults import reports_faults
 from ptqjax.commands.help_sections import WithTargets
-from ptqjax.commands.metric import metric_option, require_metrics
+from ptqjax.commands.metric import metric_option, metrics_of, require_metrics
 from ptqjax.commands.pictures import preprocessing_option
 from ptqjax.commands.quantize import (
     MODEL,
@@ -248,9 +249,11 @@ def evaluate(
     """Run MODEL.onnx in ONNX Runtime and tell how good it is.
 
     \b
-    With 'labels' in DATA.npz: top-1 accuracy.
+    With 'labels' in DATA.npz: top-1 accuracy; with one for each token, [samples, tokens] (-100 where none
+    counts): how many tokens are named right, and perplexity.
     With a reference, on the same samples:
-        agreement   how often both name the same class, where an output looks like classes
+        agreement   how often both name the same class, where an output looks like classes, or scores tokens
+        KL          how far the scores of tokens are from the reference's, in nats
         SQNR        10 log10(sum y^2 / sum (y - y_q)^2) of each output, in dB; of an output that joins
                     unlike parts, such as boxes and scores, of each part
 
@@ -278,7 +281,7 @@ def evaluate(
 
     quantized = ptqjax.read(model)
     graph = quantized.graph  # ONNX Runtime alone computes: it says where it can
-    labels, batches = load(files, graph, batch_axes)
+    labels, batches = load(files, graph, batch_axes, decoder=quantized)
     saturating = may_saturate(quantized)
     differs = bool(saturating) and device != "cuda" and saturates_here()
     with progress(is_quiet=quiet) as follow:
@@ -286,14 +289,17 @@ def evaluate(
             [model, exact_function(model, device=device)] if differs else [model],
             checked_batches(graph, follow(batches, "evaluating")),
             labels=labels,
-            reference=reference,
-            metrics=metrics,
+            reference=reference and like_model(reference, graph),
+            metrics=metrics_of(metrics),
             device=device,
         )
         compared = None
         if reference is not None and labels is not None:
             compared = ptqjax.evaluate(
-                reference, follow(batches, "evaluating the reference"), labels=labels, device=device
+                like_model(reference, graph),
+                follow(batches, "evaluating the reference"),
+                labels=labels,
+                device=device,
             )
     tables.print_evaluation(model, found, compared, *exact)
     for warning in warn_of_saturation(saturating):
@@ -339,7 +345,7 @@ def validate(
 
     use_device(device)
     quantized = ptqjax.read(path)
-    _, batches = load(files, quantized.graph, batch_axes)
+    _, batches = load(files, quantized.graph, batch_axes, decoder=quantized)
     watch = Stopwatch()
     with kept_programs(is_off=no_cache), listening(watch), progress(is_quiet=quiet, stopwatch=watch) as follow:
         found = ptqjax.validate(quantized, follow(batches, "validating"), device=device)

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from ptqjax.data.files import Batches, Samples
     from ptqjax.data.pictures import PictureBatches
     from ptqjax.data.sample_axes import SampleAxis
-    from ptqjax.ir import Graph
+    from ptqjax.decoders import Decoded
+    from ptqjax.ir import Graph, Model
 
-Loaded: TypeAlias = "Batches | PictureBatches | tuple[dict[str, np.ndarray], ...]"
+Loaded: TypeAlias = "Batches | PictureBatches | Decoded | tuple[dict[str, np.ndarray], ...]"
 """Samples in batches, with a length, that can be gone through again and again."""
 NO_DATA = "none"
 """What stands in place of DATA.npz where there is none."""
@@ -34,9 +35,10 @@ data_option = click.option(
     required=True,
     multiple=True,
     metavar="DATA.npz|DIR|LIST",
-    help="One array per model input, first axis the samples, and optionally 'labels' (class indices). Also a folder of "
-    "such files, or a pattern in quotes; may be given several times. Or a folder of pictures, DIR/CLASS/PICTURE or "
-    "DIR/PICTURE, or a list of them (.tsv: path, tab, class index), with --preprocessing.",
+    help="One array per model input, first axis the samples, and optionally 'labels' (class indices, one a sample; or "
+    "one a token, -100 where none counts). Also a folder of such files, or a pattern in quotes; may be given several "
+    "times. Or a folder of pictures, DIR/CLASS/PICTURE or DIR/PICTURE, or a list of them (.tsv: path, tab, class "
+    "index), with --preprocessing.",
 )
 """The option of commands that measure."""
 axes_option = click.option(
@@ -146,7 +148,7 @@ def say_reading(model: Path, data: DataFiles | None = None, *, is_quiet: bool) -
 
 
 def load(
-    data: DataFiles, graph: Graph, axes: Mapping[str, int | None] | None = None
+    data: DataFiles, graph: Graph, axes: Mapping[str, int | None] | None = None, *, decoder: Model | None = None
 ) -> tuple[np.ndarray | None, Loaded]:
     """Returns the labels of the samples that an option names, where there are any, and the samples in batches.
 
@@ -156,24 +158,39 @@ def load(
         data: The data.
         graph: The model's.
         axes: The axis of the samples by input, where it is told.
+        decoder: The model, which makes its past itself where it takes one and the files hold token ids alone; None:
+            they have to hold the past.
 
     Raises:
         DataError: A file is no .npz, or does not fit the model; of several, the message names the one.
         ConfigError: `axes` does not fit the model.
     """
-    import numpy as np
-
     from ptqjax.data.files import Batches, grouped, load_each
+    from ptqjax.metrics.labels import joined_labels
 
     if data.pictures is not None:
         return load_pictures(data.pictures, graph, size=_BATCH)
     files = data.files
+    if decoder is not None and (decoded := _decoded(files, decoder)) is not None:
+        return decoded.labels, decoded
     each = load_each(files, graph, axes=axes)
     for file, parts in zip(files, each, strict=True) if len(files) > 1 else ():
         _check(file, parts, graph)
     groups = grouped([samples for parts in each for samples in parts])
-    labels = [group.labels for group in groups if group.labels is not None]
-    return np.concatenate(labels) if labels else None, Batches(groups, graph, size=_BATCH)
+    return joined_labels([group.labels for group in groups]), Batches(groups, graph, size=_BATCH)
+
+
+def _decoded(files: Sequence[Path], decoder: Model) -> Decoded | None:
+    """Returns the steps of a decoder with past, where files hold token ids alone."""
+    from ptqjax.data.files import load_sequences
+    from ptqjax.data.past import interface_of
+    from ptqjax.decoders import decoding_batches
+
+    found = interface_of(decoder.graph)
+    sequences = None if found is None else load_sequences(files, found)
+    if sequences is None:
+        return None
+    return decoding_batches(decoder, sequences[0], labels=sequences[1], size=_BATCH)
 
 
 def _check(file: Path, parts: Sequence[Samples], graph: Graph) -> None:

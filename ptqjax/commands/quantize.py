@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqjax.commands.branch import read_with_branch
 from ptqjax.commands.data import DataFiles, called, load
 from ptqjax.commands.faults import Note
+from ptqjax.commands.metric import metrics_of
 from ptqjax.errors import ConfigError, OutputError
 from ptqjax.progress import Follow
 from ptqjax.publish import publish, stamp, write_text
@@ -86,10 +88,11 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
     from ptqjax.pipeline import check_exportable
 
     with watch("read"):
-        source, origin = ptqjax.read(job.model), _provenance(job.model, job.data.files)
+        metrics = metrics_of(job.metrics)
+        source, origin = read_with_branch(job.model), _provenance(job.model, job.data.files)
         check_exportable(source, job.config)
         frozen = None if job.encodings is None else _frozen_encodings(job.encodings, source)
-        labels, batches = load(job.data, source.graph, job.batch_axes) if job.data else (None, None)
+        labels, batches = load(job.data, source.graph, job.batch_axes, decoder=source) if job.data else (None, None)
     data = None if batches is None else follow(batches, "quantizing")
     result = ptqjax.quantize(source, data, job.config, frozen=frozen, stage=watch)
     with watch("export"):
@@ -105,7 +108,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
                 batches,
                 job.config,
                 labels=labels,
-                metrics=job.metrics,
+                metrics=metrics,
                 origin=origin,
                 device=device,
                 file=job.out / MODEL[0],

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130  # the exit code of what SIGINT ended
 _DIFFERS = 1
 _WIDTH = 10  # of the column of stages
-_METRICS = {"top1": "top-1 {:.2%}", "agreement": "agreement {:.2%}", "sqnr_db": "SQNR {:.2f} dB"}
+_METRICS = {
+    "top1": "top-1 {:.2%}",
+    "token_accuracy": "token accuracy {:.2%}",
+    "perplexity": "perplexity {:.3f}",
+    "agreement": "agreement {:.2%}",
+    "kl": "KL {:.4f}",
+    "sqnr_db": "SQNR {:.2f} dB",
+}
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 _file = click.Path(path_type=Path)
@@ -191,10 +198,12 @@ def _say_run(done: Run) -> None:
 
 
 def _figures(metrics: Mapping[str, Any]) -> str:
-    found = [form.format(float(metrics[name])) for name, form in _METRICS.items() if name in metrics]
+    known = [form.format(float(metrics[name])) for name, form in _METRICS.items() if name in metrics]
+    told = {"num_samples", "outputs", "worst_output", "worst_sqnr_db", *_METRICS}
+    known += [f"{name} {float(value):.4g}" for name, value in metrics.items() if name not in told]
     if "worst_output" in metrics:
-        found.append(f"the worst output '{metrics['worst_output']}' {float(metrics['worst_sqnr_db']):.2f} dB")
-    return ", ".join(found)
+        known.append(f"the worst output '{metrics['worst_output']}' {float(metrics['worst_sqnr_db']):.2f} dB")
+    return ", ".join(known)
 
 
 def _say_replay(found: Replay) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ptqjax.config import near_names
 from ptqjax.data.parts import Part, Parts, parts_of, parts_on_host
+from ptqjax.data.past import check_past
 from ptqjax.errors import DataError
 from ptqjax.ir import Graph, TensorSpec
 from ptqjax.placement.never import mask_inputs
@@ -86,10 +87,12 @@ def _check_names(graph: Graph, batch: Any, place: str) -> None:
 def _checked(graph: Graph, batch: Mapping[str, Any], place: str) -> dict[str, Any]:
     symbols: dict[str, int] = {}
     masks = mask_inputs(graph)
-    return {
+    found = {
         spec.name: _checked_array(spec, batch[spec.name], place, symbols, is_mask=spec.name in masks)
         for spec in graph.inputs
     }
+    check_past(graph, found, place)
+    return found
 
 
 def _checked_array(spec: TensorSpec, value: Any, place: str, symbols: dict[str, int], *, is_mask: bool) -> Any:

@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 
 from ptqjax.data.object_arrays import read_array_of_arrays
+from ptqjax.data.past import Interface
 from ptqjax.data.sample_axes import Given, Listed, SampleAxis, fixed_batch_size, listed, sample_axes
 from ptqjax.errors import DataError
 from ptqjax.ir import Graph
+from ptqjax.metrics.labels import checked_labels, joined_labels
 from ptqjax.places import require_data
 
 _LABELS = "labels"
+_TOKEN_AXES = 3  # of scores for each token: samples, tokens, classes
 _OBJECTS = "Object arrays"  # begins what NumPy says of them
 
 
@@ -31,7 +34,7 @@ class Samples:
     inputs: dict[str, np.ndarray]
     """Each model input, first axis the samples unless `axes` says otherwise."""
     labels: np.ndarray | None
-    """The class index of each sample, where known."""
+    """The class index of each sample [N], or of each token [N, T], where known."""
     axes: Mapping[str, SampleAxis] = field(default_factory=dict)
     """Where the samples lie in each input; along the first axis of those that are not named."""
 
@@ -64,7 +67,8 @@ def load_samples(path: str | os.PathLike[str], graph: Graph, *, axes: Given | No
 
     Raises:
         DataError: The file is missing, is not an .npz, lacks an input or holds an unknown array, has no samples, or
-            different numbers of them; or the labels are not the index of a class for each sample.
+            different numbers of them; or the labels are not the index of a class for each sample,
+            or for each of its tokens.
         ConfigError: `axes` does not fit the model.
     """
     where = sample_axes(graph, axes)
@@ -84,7 +88,7 @@ def load_samples(path: str | os.PathLike[str], graph: Graph, *, axes: Given | No
     found = {spec.name: listed(spec, where[spec.name], arrays[spec.name], f"'{path}'") for spec in graph.inputs}
     num_samples = _num_samples(path, found, where, labels)
     if labels is not None:
-        labels = checked_labels(labels, num_classes=num_classes(graph), place=f"'{path}': '{_LABELS}'")
+        labels = _checked(labels, graph, f"'{path}': '{_LABELS}'")
     if not any(isinstance(value, list) for value in found.values()):
         plain = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
         return (Samples(inputs=plain, labels=labels, axes=where),)
@@ -97,6 +101,41 @@ def load_samples(path: str | os.PathLike[str], graph: Graph, *, axes: Given | No
         for index in range(num_samples)
     ]
     return grouped(one_by_one)
+
+
+def load_sequences(
+    paths: Sequence[str | os.PathLike[str]], found: Interface
+) -> tuple[list[np.ndarray], list[np.ndarray] | None] | None:
+    """Returns the token ids of each sequence in files, and the labels of each token; None where a file holds more.
+
+    Where a file holds the decoder's attention mask as well, the tokens that it leaves out are left out.
+
+    Raises:
+        DataError: A file is missing or is no .npz, or its arrays are not as many as sequences, or not as long.
+    """
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for path in paths:
+        arrays = _read(Path(path))
+        if found.ids not in arrays or set(arrays) - {found.ids, found.mask, _LABELS}:
+            return None
+        rows = [np.asarray(row).reshape(-1) for row in arrays[found.ids]]
+        kept = [np.ones(len(row), bool) for row in rows]
+        for name in [name for name in (found.mask, _LABELS) if name in arrays]:
+            others = [np.asarray(row).reshape(-1) for row in arrays[name]]
+            if [len(row) for row in others] != [len(row) for row in rows]:
+                raise DataError(
+                    f"'{path}': '{name}' and '{found.ids}' hold sequences of unlike number or length; expected an "
+                    "entry for each token"
+                )
+            if name == found.mask:
+                kept = [row != 0 for row in others]
+            else:
+                labels += [row[keep] for row, keep in zip(others, kept, strict=True)]
+        ids += [row[keep] for row, keep in zip(rows, kept, strict=True)]
+    if labels and len(labels) != len(ids):
+        raise DataError(f"some files have '{_LABELS}' and others have none; give labels to all of them, or to none")
+    return ids, labels or None
 
 
 def _of_sample(value: Listed, axis: SampleAxis, index: int) -> np.ndarray:
@@ -136,53 +175,19 @@ def _joined(parts: Sequence[Samples]) -> Samples:
     first = parts[0]
     if len(parts) == 1:
         return first
-    labels = [samples.labels for samples in parts if samples.labels is not None]
     return Samples(
         inputs={name: first.axis_of(name).joined([part.inputs[name] for part in parts]) for name in first.inputs},
-        labels=np.concatenate(labels) if labels else None,
+        labels=joined_labels([samples.labels for samples in parts]),
         axes=first.axes,
     )
 
 
-def checked_labels(labels: Any, *, num_classes: int | None, place: str) -> np.ndarray:
-    """Returns the labels as int64, one class index per sample; whole numbers in a floating type are taken as such.
-
-    Args:
-        labels: What is to be the index of the class of each sample.
-        num_classes: How many classes there are; None where unknown.
-        place: What to call the labels in a message.
-
-    Raises:
-        DataError: They are not one-dimensional, not whole numbers, or not in [0, num_classes).
-    """
-    array = np.asarray(labels)
-    if array.ndim != 1:
-        raise DataError(
-            f"{place} has the shape {array.shape}; expected one class index per sample, in one dimension: "
-            f"{_flattening(array, place)}"
-        )
-    if array.dtype.kind not in "iuf" or not np.all(array == np.floor(array)):  # NaN is not equal to itself
-        raise DataError(
-            f"{place} is of type {array.dtype} and holds {array[:1].tolist()}, ...; expected whole numbers, the "
-            "index of the class of each sample from 0; replace each name or score by the index of its class"
-        )
-    outside = (array < 0) | (array >= (np.inf if num_classes is None else num_classes))
-    if outside.any():
-        at = int(np.argmax(outside))
-        known = "0 or more" if num_classes is None else f"0 to {num_classes - 1}: the model has {num_classes} classes"
-        raise DataError(
-            f"{place} holds {array[at]} for sample {at}; expected {known}; number the classes from 0, in the "
-            "order of the model's outputs"
-        )
-    return array.astype(np.int64)
-
-
-def _flattening(array: np.ndarray, place: str) -> str:
-    if array.ndim == 0:
-        return f"{place} is a single value; give an array"
-    if array.size == len(array):
-        return "use labels.reshape(-1)"
-    return "where each row marks or scores the classes, use labels.argmax(1)"
+def _checked(labels: Any, graph: Graph, place: str) -> np.ndarray:
+    """Returns labels that may be of the model's first output; of tokens, where an output may have a score for each."""
+    may_be_tokens = any(spec.shape is None or len(spec.shape) == _TOKEN_AXES for spec in graph.outputs)
+    is_of_tokens = may_be_tokens and (isinstance(labels, list) or np.ndim(labels) > 1)
+    size = None if is_of_tokens else num_classes(graph)
+    return checked_labels(labels, num_classes=size, place=place, may_be_tokens=may_be_tokens)
 
 
 def num_classes(graph: Graph) -> int | None:
@@ -271,13 +276,13 @@ def _num_samples(
     path: str | os.PathLike[str],
     arrays: Mapping[str, Listed],
     axes: Mapping[str, SampleAxis],
-    labels: np.ndarray | None,
+    labels: np.ndarray | list[np.ndarray] | None,
 ) -> int:
     counts = {
         name: len(value) if isinstance(value, list) else axes[name].count(value) for name, value in arrays.items()
     }
     counts = {name: count for name, count in counts.items() if count is not None}
-    if labels is not None and np.ndim(labels):
+    if isinstance(labels, list) or (labels is not None and np.ndim(labels)):
         counts[_LABELS] = len(labels)
     if len(set(counts.values())) > 1:
         found = ", ".join(f"'{name}' {count}" for name, count in counts.items())

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.data.batches import checked_batches, num_samples
-from ptqjax.data.files import checked_labels
 from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.ir import Graph
+from ptqjax.metrics import checked_labels
 
 PREDICTED = "predicted"
 Labels: TypeAlias = np.ndarray | Literal["predicted"] | None

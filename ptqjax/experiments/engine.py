@@ -11,16 +11,17 @@ import jax
 import numpy as np
 
 from ptqjax.config.checks import check_choice
-from ptqjax.data.files import checked_labels
 from ptqjax.data.parts import unspread
 from ptqjax.encodings.alignment import aligned
 from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import ConfigError, DataDependentError, DataError
 from ptqjax.evaluation import first_output, require_alike, require_finite, require_samples
 from ptqjax.experiments.batching import WAYS, Arguments, Inputs, Step, loop, put
-from ptqjax.experiments.metrics import Metric, Seen, find_metrics
 from ptqjax.ir import Graph, Model
 from ptqjax.lowering import apply
+from ptqjax.metrics import Seen, Tally, find_metrics
+from ptqjax.metrics.labels import labels_of
+from ptqjax.metrics.named import Asked
 from ptqjax.progress import Follow
 from ptqjax.qdq.insert import check_tensors
 
@@ -97,7 +98,7 @@ def evaluate_variants(
     variants: Sequence[Variant],
     batches: Iterable[Mapping[str, Any]],
     *,
-    metrics: Sequence[str | Metric] = ("sqnr_db", "agreement"),
+    metrics: Sequence[Asked] = ("sqnr_db", "agreement"),
     labels: np.ndarray | None = None,
     reference: Model | None = None,
     batching: str = "auto",
@@ -113,8 +114,8 @@ def evaluate_variants(
         variants: What is compared.
         batches: Inputs by name, samples along the first axis. Gone through once. The parts of one that lies on several
             devices are taken one after the other, by every process: there, variants are what devices share.
-        metrics: Names ("sqnr_db", "agreement", "top1"), or records of one's own.
-        labels: The index of the class of each sample, in the order of the batches.
+        metrics: Names of `METRICS`, records or functions of one's own, as `evaluate` takes them.
+        labels: The index of the class of each sample, or of each token, in the order of the batches.
         reference: The float model that variants are compared with; None for `model`.
         batching: "loop", "vmap" (variants side by side), "shard" (over the devices of this process), or "auto": what
             measures fastest. vmap is tried only where a step takes less than 5 ms and the loop would go on for twice
@@ -133,7 +134,7 @@ def evaluate_variants(
     measures = find_metrics(metrics, has_labels=labels is not None)
     groups, programs = _grouped(model, variants)
     session = _Session(groups, batching)
-    states = [[metric.init() for metric in measures] for _ in variants]
+    states = [Tally.of(measures) for _ in variants]
     reference = model if reference is None else reference
     reference = reference.replace(params={name: put(value) for name, value in reference.params.items()})
     num_batches = len(batches) if isinstance(batches, Sized) else 1
@@ -145,16 +146,17 @@ def evaluate_variants(
         wanted = _finite({name: np.asarray(value) for name, value in wanted.items()}, f"the reference, batch {number}")
         first = wanted[first_output(wanted, f"the reference, batch {number}")]
         size = len(first)
-        taken = _labels_of(labels, first, num_samples)
+        taken = _labels_of(labels, wanted, num_samples, size)
         for position, found in session.outputs(inputs, num_batches - number):
             who = f"'{variants[position].name}'"
             require_alike(_finite(found, f"{who}, batch {number}"), wanted, f"the reference and {who}")
-            seen = Seen(found={name: found[name] for name in wanted}, wanted=wanted, labels=taken)
-            states[position] = [m.update(s, seen) for m, s in zip(measures, states[position], strict=True)]
+            ordered = {name: found[name] for name in wanted}
+            seen = Seen(found=ordered, wanted=wanted, labels=taken, inputs=batch)
+            states[position] = states[position].plus(seen)
         num_samples += size
     _check_count(num_samples, labels)
     seconds = {"compile": session.compiling, "evaluate": time.perf_counter() - start - session.compiling}
-    values = ({m.name: float(m.finish(s)) for m, s in zip(measures, each, strict=True)} for each in states)
+    values = (each.figures() for each in states)
     return Evaluated(
         values=tuple(values),
         seconds=seconds,
@@ -177,13 +179,15 @@ def _finite(outputs: dict[str, np.ndarray], who: str) -> dict[str, np.ndarray]:
     return outputs
 
 
-def _labels_of(labels: np.ndarray | None, first: np.ndarray, start: int) -> np.ndarray | None:
+def _labels_of(
+    labels: np.ndarray | None, outputs: Mapping[str, np.ndarray], start: int, size: int
+) -> np.ndarray | None:
     if labels is None:
         return None
-    size, known = len(first), checked_labels(labels, num_classes=first[0].size, place="labels")
-    if start + size > len(known):
-        raise DataError(f"there are {len(known)} labels, and at least {start + size} samples; give each its label")
-    return known[start : start + size]
+    found = labels_of(labels, outputs, start, f"the batch from sample {start} on")
+    if len(found) < size:
+        raise DataError(f"there are {len(labels)} labels, and at least {start + size} samples; give each its label")
+    return found
 
 
 def _check_count(num_samples: int, labels: np.ndarray | None) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import DataError
-from ptqjax.evaluation import energy, predicted
 from ptqjax.experiments.effects import Effects, Labels, floating_outputs
 from ptqjax.experiments.engine import Variant, evaluate_variants, switched
-from ptqjax.experiments.metrics import Metric, Seen
 from ptqjax.experiments.tied_tensors import Group
 from ptqjax.ir import Model
+from ptqjax.metrics import Metric, Seen
+from ptqjax.metrics.classes import predicted
+from ptqjax.metrics.records import added
+from ptqjax.metrics.sums import Energies, energies, mean_ratio
 from ptqjax.progress import Follow
 
 
@@ -76,26 +78,13 @@ def measure_effects(
     return Effects(noise=found["noise"], loss=found.get("loss"), change=change)
 
 
-_Energies: TypeAlias = Mapping[str, tuple[float, float]]
-"""By output: the sum of squares of errors, and that of the reference."""
-
-
 def _noise() -> Metric:
     """Returns the metric: mean over the floating outputs of sum (y - y_q)^2 / sum y^2."""
 
-    def update(state: _Energies, seen: Seen) -> _Energies:
-        found, wanted = floating_outputs(seen.found), floating_outputs(seen.wanted)
-        each = {name: (energy({name: y}, found), energy({name: y})) for name, y in wanted.items()}
-        before = {name: state.get(name, (0.0, 0.0)) for name in each}
-        return {name: (before[name][0] + noise, before[name][1] + power) for name, (noise, power) in each.items()}
+    def update(state: Energies, seen: Seen) -> Energies:
+        return added(state, energies(floating_outputs(seen.wanted), floating_outputs(seen.found)))
 
-    return Metric(name="noise", init=dict, update=update, finish=_mean_ratio, higher_is_better=False)
-
-
-def _mean_ratio(state: _Energies) -> float:
-    """Returns the mean over outputs, of which one of zeros alone has no noise to tell; NaN where all are."""
-    ratios = [noise / power for noise, power in state.values() if power]
-    return sum(ratios) / len(state) if ratios else np.nan
+    return Metric(name="noise", init=dict, update=update, finish=mean_ratio, higher_is_better=False)
 
 
 def _loss() -> Metric:

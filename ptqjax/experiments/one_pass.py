@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptqjax.data.files import checked_labels
 from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import PtqjaxError
 from ptqjax.experiments.effects import Effects, Labels, floating_outputs, with_labels
@@ -20,6 +19,7 @@ from ptqjax.experiments.tied_tensors import Group
 from ptqjax.ir import Graph, Model
 from ptqjax.kernels.draws import Draw
 from ptqjax.lowering import compiled, interpret
+from ptqjax.metrics import checked_labels
 from ptqjax.progress import Follow
 from ptqjax.simulation import fake_quantization, round_parameters
 

@@ -123,7 +123,7 @@ class Study:
     def evaluated(self, variants: Sequence[Variant]) -> list[dict[str, float]]:
         """Returns the metrics of some variants of the model."""
         data = self.data
-        metrics = ("sqnr_db", "agreement", *(() if data.labels is None else ("top1",)))
+        metrics = ("sqnr_db", "agreement", *_of_labels(data.labels))
         found = evaluate_variants(
             self.model, variants, data.judged, metrics=metrics, labels=data.labels, follow=data.follow
         )
@@ -195,3 +195,10 @@ def _configs(
         nearest = np.array([widths[np.argmin(abs(widths - width))] for widths in candidates], int)
         found[width] = with_widths(config, groups, by_name(groups, nearest))
     return found
+
+
+def _of_labels(labels: np.ndarray | None) -> tuple[str, ...]:
+    """Returns the metrics that labels allow: of samples, or of tokens."""
+    if labels is None:
+        return ()
+    return ("top1",) if labels.ndim == 1 else ("token_accuracy", "perplexity")

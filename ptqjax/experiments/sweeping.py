@@ -24,10 +24,11 @@ from ptqjax.experiments.costs import CostModel, cost_model
 from ptqjax.experiments.engine import BATCHINGS, Variant, evaluate_variants
 from ptqjax.experiments.journal import append_rows, keys, read_rows
 from ptqjax.experiments.many import CHOICES, middle_ones, quantize_in_parts
-from ptqjax.experiments.metrics import Metric, find_metrics
 from ptqjax.experiments.table import SweepRow, SweepTable, check_columns
 from ptqjax.exporting import fingerprint
 from ptqjax.ir import Graph, Model
+from ptqjax.metrics import find_metrics
+from ptqjax.metrics.named import Asked
 from ptqjax.progress import Follow
 
 _TOGETHER = 16  # rows that are made, measured and written to a journal before the next ones: each group has its passes
@@ -41,7 +42,7 @@ def sweep(
     batches: Iterable[Mapping[str, Any]] | None,
     configurations: Configurations,
     *,
-    metrics: Sequence[str | Metric] = ("sqnr_db", "agreement"),
+    metrics: Sequence[Asked] = ("sqnr_db", "agreement"),
     evaluation: Iterable[Mapping[str, Any]] | None = None,
     labels: np.ndarray | None = None,
     choose: str = "shared",
@@ -63,10 +64,11 @@ def sweep(
         configurations: What to compare: a mapping by name, or a sequence, whose members are called by what of them
             differs from the defaults.
         metrics: What to measure: "sqnr_db", "agreement" (of the largest output with the float model's), "top1" (with
-            `labels`), or `Metric` records.
+            `labels`), for sequences "token_accuracy", "cross_entropy", "perplexity" (with `labels` [N, T]) and "kl",
+            "cosine"; each of these also with ":OUTPUT"; `Metric` records, or functions of `Seen` whose mean is taken.
         evaluation: Samples to measure on; None: the calibration samples, on which a configuration looks better than
             on others.
-        labels: The index of the class of each sample of `evaluation`.
+        labels: The index of the class of each sample of `evaluation`, or of each token, as `evaluate` takes them.
         choose: "shared", or "each": every configuration chooses its scales by itself.
         batching: How variants are run, see `evaluate_variants`.
         follow: Shows how far evaluation is.

@@ -20,6 +20,8 @@ from ptqjax.fit.quantized_pass import QuantizedPass
 from ptqjax.fit.ways import Ways, bounds_of
 from ptqjax.ir import Model, Record, Report
 from ptqjax.lowering import apply
+from ptqjax.metrics.records import added
+from ptqjax.metrics.sums import Energies, energies
 from ptqjax.placement.tensors import is_floating
 from ptqjax.ranges.calibrate import Calibrated, calibrate_and_measure
 from ptqjax.ranges.headroom import widened
@@ -135,13 +137,15 @@ def _uncorrected(corrected: Model, model: Model) -> Model:
 
 
 def _signal_to_noise(wanted: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> float:
-    """Returns the signal of the outputs over their noise in dB, of the mean over outputs of noise over signal."""
-    ratios = []
-    for name in (name for name, value in wanted[0].items() if is_floating(np.asarray(value).dtype)):
-        exact, rounded = ([np.asarray(batch[name], np.float64) for batch in batches] for batches in (wanted, found))
-        power = sum(np.sum(each**2) for each in exact)
-        noise = sum(np.sum((one - other) ** 2) for one, other in zip(exact, rounded, strict=True))
-        ratios.extend([noise / power] if power > 0 else [])
+    """Returns the signal of the outputs over their noise in dB, of the mean over outputs of noise over signal.
+
+    So the choice does not rest on the largest output alone, as a figure of all outputs together would.
+    """
+    sums: Energies = {}
+    for exact, rounded in zip(wanted, found, strict=True):
+        floating = {name: value for name, value in exact.items() if is_floating(np.asarray(value).dtype)}
+        sums = added(sums, energies(floating, rounded))
+    ratios = [noise / power for power, noise in sums.values() if power > 0]
     ratio = float(np.mean(ratios)) if ratios else np.inf
     return -np.inf if np.isnan(ratio) else float(-10 * np.log10(max(ratio, np.finfo(float).tiny)))
 

@@ -16,7 +16,9 @@ import onnx.shape_inference
 
 from ptqjax.errors import ModelError, OutputError
 from ptqjax.ir import Model
+from ptqjax.mapped import release
 from ptqjax.onnx_io.protos import tensor_proto, to_proto
+from ptqjax.onnx_io.streaming import taken_apart, write_apart
 
 _LARGEST_PROTOBUF = 2**31 - 2**24  # bytes; beyond, tensors go to a file beside the model
 _LARGE = 1024  # bytes of a tensor that goes there; shapes are read from the smaller ones
@@ -41,9 +43,7 @@ def write(model: Model, path: str | os.PathLike[str]) -> None:
                 _write_in_two(model, half, data)
                 _publish_in_two(half, data, path)
             else:
-                proto = _with_output_types(to_proto(model))
-                check(proto)
-                half.write_bytes(proto.SerializeToString())
+                _write_whole(model, half)
                 half.replace(path)
     except OSError as error:
         raise OutputError(
@@ -85,6 +85,18 @@ def _check(model: onnx.ModelProto | str) -> None:
 def _num_bytes(model: Model) -> int:
     constants = sum(value.nbytes for value in model.graph.constant_values.values())
     return constants + sum(value.nbytes for value in model.params.values())
+
+
+def _write_whole(model: Model, path: Path) -> None:
+    """Writes the model into one file, its large tensors one after another, as they lie in memory."""
+    apart = taken_apart(model)
+    stand_in = apart.stand_in()
+    outputs = list(_with_output_types(stand_in).graph.output)
+    check(stand_in)
+    for output, found in zip(apart.proto.graph.output, outputs, strict=True):
+        output.CopyFrom(found)
+    with path.open("wb") as file:
+        write_apart(apart, file)
 
 
 def _write_in_two(model: Model, path: Path, data: Path) -> None:
@@ -130,6 +142,7 @@ class _Appended:
         self.file.write(bytes(-self.file.tell() % _ALIGNMENT))
         offset = self.file.tell()
         self.file.write(content.data)
+        release(value)
         tensor = onnx.TensorProto(name=name, data_type=kind, dims=value.shape, data_location=onnx.TensorProto.EXTERNAL)
         for key, text in (("location", self.location), ("offset", offset), ("length", content.nbytes)):
             tensor.external_data.add(key=key, value=str(text))

@@ -18,6 +18,7 @@ from ptqjax.encodings.encoding import Encoding, dequantize, fake_quantize, quant
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model, Node, fresh_name, rebuild
 from ptqjax.kernels.namespace import array_namespace
+from ptqjax.mapped import release
 from ptqjax.qdq.stored_grids import CASTS, MICROSOFT, StoredGrid, lowest_opset, stored_grids
 
 WEIGHTS = ("integer", "float")
@@ -164,6 +165,7 @@ def _biases(model: Model, encodings: Mapping[str, Encoding], weights: str) -> li
 def _parameter(graph: Graph, name: str, value: Any, encoding: Encoding, grid: StoredGrid) -> _Piece:
     stored = fresh_name(graph, f"{name}_quantized")
     codes = quantize(value, encoding).astype(storage_dtype(grid.dtype))
+    release(value)
     if grid.dtype in CASTS:
         return _Piece(nodes=(_cast(stored, name, _FLOAT),), params={stored: codes})
     ends, params = _grid(graph, name, encoding, grid, np.shape(value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +12,16 @@ from ptqjax.config.checks import check_dtype, check_symmetry
 from ptqjax.encodings.encoding import Encoding
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.kernels.ranges import Symmetry, stack_kinds
+from ptqjax.mapped import release
 from ptqjax.placement.place import WEIGHT, Site, kind_of
 from ptqjax.placement.tensors import is_floating
 from ptqjax.ranges.aimet_schemes import in_batches
 from ptqjax.ranges.observers import RangeScheme
 from ptqjax.ranges.schemes import find_scheme
 from ptqjax.ranges.site_encodings import as_aimet_has_it, encoding_of_grid, grid_of_site, is_float
+
+_BYTES_OF_A_VALUE = 4
+_AT_A_TIME = 2**25  # bytes of tensors that are searched together; a larger one is alone
 
 
 def choose_encoding(
@@ -82,7 +86,7 @@ def choose_encoding(
 def encode_constants(
     sites: Sequence[Site], values: Mapping[str, Any], scheme: RangeScheme, *, compatibility: str | None = None
 ) -> dict[str, Encoding]:
-    """Returns the encodings of constant tensors, each on the grid of its site; all searched in one program.
+    """Returns the encodings of constant tensors, each on the grid of its site; up to 32 MB in one program.
 
     Args:
         sites: The tensors.
@@ -93,12 +97,38 @@ def encode_constants(
     Raises:
         DataError: A tensor is empty or holds NaN or infinity.
     """
+    found: dict[str, Encoding] = {}
+    for some in _within_memory(sites, values):
+        found |= _encode_some(some, values, scheme, compatibility)
+        for site in some:
+            release(values[site.tensor])
+    return {site.tensor: found[site.tensor] for site in sites}
+
+
+def _within_memory(sites: Sequence[Site], values: Mapping[str, Any]) -> Iterator[list[Site]]:
+    """Yields the sites in their order, as many at a time as may lie in memory once more."""
+    some: list[Site] = []
+    size = 0
+    for site in sites:
+        own = np.size(values[site.tensor]) * _BYTES_OF_A_VALUE
+        if some and size + own > _AT_A_TIME:
+            yield some
+            some, size = [], 0
+        some.append(site)
+        size += own
+    if some:
+        yield some
+
+
+def _encode_some(
+    sites: Sequence[Site], values: Mapping[str, Any], scheme: RangeScheme, compatibility: str | None
+) -> dict[str, Encoding]:
     arrays = {site.tensor: _checked(site.tensor, np.asarray(values[site.tensor])) for site in sites}
     encodings = {site.tensor: _encode_float(site, arrays[site.tensor]) for site in sites if is_float(site)}
     for is_symmetric in (True, False):  # their searches try different candidates
         alike = [site for site in sites if not is_float(site) and bool(site.symmetric) is is_symmetric]
         encodings |= _encode_alike(alike, arrays, scheme, compatibility) if alike else {}
-    return {site.tensor: encodings[site.tensor] for site in sites}
+    return encodings
 
 
 def _encode_alike(
@@ -188,7 +218,7 @@ def _checked(name: str, array: np.ndarray) -> np.ndarray:
     if array.size == 0:
         raise DataError(f"'{name}' has no values (shape {array.shape}); a range needs one at least")
     with np.errstate(over="ignore"):  # what float32 cannot hold is named below
-        values = array.astype(np.float32)
+        values = array.astype(np.float32, copy=False)
     if not np.isfinite(values).all():
         place = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
         raise DataError(f"'{name}' holds {array[place]} at {place}; a range needs finite float32 numbers")

@@ -14,6 +14,7 @@ from ptqjax.data import pictures as images
 from ptqjax.data.files import Batches, Samples, load_samples
 from ptqjax.errors import DataError
 from ptqjax.ir import Graph
+from ptqjax.metrics.labels import joined_labels
 from ptqjax.recipes.recipe import Pictures
 from ptqjax.recipes.store import digest_of, file_digest
 
@@ -25,7 +26,7 @@ class Data:
     batches: Iterable[dict[str, Any]]
     """Arrays by input name, in order."""
     labels: np.ndarray | None
-    """The class of each sample, where known."""
+    """The class of each sample, or of each token, where known."""
     num_samples: int
     """The number of samples."""
     digest: str
@@ -51,10 +52,9 @@ def load(
     if isinstance(source, Pictures):
         return _pictures(source, graph, batch, keep=keep)
     parts = load_samples(source, graph, axes=axes)
-    labels = [part.labels for part in parts if part.labels is not None]
     return Data(
         batches=Batches(parts, graph, size=batch),
-        labels=np.concatenate(labels) if labels else None,
+        labels=joined_labels([part.labels for part in parts]),
         num_samples=sum(part.num_samples for part in parts),
         digest=_digest(parts, axes),
     )

@@ -16,11 +16,12 @@ from ptqjax.config.checks import read_text
 from ptqjax.config.files import line_of
 from ptqjax.data.pictures import NORMALIZATIONS
 from ptqjax.errors import ConfigError
+from ptqjax.metrics import METRICS as ALL_METRICS
 
 NO_DATA = "none"
 """What stands in place of calibration data where there are none."""
-METRICS = ("sqnr_db", "agreement", "top1")
-"""What can be measured of the exported file."""
+METRICS = ("sqnr_db", "agreement", "top1", "token_accuracy", "cross_entropy", "perplexity", "kl")
+"""What is measured of the exported file unless told otherwise, as far as labels and outputs allow it."""
 DEVICES = ("auto", "cpu", "cuda")
 """Where a recipe may compute."""
 REPORTS = ("full", "short", "none")
@@ -85,7 +86,8 @@ class Recipe:
     batch_axes: tuple[tuple[str, int | None], ...]
     """The axis of the samples by input, where it is told; None: one array serves all samples."""
     metrics: tuple[str, ...]
-    """What is measured of the exported file, of `METRICS`; "top1" where there are labels."""
+    """What is measured of the exported file, of `METRICS` or those of `ptqjax.metrics` by name, also with ":OUTPUT";
+    what needs labels of samples or tokens, where there are such."""
     report: str
     """What the report holds, one of `REPORTS`."""
     device: str
@@ -204,11 +206,13 @@ class _Reader:
 
     def metrics(self, table: Mapping[str, Any]) -> tuple[str, ...]:
         found = self.value("", table, "metrics", list, list(METRICS))
+        known = tuple(ALL_METRICS)
         for name in found:
-            if name not in METRICS:
-                near = near_names(str(name), METRICS)
-                raise self.error("", "metrics", f"metrics holds {name!r}; expected some of {', '.join(METRICS)}{near}")
-        return tuple(name for name in METRICS if name in found)
+            if str(name).partition(":")[0] not in known:
+                near = near_names(str(name), known)
+                raise self.error("", "metrics", f"metrics holds {name!r}; expected some of {', '.join(known)}{near}")
+        ordered = sorted(dict.fromkeys(found), key=lambda name: known.index(name.partition(":")[0]))
+        return tuple(ordered)
 
     def data(self, table: Mapping[str, Any], key: str) -> Path | Pictures | None:
         found = table.get(key)

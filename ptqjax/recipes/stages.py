@@ -26,6 +26,7 @@ from ptqjax.evaluation import Evaluation, evaluate
 from ptqjax.exporting import export, fingerprint
 from ptqjax.ir import Model, Record, Report
 from ptqjax.ir.graph import Statistics
+from ptqjax.metrics.named import metric_named
 from ptqjax.progress import Follow
 from ptqjax.publish import write_text
 from ptqjax.recipes.data import Data
@@ -119,22 +120,29 @@ def _evaluate(task: Task, root: Path, folder: Path) -> None:
     """Measures the exported file in ONNX Runtime against the float one."""
     found, data, asked = {}, task.evaluation, task.recipe.metrics
     if data is not None:
-        labels = data.labels if "top1" in asked else None
+        labels = data.labels if any(metric_named(name).needs_labels for name in asked) else None
         result = evaluate(
             root / "export" / "model.onnx",
             task.follow(data.batches, "evaluate"),
             labels=labels,
             reference=task.recipe.model,
-            metrics=[name for name in asked if name == "agreement"],
+            metrics=[name for name in asked if _is_of_its_own(name, labels)],
             device=task.recipe.device,
         )
         found = {"num_samples": result.num_samples} | _asked(result, asked) | _of_outputs(result, asked)
     _write_json(folder / _METRICS, found)
 
 
+def _is_of_its_own(name: str, labels: np.ndarray | None) -> bool:
+    """Tells whether a metric has to be asked for; others are measured anyway where labels and outputs allow it."""
+    if metric_named(name).needs_labels:
+        return ":" in name and labels is not None
+    return ":" in name or name in ("agreement", "cosine")
+
+
 def _asked(result: Evaluation, metrics: Iterable[str]) -> dict[str, float | str]:
-    values = {"sqnr_db": result.sqnr, "agreement": result.agreement, "top1": result.top1}
-    known = {name: value for name in metrics if (value := values[name]) is not None}
+    values = {"sqnr_db": result.sqnr, "agreement": result.agreement, "top1": result.top1} | dict(result.figures)
+    known = {name: value for name in metrics if (value := values.get(name)) is not None}
     return {name: _told(value) for name, value in known.items()}
 
 

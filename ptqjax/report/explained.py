@@ -40,6 +40,8 @@ def gain_texts(stages: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{gain['stage']}: {_signed(gain['sqnr_db'])} dB"
         + (f", {_signed(100 * gain['agreement'])} points of agreement" if "agreement" in gain else "")
         + (f", {_signed(100 * gain['top1'])} points of top-1" if "top1" in gain else "")
+        + (f", {_signed(100 * gain['token_accuracy'])} points of tokens" if "token_accuracy" in gain else "")
+        + (f", {gain['perplexity']:+.3f} of perplexity" if "perplexity" in gain else "")
         + f", over {gain['over']}"
         for gain in stage_gains(stages)
     ]

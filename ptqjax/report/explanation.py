@@ -21,6 +21,7 @@ from ptqjax.errors import ConfigError, DataDependentError, DataError, ModelError
 from ptqjax.experiments.sensitivities import sensitivity
 from ptqjax.exporting import export
 from ptqjax.ir import Graph, Model
+from ptqjax.metrics.named import Asked
 from ptqjax.placement.names import matches_name, nodes_named
 from ptqjax.placement.never import find_nevers
 from ptqjax.progress import Follow
@@ -44,7 +45,7 @@ def explain(
     config: QuantizationConfig | None = None,
     *,
     labels: np.ndarray | None = None,
-    metrics: Sequence[str] = (),
+    metrics: Sequence[Asked] = (),
     samples: int | None = None,
     origin: Mapping[str, Any] | None = None,
     device: str | None = None,
@@ -67,7 +68,7 @@ def explain(
         result: What `quantize` made of it.
         batches: The samples that it was calibrated on; gone through several times.
         config: What `quantize` was told.
-        labels: The classes of the samples, in the order of the batches; None where unknown.
+        labels: The classes of the samples, or of their tokens, in the order of the batches; None where unknown.
         metrics: What to measure although no output looks so, see `evaluate`.
         samples: How many samples, at most, the parts look at that come after the table of stages; None: as many as
             `config.effort` says, 8, 16 or 32.
@@ -132,7 +133,7 @@ def measured(
     labels: np.ndarray | None,
     config: QuantizationConfig,
     *,
-    metrics: Sequence[str] = (),
+    metrics: Sequence[Asked] = (),
 ) -> report.Measured:
     """Returns the table of the run.
 

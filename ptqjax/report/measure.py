@@ -17,6 +17,7 @@ from ptqjax.evaluation import Evaluation, evaluate_each
 from ptqjax.exporting import quantized_model
 from ptqjax.ir import Model
 from ptqjax.lowering import apply_few_times
+from ptqjax.metrics.named import Asked
 from ptqjax.outputs import strung_outputs
 from ptqjax.report.facts import Row
 from ptqjax.simulation import simulate
@@ -61,7 +62,7 @@ def measure(
     stages: Sequence[MeasuredStage],
     batches: Iterable[Mapping[str, Any]],
     labels: np.ndarray | None,
-    metrics: Sequence[str] = (),
+    metrics: Sequence[Asked] = (),
 ) -> Measured:
     """Returns the table, "float" first: that row agrees with itself by definition, so it is there without labels too.
 
@@ -73,7 +74,7 @@ def measure(
         source: The float model as it was read, which all are compared with.
         stages: The models to measure.
         batches: Inputs by name, samples along the first axis; gone through twice.
-        labels: The classes of the samples, in the order of the batches; None where unknown.
+        labels: The classes of the samples, or of their tokens, in the order of the batches; None where unknown.
         metrics: What to measure although no output looks so, see `evaluate`.
     """
     programs = _in_runtime(source, stages) or _simulated(source, stages)
@@ -81,7 +82,7 @@ def measure(
     itself = [] if labels is None else [programs.reference]
     every = [*itself, *(programs.quantized[name] for name in compared)]
     reference = programs.reference if compared else None
-    how = {"metrics": metrics, "strung": strung_outputs(source)}
+    how = {"metrics": metrics if compared else (), "strung": strung_outputs(source)}
     found = evaluate_each(every, batches, labels=labels, reference=reference, **how) if every else ()
     of_float = {"float_sqnr_db": float("inf"), "sqnr_db": float("inf")}
     of_float |= {"agreement": 1.0} if any(each.agreement is not None for each in found) else {}
@@ -167,4 +168,4 @@ def _simulation(model: Model, encodings: Encodings) -> Function:
 def _metrics(found: Evaluation) -> dict[str, float]:
     worst = None if found.worst is None else found.worst[1]
     figures = {"sqnr_db": found.sqnr, "worst_sqnr_db": worst, "agreement": found.agreement, "top1": found.top1}
-    return {name: value for name, value in figures.items() if value is not None}
+    return {name: value for name, value in {**figures, **found.figures}.items() if value is not None}

@@ -26,6 +26,7 @@ _SAME_FUNCTION_DB = 60.0  # float32 leaves a hundred
 _LOST_DB = 0.5
 _WEAKER_DB = 10.0  # than the best output
 _WIDE = 8  # bits, from which on a weight is not widened but left out
+_GAINED = ("sqnr_db", "agreement", "top1", "token_accuracy", "perplexity")  # that stages are compared by
 
 
 def recommendations(report: Mapping[str, Any]) -> tuple[Recommendation, ...]:
@@ -46,13 +47,13 @@ def stage_gains(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns what each stage gained over the one before it, of those that were measured quantized.
 
     A row is {"stage", "over", and for each metric of both the difference}: dB (of the worst output, where there are
-    several), and fractions for agreement and top-1.
+    several), and fractions for agreement, top-1 and tokens.
     """
     measured = [stage for stage in stages if stage["stage"] != "float" and "sqnr_db" in stage["metrics"]]
     rows = []
     for before, after in itertools.pairwise(measured):
         old, new = (stage["metrics"] | {"sqnr_db": worst_db(stage["metrics"])} for stage in (before, after))
-        names = [name for name in ("sqnr_db", "agreement", "top1") if name in old and name in new]
+        names = [name for name in _GAINED if name in old and name in new]
         gains = {name: _difference(new[name], old[name]) for name in names}
         rows.append({"stage": after["stage"], "over": before["stage"], **gains})
     return rows

@@ -9,9 +9,10 @@ from typing import Any
 from ptqjax.report import running
 from ptqjax.report.markup import code, figure, folded, gallery, section, table
 from ptqjax.report.plots import channel_plot, range_bar, spread
-from ptqjax.report.texts import METRICS, by_transform, figure_texts, metric_headings, metric_text, output_rows
+from ptqjax.report.texts import by_transform, figure_texts, metric_heading, metric_headings, metric_text, output_rows
 
 _MOST_PLOTS = 12  # at a glance; the others are folded away
+_FROM = ("top1", "token_accuracy", "perplexity")  # metrics that float has a figure of its own for
 _CHANGED = 1.001  # ranges that differ by less are drawn as what stayed
 
 
@@ -23,9 +24,9 @@ def head(report: Mapping[str, Any], title: str) -> str:
     last = stages[-1]["metrics"] if stages else {}
     for name in [name for name in metric_headings(stages) if name != "float_sqnr_db"]:
         first = next((stage["metrics"][name] for stage in stages if name in stage["metrics"]), None)
-        note = f", from {metric_text(name, first)}" if name == "top1" else ""
+        note = f", from {metric_text(name, first)}" if name in _FROM else ""
         note = f": {output_rows(stages)[0][0]}" if name == "worst_sqnr_db" and output_rows(stages) else note
-        cards.append((metric_text(name, last.get(name)) or "?", f"{METRICS[name][0]}{note}"))
+        cards.append((metric_text(name, last.get(name)) or "?", f"{metric_heading(name)}{note}"))
     cards += running.cards(report)
     cards.append((str(len(kinds)), f"grids: {kinds.count('weight')} weights, {kinds.count('activation')} activations"))
     cells = "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in cards)

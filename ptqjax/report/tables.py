@@ -19,7 +19,7 @@ from ptqjax.ir import Record
 from ptqjax.placement.place import Placement
 from ptqjax.report.grids import HEADINGS, grid_rows, summary, target_line
 from ptqjax.report.inspection import Inspection, Unknown
-from ptqjax.report.texts import by_transform, figure_texts, metric_headings, metric_text, output_rows
+from ptqjax.report.texts import by_transform, figure_texts, metric_heading, metric_headings, metric_text, output_rows
 from ptqjax.transforms.saturation import Saturation
 
 _NODES = 5  # named of each operator without a lowering
@@ -113,6 +113,10 @@ def _evaluation_rows(found: Evaluation, reference: Evaluation | None) -> list[li
     }
     rows = [["samples", str(found.num_samples)]]
     rows += [[name, f"{100 * value:.2f}"] for name, value in figures.items() if value is not None]
+    for name, value in found.figures.items():
+        if reference is not None and name in reference.figures:
+            rows += [[f"{metric_heading(name)}, of the reference", metric_text(name, reference.figures[name])]]
+        rows += [[metric_heading(name), metric_text(name, value)]]
     if found.worst is not None:
         rows += [[f"SQNR of '{name}', dB", f"{value:.2f}"] for name, value in found.outputs.items()]
         rows += [[f"the worst output: '{found.worst[0]}'; SQNR, dB", f"{found.worst[1]:.2f}"]]

@@ -11,11 +11,15 @@ _Record = TypeVar("_Record")
 METRICS = {
     "float_sqnr_db": ("in float: SQNR, dB", 1.0, "{:.0f}"),
     "top1": ("top-1, %", 100.0, "{:.1f}"),
+    "token_accuracy": ("tokens named right, %", 100.0, "{:.1f}"),
+    "perplexity": ("perplexity", 1.0, "{:.3f}"),
+    "kl": ("KL to float", 1.0, "{:.4f}"),
     "agreement": ("agreement with float, %", 100.0, "{:.1f}"),
     "sqnr_db": ("SQNR, dB", 1.0, "{:.1f}"),
     "worst_sqnr_db": ("SQNR of the worst output, dB", 1.0, "{:.1f}"),
 }
-"""Metric -> (heading, factor, format)."""
+"""Metric -> (heading, factor, format), of those that have a heading of their own."""
+_UNTOLD = {"cross_entropy"}  # perplexity tells the same
 
 
 def metric_headings(stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -23,9 +27,15 @@ def metric_headings(stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
     Of several outputs the worst stands for all: one figure over outputs of unlike units says what the largest is worth.
     """
-    present = {name for stage in stages for name in stage["metrics"]}
-    present -= {"sqnr_db"} if "worst_sqnr_db" in present else set()
-    return {name: heading for name, (heading, _, _) in METRICS.items() if name in present}
+    present = dict.fromkeys(name for stage in stages for name in stage["metrics"])
+    hidden = _UNTOLD | ({"sqnr_db"} if "worst_sqnr_db" in present else set())
+    ordered = [*(name for name in METRICS if name in present), *(name for name in present if name not in METRICS)]
+    return {name: metric_heading(name) for name in ordered if name not in hidden}
+
+
+def metric_heading(name: str) -> str:
+    """Returns what a metric is called in tables: one of a user's own, or of one output, by its name."""
+    return METRICS[name][0] if name in METRICS else name
 
 
 def output_rows(stages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -44,7 +54,7 @@ def metric_text(name: str, value: float | None) -> str:
     """Returns a figure as the table shows it; an exact copy has infinite SQNR."""
     if value is None:
         return ""
-    _, factor, style = METRICS[name]
+    _, factor, style = METRICS.get(name, ("", 1.0, "{:.4g}"))
     return "exact" if value == float("inf") else style.format(factor * value)
 
 

@@ -1,0 +1,197 @@
+"""Batches for decoders with past from token sequences alone: the model's own past is fed along.
+
+Ranges found on first steps alone would say nothing of the past, which is empty there; and a decoder meets one token
+at a time later on. So each sequence is cut: its first part goes in without a past, each later one with what came out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ptqjax.agreement import run, session
+from ptqjax.data.past import Interface, empty_past, interface_of
+from ptqjax.errors import DataError, PtqjaxError
+from ptqjax.ir import Graph, Model, TensorSpec
+from ptqjax.lowering import apply_few_times
+from ptqjax.metrics.labels import IGNORED, padded_labels
+from ptqjax.ranges.ids import check_ids
+
+_BATCH = 32
+_SHORTEST = 2  # tokens of a sequence that can be cut
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """Sequences of tokens, of unlike length."""
+
+    ids: tuple[np.ndarray, ...]
+    """The ids [T] of each."""
+    labels: tuple[np.ndarray, ...] | None = None
+    """The label [T] of each token; None without."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """What a decoder is fed for sequences, step by step."""
+
+    batches: tuple[dict[str, np.ndarray], ...]
+    """Every input by name, in the order of steps; can be gone through again and again."""
+    labels: np.ndarray | None
+    """The labels of every sample of the batches, padded to the longest step; None without."""
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the batches."""
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        """Returns how many there are."""
+        return len(self.batches)
+
+
+def decoding_batches(
+    model: Model,
+    sequences: Iterable[Any],
+    *,
+    labels: Iterable[Any] | None = None,
+    cuts: Callable[[int], Sequence[int]] | None = None,
+    size: int = _BATCH,
+    others: Mapping[str, np.ndarray] | None = None,
+    run_model: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> Decoded:
+    """Returns batches for a decoder with past, made by running it: each part of a sequence after the past of its own.
+
+    Attention mask, position ids and the choice of a merged file's branch follow from the ids.
+
+    Args:
+        model: The decoder, in float: inputs `input_ids` and `past_key_values...`, outputs `present...`, and what of
+            `attention_mask`, `position_ids`, `use_cache_branch` it takes.
+        sequences: The ids [T] of each sequence; those of one length are fed together.
+        labels: The label [T] of each token of each sequence; None without.
+        cuts: Where a sequence of so many tokens is cut; None: at the half, and before the last token.
+        size: Sequences at a time.
+        others: What other inputs are fed, one value for all samples along the first axis, such as an encoder's states.
+        run_model: A function of inputs to outputs that gives the past; None: ONNX Runtime, or JAX where there is none.
+
+    Raises:
+        DataError: The model has no past that is known by its names, takes an input that is not given, a sequence is
+            empty or no sequence of ids, or an id is none of the model's table.
+    """
+    found = require_interface(model.graph, others or {})
+    given = _sequences(sequences, labels)
+    feeder = _Feeder(model=model, interface=found, run=run_model or _function(model), others=others or {})
+    batches, told = [], []
+    for length, rows in _by_length(given.ids).items():
+        ends = _ends(length, (cuts or _halves)(length))
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            ids = np.stack([given.ids[row] for row in some])
+            for begin, end, batch in feeder.steps(ids, ends):
+                batches.append(batch)
+                told += [] if given.labels is None else [given.labels[row][begin:end] for row in some]
+    return Decoded(batches=tuple(batches), labels=padded_labels(told, "labels") if told else None)
+
+
+def require_interface(graph: Graph, others: Mapping[str, Any]) -> Interface:
+    """Returns how a decoder takes its past.
+
+    Raises:
+        DataError: It is no decoder with past, or takes an input besides that `others` does not give.
+    """
+    found = interface_of(graph)
+    if found is None:
+        raise DataError(
+            "the model is no decoder with past: expected inputs 'input_ids' and 'past_key_values...' of four axes, and "
+            f"outputs 'present...' of the same names behind that; it takes {', '.join(s.name for s in graph.inputs)}"
+        )
+    missing = next((name for name in found.others if name not in others), None)
+    if missing is not None:
+        raise DataError(f"the model takes '{missing}' besides ids and past; give it: others={{'{missing}': ...}}")
+    return found
+
+
+def _sequences(sequences: Iterable[Any], labels: Iterable[Any] | None) -> Sequences:
+    ids = tuple(np.asarray(each).reshape(-1) for each in sequences)
+    told = None if labels is None else tuple(np.asarray(each).reshape(-1) for each in labels)
+    if not ids:
+        raise DataError("there are no sequences; expected at least one array of token ids")
+    for index, row in enumerate(ids):
+        if row.dtype.kind not in "iu" or not row.size:
+            raise DataError(f"sequence {index} is of type {row.dtype} and holds {row.size} ids; expected integers")
+        if told is not None and (len(told) != len(ids) or told[index].shape != row.shape):
+            raise DataError(
+                f"sequence {index} has {row.size} tokens, and labels differ in number; expected one for each token, "
+                f"{IGNORED} where none counts"
+            )
+    return Sequences(ids=ids, labels=told)
+
+
+def _by_length(ids: Sequence[np.ndarray]) -> dict[int, list[int]]:
+    rows: dict[int, list[int]] = {}
+    for index, row in enumerate(ids):
+        rows.setdefault(len(row), []).append(index)
+    return rows
+
+
+def _halves(length: int) -> Sequence[int]:
+    return (length // 2, length - 1) if length > _SHORTEST else (length - 1,)
+
+
+def _ends(length: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
+    places = sorted({0, length, *(cut for cut in cuts if 0 < cut < length)})
+    return list(itertools.pairwise(places))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Feeder:
+    """A decoder that is fed step by step."""
+
+    model: Model
+    """The decoder."""
+    interface: Interface
+    """How it takes its past."""
+    run: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    """Gives outputs for inputs."""
+    others: Mapping[str, np.ndarray]
+    """What other inputs are fed."""
+
+    def steps(
+        self, ids: np.ndarray, ends: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+        """Yields where each step begins and ends, and its inputs."""
+        specs = {spec.name: spec for spec in self.model.graph.inputs}
+        past = {name: empty_past(specs[name], len(ids), "an empty past") for name in self.interface.pasts}
+        for begin, end in ends:
+            batch = self._batch(specs, past, ids, begin, end)
+            check_ids(self.model.graph, self.model.params, batch, f"tokens {begin} to {end - 1}")
+            yield begin, end, batch
+            if end < ends[-1][1]:
+                outputs = self.run(batch)
+                past = {name: np.asarray(outputs[output]) for name, output in self.interface.pasts.items()}
+
+    def _batch(
+        self, specs: Mapping[str, TensorSpec], past: Mapping[str, np.ndarray], ids: np.ndarray, begin: int, end: int
+    ) -> dict[str, np.ndarray]:
+        found = self.interface
+        made = {**past, found.ids: ids[:, begin:end].astype(specs[found.ids].dtype)}
+        if found.mask is not None:
+            made[found.mask] = np.ones((len(ids), end), specs[found.mask].dtype)
+        if found.positions is not None:
+            places = np.arange(begin, end, dtype=specs[found.positions].dtype)
+            made[found.positions] = np.broadcast_to(places, (len(ids), end - begin)).copy()
+        if found.branch is not None:
+            made[found.branch] = np.full(1, begin > 0)
+        made |= {name: np.asarray(self.others[name])[: len(ids)] for name in found.others}
+        return {name: made[name] for name in specs}
+
+
+def _function(model: Model) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    try:
+        runtime = session(model)
+    except PtqjaxError:
+        return lambda batch: apply_few_times(model.graph, model.params, batch)
+    return lambda batch: run(runtime, batch)
