@@ -31,7 +31,8 @@ TRIAL_SHAPES = 4
 JUDGED = "stage "
 """What the record of a stage that was judged by itself begins with."""
 _CLEARLY = 0.25  # dB by which something must be better than what is simpler
-_HEADROOMS = (1.0, 1.2)  # tried; beyond, a coarser step costs more than clipping did (MobileNetV2: 1.3 as good as 1.2)
+HEADROOMS = (1.0, 1.2)
+"""Headrooms that are tried; beyond, a coarser step costs more than clipping did (MobileNetV2: 1.3 as good as 1.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +63,35 @@ class Judge:
     tried: list[Trial]
     wanted: list[dict[str, Any]]
     """The float model's outputs on the samples held back, once there are any."""
+    calibrated: list[tuple[Model, Calibrated]]
+    """Models that have been calibrated, and what that gave."""
+    absorbs: bool = True
+    """Whether the ways start from the model whose biases were absorbed, where that is asked for."""
 
     @staticmethod
-    def of(ways: Ways, config: QuantizationConfig, num_samples: int) -> Judge:
+    def of(ways: Ways, config: QuantizationConfig, num_samples: int, *, absorbs: bool = True) -> Judge:
         """Returns a judge on so many of the samples."""
         used, held, left_out = divided(ways.model, ways.batches, num_samples)
-        half = Ways(ways.model, used)
-        return Judge(ways=half, config=config, used=used, held=held, left_out=left_out, tried=[], wanted=[])
+        return Judge(
+            ways=Ways(ways.model, used),
+            config=config,
+            used=used,
+            held=held,
+            left_out=left_out,
+            tried=[],
+            wanted=[],
+            calibrated=[],
+            absorbs=absorbs,
+        )
 
-    def trials(self, name: str) -> list[Trial]:
-        """Returns what a way gives with each headroom."""
+    def trials(self, name: str, headrooms: Sequence[float] = HEADROOMS) -> list[Trial]:
+        """Returns what a way gives with each headroom, or with the one that is set."""
         model, report = self.ways.scaled(name, self.config)
-        headrooms = _HEADROOMS if self.config.headroom is None else (self.config.headroom,)
-        trial = Trial(name=name, model=model, report=report, headroom=1.0, correct=self.config.correct)
-        return self._measured([replace(trial, headroom=headroom) for headroom in headrooms])
+        chosen = headrooms if self.config.headroom is None else (self.config.headroom,)
+        trial = Trial(
+            name=name, model=model, report=report, headroom=1.0, correct=self.config.correct, absorbs=self.absorbs
+        )
+        return self._measured([replace(trial, headroom=headroom) for headroom in chosen])
 
     def corrections(self, best: Trial) -> list[Trial]:
         """Returns what the best way gives with simpler corrections than the one asked for."""
@@ -86,12 +102,20 @@ class Judge:
         report = unscaled(model, "neither this nor absorption was better on samples held back")
         return self._measured([replace(best, name="off", model=model, report=report, absorbs=False)])
 
+    def _calibrated(self, model: Model) -> Calibrated:
+        """Returns what calibrating gives, from one pass for each model."""
+        known = next((found for each, found in self.calibrated if each is model), None)
+        if known is not None:
+            return known
+        found = calibrate_and_measure(model, self.used, [self.config], labels=[""], measured=layer_axes(model))
+        self.calibrated.append((model, found))
+        return found
+
     def _measured(self, trials: Sequence[Trial]) -> list[Trial]:
         """Returns the trials, all of the same model, with what they gave."""
         if not trials:
             return []
-        model = trials[0].model
-        found = calibrate_and_measure(model, self.used, [self.config], labels=[""], measured=layer_axes(model))
+        found = self._calibrated(trials[0].model)
         measured = [replace(trial, decibels=self._outcome(trial, found)) for trial in trials]
         self.tried.extend(measured)
         return measured
