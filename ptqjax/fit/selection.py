@@ -176,7 +176,7 @@ def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> C
     if plain is not None and not absorbs:
         ways = Ways(plain, ways.batches)
     if not policy.trial_samples:
-        found = _by_prediction(ways, config, expected, candidates[-1])
+        found = _by_prediction(ways, config, expected, "off" if len(candidates) == 1 else "noise")
         return replace(found, absorbs=absorbs, report=(*left_out, *found.report))
     headrooms = HEADROOMS if len(candidates) > 1 else HEADROOMS[:1]  # it is for scaled channels, see _OF_SCALED
     free_plain = plain if absorbs else None
