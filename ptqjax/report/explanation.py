@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ from ptqjax.report.depth import Depth, Sums, measure_depth, pieces
 from ptqjax.report.histograms import histogram_facts, weight_histogram
 
 _SAMPLES = {"fast": 8, "balanced": 8, "thorough": 32}
+_TABLE_SAMPLES = {"fast": 64, "balanced": 64, "thorough": math.inf}  # that stages are compared on, without labels
 _RUNTIME_SAMPLES = 16  # that ONNX Runtime's integers are compared on; each of them is exact
 _SECONDS = {"fast": 0.2, "balanced": 0.5, "thorough": 1.0}  # that runs are timed
 _WORST_GROUPS = 10  # of the runtime's that are told one by one
@@ -55,7 +57,8 @@ def explain(
 ) -> dict[str, Any]:
     """Returns all that is to be said of a quantization, as plain data: what `report.page` makes a page from.
 
-    Beside what `report.facts` has: the table of stages; "tensors", how far each tensor is from the float model's and
+    Beside what `report.facts` has: the table of stages, and on which samples ("measured_on"): without labels the first
+    64, unless `config.effort` is "thorough"; "tensors", how far each tensor is from the float model's and
     what its own rounding adds; "histograms", what meets each grid; "sensitivity", the share of each group of tensors in
     the noise of the output; "execution", what runs in integers, size and time of `file` beside `float_file`, where
     the target tells its kernels; "runtime", how ONNX Runtime's integers compare with the integer program
@@ -83,10 +86,11 @@ def explain(
     """
     config, follow = config or QuantizationConfig(), follow or _unseen
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
+    compared = batches if batches is None or labels is not None else _first(batches, _TABLE_SAMPLES[config.effort])
     table = (
         None
-        if batches is None
-        else measured(source, result, follow(batches, "measuring"), labels, config, metrics=metrics)
+        if compared is None
+        else measured(source, result, follow(compared, "measuring"), labels, config, metrics=metrics)
     )
     facts = report.facts(
         source={"num_samples": 0 if batches is None else sum(map(num_samples, batches))} | dict(origin or {}),
@@ -99,6 +103,7 @@ def explain(
         before=result.stages[0].model,
         after=result.model,
     )
+    facts |= {"measured_on": _measured_on(batches or (), compared or ())}
     if file and float_file and batches is not None and load_target(config.target).products:
         facts |= {"execution": _execution_facts(float_file, file, batches, config)}
     if full and batches is not None:
@@ -112,6 +117,23 @@ def explain(
 
 def _unseen(collection: Iterable[Any], _: str) -> Iterable[Any]:
     return collection
+
+
+def _first(batches: Iterable[Mapping[str, Any]], most: float) -> list[Mapping[str, Any]]:
+    """Returns batches until they hold `most` samples."""
+    found, count = [], 0
+    for batch in batches:
+        if count >= most:
+            break
+        found.append(batch)
+        count += num_samples(batch)
+    return found
+
+
+def _measured_on(batches: Iterable[Mapping[str, Any]], compared: Iterable[Mapping[str, Any]]) -> str:
+    """Returns what the table of stages was measured on, in words."""
+    total, count = (sum(map(num_samples, some)) for some in (batches, compared))
+    return "the calibration samples" if count == total else f"{count} of the {total} calibration samples"
 
 
 def measured(
