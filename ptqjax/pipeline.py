@@ -256,13 +256,19 @@ def _calibrated(
         some = [drafts[position] for position in positions]
         scaled = some[0].choice.model
         needs_means = any(draft.choice.correct == "empirical" for draft in some)
-        calibrated = calibrate_and_measure(
-            scaled,
-            batches,
-            [draft.config for draft in some],
-            frozen=frozen,
-            labels=[draft.label for draft in some],
-            measured=layer_axes(scaled) if needs_means else (),
+        known = some[0].choice.calibrated
+        is_known = known is not None and not frozen and [known[0]] == [draft.config for draft in some]
+        calibrated = (
+            known[1]
+            if known is not None and is_known
+            else calibrate_and_measure(
+                scaled,
+                batches,
+                [draft.config for draft in some],
+                frozen=frozen,
+                labels=[draft.label for draft in some],
+                measured=layer_axes(scaled) if needs_means else (),
+            )
         )
         for position, draft, (encodings, report) in zip(positions, some, calibrated.each, strict=True):
             kept = {name: encodings[name] for name in frozen}

@@ -14,6 +14,7 @@ from ptqjax.fit.ways import BATCH, BEHAVIOUR_SHAPES, POLICIES, Policy, Ways, bou
 from ptqjax.ir import Model, Record, Report
 from ptqjax.placement.place import place
 from ptqjax.placement.tensors import is_floating
+from ptqjax.ranges.calibrate import Calibrated
 from ptqjax.transforms.behaviour import Behaviour, implied_behaviour
 from ptqjax.transforms.equalize import unscaled
 from ptqjax.transforms.noise import covers_noise, scale_for_noise, unscaled_decibels
@@ -49,6 +50,8 @@ class Choice:
     """Whether the model is the prepared one; False: the one that `plain` gave, whose biases were not absorbed."""
     scaling: str | None = None
     """The value of `QuantizationConfig.scaling` that gives the same model again, where one was chosen and does."""
+    calibrated: tuple[QuantizationConfig, Calibrated] | None = None
+    """What calibrating on all samples gave under a configuration, where that was done on the way."""
 
 
 def scale_as_configured(
@@ -183,7 +186,8 @@ def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> C
     if (learns or len(candidates) > 1) and bounds_of(config) == "exact":
         ways = Ways(with_free_bounds(model), ways.batches)  # one structure, and so one set of programs, for all
         free_plain = None if free_plain is None else with_free_bounds(free_plain)
-    judge = Judge.of(ways, config, policy.trial_samples, absorbs=absorbs)
+    is_of_correction = len(candidates) == 1 and free_plain is None and len(headrooms) == 1
+    judge = (Judge.of_correction if is_of_correction else Judge.of)(ways, config, policy.trial_samples, absorbs=absorbs)
     trials = [trial for name in candidates for trial in judge.trials(name, headrooms)]
     corrected = judged("correct", (best := best_of(trials)), judge.corrections(best))
     best = corrected.kept
@@ -201,8 +205,11 @@ def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> C
         is_scaled |= any(record.done for record in learned)
         report = (*report, *learned)
     left = plain if plain is not None and not best.absorbs else model
+    chosen = scaled if is_scaled else left
+    known = judge.found_for(chosen)
     return Choice(
-        model=scaled if is_scaled else left,
+        model=chosen,
+        calibrated=None if known is None else (config, known),
         headroom=best.headroom,
         correct=best.correct,
         report=(*records, *report),

@@ -1,13 +1,15 @@
 """Ways to scale, headrooms and corrections, tried on some calibration samples and judged on others.
 
 Half of the samples stand for calibration data, the others for data to come: what is chosen is chosen on calibration
-data alone, and judged on samples that neither ranges nor corrections have seen.
+data alone, and judged on samples that neither ranges nor corrections have seen. Where nothing but the correction is to
+be judged, ranges are those of all samples on both sides, and with them the pass that calibrates is the result's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +69,8 @@ class Judge:
     """Models that have been calibrated, and what that gave."""
     absorbs: bool = True
     """Whether the ways start from the model whose biases were absorbed, where that is asked for."""
+    ranging: Iterable[Batch] | None = None
+    """Samples that ranges are found on; None: those that calibrate."""
 
     @staticmethod
     def of(ways: Ways, config: QuantizationConfig, num_samples: int, *, absorbs: bool = True) -> Judge:
@@ -83,6 +87,27 @@ class Judge:
             calibrated=[],
             absorbs=absorbs,
         )
+
+    @staticmethod
+    def of_correction(ways: Ways, config: QuantizationConfig, num_samples: int, *, absorbs: bool) -> Judge:
+        """Returns a judge of corrections alone: ranges are of all samples, as the result will have them.
+
+        Corrections are measured on the first batch and judged on the second; where there are no two that hold half of
+        `num_samples` each, on two halves of so many samples, as `of` has it.
+        """
+        first, second = (*islice(iter(ways.batches), 2), {}, {})[:2]
+        sizes = {len(next(iter(batch.values()), ())) for batch in (first, second)}
+        judge = Judge.of(ways, config, num_samples, absorbs=absorbs)
+        if sizes != {num_samples // 2}:
+            return judge
+        used, held = ([{name: np.asarray(value) for name, value in batch.items()}] for batch in (first, second))
+        return replace(judge, used=used, held=held, ranging=ways.batches)
+
+    def found_for(self, model: Model) -> Calibrated | None:
+        """Returns what calibrating on all samples gave for a model; None where that was not done."""
+        if self.ranging is None:
+            return None
+        return next((found for each, found in self.calibrated if each is model), None)
 
     def trials(self, name: str, headrooms: Sequence[float] = HEADROOMS) -> list[Trial]:
         """Returns what a way gives with each headroom, or with the one that is set."""
@@ -107,7 +132,8 @@ class Judge:
         known = next((found for each, found in self.calibrated if each is model), None)
         if known is not None:
             return known
-        found = calibrate_and_measure(model, self.used, [self.config], labels=[""], measured=layer_axes(model))
+        samples = self.used if self.ranging is None else self.ranging
+        found = calibrate_and_measure(model, samples, [self.config], labels=[""], measured=layer_axes(model))
         self.calibrated.append((model, found))
         return found
 
