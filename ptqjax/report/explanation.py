@@ -31,7 +31,7 @@ from ptqjax.report.depth import Depth, Sums, measure_depth, pieces
 from ptqjax.report.histograms import histogram_facts, weight_histogram
 
 _SAMPLES = {"fast": 8, "balanced": 8, "thorough": 32}
-_TABLE_SAMPLES = {"fast": 64, "balanced": 64, "thorough": math.inf}  # that stages are compared on, without labels
+_TABLE_SAMPLES = {"fast": 64.0, "balanced": 64.0, "thorough": math.inf}  # that stages are compared on, without labels
 _RUNTIME_SAMPLES = 16  # that ONNX Runtime's integers are compared on; each of them is exact
 _SECONDS = {"fast": 0.2, "balanced": 0.5, "thorough": 1.0}  # that runs are timed
 _WORST_GROUPS = 10  # of the runtime's that are told one by one
