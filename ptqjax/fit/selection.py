@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -52,6 +52,8 @@ class Choice:
     """The value of `QuantizationConfig.scaling` that gives the same model again, where one was chosen and does."""
     calibrated: tuple[QuantizationConfig, Calibrated] | None = None
     """What calibrating on all samples gave under a configuration, where that was done on the way."""
+    key: Hashable = None
+    """Choices of one prepared model with equal keys have the same scaled model."""
 
 
 def scale_as_configured(
@@ -61,7 +63,7 @@ def scale_as_configured(
     *,
     plain: Model | None = None,
 ) -> Choice:
-    """Returns `model` scaled as `config.scaling` says, and how to go on.
+    """Returns `model` scaled as `config.scaling` says, with the headroom and the correction that were chosen.
 
     "auto" asks the closed form of predicted noise first what scales may gain. What may win of nothing, "ranges" and
     "noise" is tried, each with and without headroom, on one half of some samples against the other; the best is
@@ -96,7 +98,7 @@ def scale_each(
 ) -> Iterator[Choice]:
     """Yields what `scale_as_configured` returns for each configuration, in order, each made when it is asked for.
 
-    What several ask for is made once: configurations that ask for the same scaling share one model, the same object.
+    What several ask for is made once: configurations that ask for the same scaling share one model, and one `key`.
 
     Args:
         model: The model, prepared.
@@ -122,7 +124,7 @@ def scale_each(
                     raise
                 raise ConfigError(f"{label}{error}") from error
         own = {} if _is_chosen(config) else _as_asked(config, has_data=batches is not None)
-        yield replace(made[key], **own)
+        yield replace(made[key], **own, key=key)
 
 
 def _check_names(model: Model, config: QuantizationConfig) -> None:
@@ -148,7 +150,7 @@ def _is_chosen(config: QuantizationConfig) -> bool:
     return config.scaling in {"auto", "learned"}
 
 
-def _dependence(config: QuantizationConfig) -> Any:
+def _dependence(config: QuantizationConfig) -> Hashable:
     """Returns what the scaled model depends on."""
     if _is_chosen(config):
         return config
@@ -252,7 +254,7 @@ class _Expected(NamedTuple):
     gain: float
     """How many dB less noise the best ones are predicted to leave; 0 where nothing is known."""
     record: Record
-    """The same for the report."""
+    """The gain as a record for the report."""
     unscaled: float | None
     """The predicted noise of the model as it is, in dB below the output's power; None where nothing is known."""
     is_implied: bool
