@@ -103,7 +103,7 @@ class _Programs:
     exposed: Function
     """What is compared, with all quantized tensors as outputs."""
     cut: Function
-    """The same from each quantized tensor to those behind it."""
+    """What is compared, cut: computed from each quantized tensor to those behind it."""
     report: Report
     """Which operators are computed in integers."""
 
