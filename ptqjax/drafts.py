@@ -13,6 +13,7 @@ from ptqjax.fit.adapting import check_data
 from ptqjax.fit.selection import Choice
 from ptqjax.ir import Model, Report
 from ptqjax.placement.tensors import check_not_quantized
+from ptqjax.ranges.calibrate import Calibrated
 from ptqjax.ranges.observing import Means
 
 _T = TypeVar("_T")
@@ -66,6 +67,8 @@ class Draft:
     """The factor by which ranges of activations are widened."""
     correct: str = "none"
     """How biases are corrected, one of `config.settings.CORRECTIONS`."""
+    calibrated: tuple[QuantizationConfig, Calibrated] | None = None
+    """A configuration and what calibrating under it gave, where the choice of scales did that on the way."""
     encodings: Encodings = field(default_factory=dict)
     """The grid of every quantized tensor, once the model is calibrated."""
     means: Means | None = None
@@ -90,6 +93,7 @@ class Draft:
             correct=choice.correct,
             scaling=choice.scaling,
             absorbs=choice.absorbs,
+            calibrated=choice.calibrated,
             shared=shared,
         )
 

@@ -24,7 +24,7 @@ from ptqjax.fit.selection import scale_each
 from ptqjax.ir import Model
 from ptqjax.placement.place import place
 from ptqjax.placement.tensors import check_not_quantized
-from ptqjax.ranges.calibrate import calibrate_and_measure
+from ptqjax.ranges.calibrate import Calibrated, calibrate_and_measure
 from ptqjax.ranges.headroom import widened
 from ptqjax.transforms import fold_batch_norms, prepare, without_absorption
 
@@ -103,20 +103,27 @@ def calibrated(drafts: Sequence[Draft], batches: Batches) -> list[Draft]:
     found = dict(enumerate(drafts))
     for positions in alike(drafts, lambda draft: draft.shared).values():
         some = [drafts[position] for position in positions]
-        model, needs_means = some[0].model, any(draft.correct == "empirical" for draft in some)
-        seen = calibrate_and_measure(
+        model = some[0].model
+        seen = _known(some) or calibrate_and_measure(
             model,
             batches,
             [draft.config for draft in some],
             frozen=some[0].frozen,
             labels=[draft.label for draft in some],
-            measured=layer_axes(model) if needs_means else (),
+            measured=layer_axes(model) if any(draft.correct == "empirical" for draft in some) else (),
         )
         for position, draft, (encodings, report) in zip(positions, some, seen.each, strict=True):
             wide = widened(model, encodings, draft.headroom, draft.config, seen.num_values)
             kept = wide | {name: encodings[name] for name in draft.frozen}
             found[position] = draft.encoded("calibrate", kept, report, means=seen.means)
     return [found[position] for position in range(len(drafts))]
+
+
+def _known(drafts: Sequence[Draft]) -> Calibrated | None:
+    """Returns what calibrating the drafts gives, where the choice of scales did it on the way."""
+    known = drafts[0].calibrated
+    is_theirs = known is not None and not drafts[0].frozen and [known[0]] == [draft.config for draft in drafts]
+    return known[1] if known is not None and is_theirs else None
 
 
 def corrected(drafts: Sequence[Draft], batches: Batches) -> list[Draft]:

@@ -390,6 +390,7 @@ def test_the_table_says_what_it_is_and_where_to_go_on(place, quantized):
 def test_the_table_begins_with_float_without_labels_too(place, tmp_path):
     np.savez(tmp_path / "data.npz", input=np.load(place / "data.npz")["input"])
     result = quantize(place, tmp_path / "q", data=tmp_path / "data.npz")
+    assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.stdout.splitlines() if line.strip()]
     assert ["float", "exact", "100.0", "exact"] in rows
     assert "top-1" not in result.stdout

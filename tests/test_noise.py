@@ -14,6 +14,7 @@ from ptqjax.kernels.noise import (
     least_noise,
     output_noise,
     stack_terms,
+    unscaled_noise,
 )
 
 STEPS = {"activation_steps": 255, "weight_steps": 127}
@@ -86,6 +87,16 @@ def random_theta(seed: int) -> np.ndarray:
     theta = np.random.default_rng(seed).normal(size=NUM_SCALES)
     theta[0] = 0.0
     return theta
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_noise_without_scales_is_that_of_the_equations_where_all_are_one(per_channel: bool) -> None:  # noqa: FBT001
+    activations, weights = chain(0, per_channel=per_channel)
+    found = unscaled_noise(activations, weights, **STEPS)
+    assert [part.shape for part in found] == [(2,), (3,)]
+    whole = exact(np.zeros(NUM_SCALES), activations, weights)
+    assert np.log(sum(part.sum() for part in found)) == pytest.approx(whole, rel=1e-12)
+    assert np.log(found[0][1]) == pytest.approx(exact(np.zeros(NUM_SCALES), activations[1:], []), rel=1e-12)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

@@ -7,7 +7,9 @@ import pytest
 
 from ptqjax.encodings.encoding import Encoding, make_encoding
 from ptqjax.ir import Model
+from ptqjax.report import depth
 from ptqjax.report.depth import measure_depth, pieces
+from ptqjax.report.tensor_runs import runs_in_runtime
 from tests.models import build, node
 
 
@@ -60,6 +62,20 @@ def test_every_sum_is_that_of_the_two_models_computed_apart():
     z = np.minimum(q @ rounded(b, ENCODINGS["b"]), 1)
     assert found["z"].noise == pytest.approx(np.sum((z - np.minimum(exact @ b, 1)) ** 2), rel=1e-3)
     assert found["z"].own_noise == 0  # it has no grid
+
+
+def test_the_runtime_and_the_compiled_program_find_the_same(monkeypatch):
+    model, x = network(), data(16)
+    names = ("x", "r", "y", "z")
+    assert runs_in_runtime(model, model, BOTH, names, {"x": x}) is not None
+    in_runtime = measure_depth(model, model, BOTH, [{"x": x}])
+    monkeypatch.setattr(depth, "runs_in_runtime", lambda *_: None)
+    compiled = measure_depth(model, model, BOTH, [{"x": x}])
+    assert list(in_runtime.sums) == list(compiled.sums)
+    for name, sums in in_runtime.sums.items():
+        np.testing.assert_allclose(sums, compiled.sums[name], rtol=1e-4, err_msg=name)
+    for name, histogram in in_runtime.histograms.items():
+        np.testing.assert_array_equal(histogram.counts, compiled.histograms[name].counts)
 
 
 def test_how_samples_are_cut_makes_no_difference():

@@ -155,13 +155,15 @@ def test_a_correction_that_loses_on_samples_held_back_is_left_out(alike, monkeyp
 
 
 def test_what_is_judged_is_held_against_the_model_before_its_biases_were_corrected(alike):
-    """As an independent path has it: calibrated on one half, corrected, and simulated on the other, against float."""
+    """As an independent path has it: calibrated on all, corrected on one batch, simulated on the other."""
     config = replace(PER_CHANNEL, headroom=1.0, scaling="off")
-    choice = scale_as_configured(alike, batches(), replace(config, scaling="auto"))
+    given = [{"input": np.concatenate([batch["input"] for batch in batches()[i : i + 2]])} for i in (0, 2)]
+    choice = scale_as_configured(alike, given, replace(config, scaling="auto"))
     found = {record.what.rpartition(" ")[2]: record for record in choice.report if record.what.startswith("scaling")}
-    used, held, _ = trials.divided(alike, batches(), 64)
+    used, held = given[:1], given[1:]
+    assert choice.calibrated is not None
     for correct, record in found.items():
-        encodings = ptqjax.calibrate(alike, used, config)
+        encodings = ptqjax.calibrate(alike, given, config)
         model = alike if correct == "none" else ptqjax.correct_biases(alike, encodings, used)[0]
         simulate = ptqjax.simulate(model, encodings)
         evaluated = ptqjax.evaluate(
@@ -174,8 +176,12 @@ def test_what_is_judged_is_held_against_the_model_before_its_biases_were_correct
 
 
 def test_equalization_that_loses_on_samples_held_back_is_left_out_as_a_whole(unequal, alike, monkeypatch):
-    """The model that absorption is to have made is the one whose channels differ by orders of magnitude."""
+    """The model that absorption is to have made is the one whose channels differ by orders of magnitude.
+
+    Without batch norms: nobody can tell beforehand.
+    """
     monkeypatch.setattr(selection, "_candidates", lambda *_: ("off",))
+    unequal, alike = (model.replace(statistics={}) for model in (unequal, alike))
     choice = scale_as_configured(unequal, batches(), PER_CHANNEL, plain=alike)
     assert choice.model is alike
     assert not choice.absorbs
@@ -186,6 +192,19 @@ def test_equalization_that_loses_on_samples_held_back_is_left_out_as_a_whole(une
     assert choice.model is alike
     assert choice.absorbs
     assert stage_record(choice, "equalize").done
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_absorption_that_is_predicted_to_gain_nothing_is_left_out_without_a_trial(unequal, alike, monkeypatch, effort):
+    monkeypatch.setattr(selection, "_candidates", lambda *_: ("off",))
+    config = replace(PER_CHANNEL, effort=effort)
+    choice = scale_as_configured(unequal, batches(), config, plain=alike)
+    assert choice.model is alike
+    assert not choice.absorbs
+    (record,) = [record for record in choice.report if record.what == "absorbed biases"]
+    assert record.after["predicted gain, dB"] < -3
+    assert not [record for record in choice.report if record.what == "stage equalize"]
+    assert scale_as_configured(alike, batches(), config, plain=unequal).absorbs
 
 
 def test_what_changes_nothing_is_not_judged(alike):

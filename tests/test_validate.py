@@ -104,6 +104,22 @@ def test_from_the_inputs_to_the_end_all_integers_are_equal(quantized):
     assert found.unverified == ()
 
 
+def test_operators_as_onnx_defines_them_differ_by_single_steps_alone(quantized, monkeypatch):
+    """Nothing is compiled for it."""
+    model, batch = quantized
+    simulated = validate(model, [batch])
+    monkeypatch.setattr("ptqjax.agreement.comparison.apply_few_times", None)
+    found = validate(model, [batch], in_float=False, by="definition")
+    assert found.equal > 0.99
+    assert found.largest <= 1
+    assert found.integer.sqnr > 20
+    assert [(each.tensor, each.operator) for each in found.groups] == [
+        (each.tensor, each.operator) for each in simulated.groups
+    ]
+    with pytest.raises(ConfigError, match="by='hearsay'"):
+        validate(model, [batch], by="hearsay")
+
+
 def test_operators_sum_up_their_groups(quantized):
     model, batch = quantized
     found = validate(model, [batch])

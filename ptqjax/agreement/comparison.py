@@ -7,17 +7,19 @@ from ONNX Runtime's own integers before it, and each tensor is computed all the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ptqjax import onnx_io
 from ptqjax.agreement.findings import Distance, Group, Validation
 from ptqjax.agreement.fusions import Fusions, is_seen_in_integers, operators, otherwise_fused
-from ptqjax.agreement.runtime import model_file, optimized, run, session
+from ptqjax.agreement.runtime import as_written, model_file, optimized, run, session
 from ptqjax.agreement.totals import LIKENESS, NO_DISTANCE, likeness_of, with_elements
+from ptqjax.config.checks import check_choice
 from ptqjax.data.batches import checked_batches, num_samples
 from ptqjax.errors import ModelError
 from ptqjax.ir import Model, Node, Report, TensorSpec, rebuild, value_of
@@ -26,6 +28,11 @@ from ptqjax.metrics import Seen, Tally
 from ptqjax.qdq.fuse_quantized import fuse_quantized
 from ptqjax.transforms.saturation import saturating_weights, warn_of_saturation
 
+WAYS = ("simulation", "definition")
+"""What ONNX Runtime's integers are compared with."""
+
+Function: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
 
 def validate(
     model: Model | str | os.PathLike[str] | bytes,
@@ -33,6 +40,7 @@ def validate(
     *,
     device: str = "cpu",
     in_float: bool = True,
+    by: str = "simulation",
 ) -> Validation:
     """Returns how an exported QDQ model in ONNX Runtime compares with what is simulated.
 
@@ -44,19 +52,24 @@ def validate(
         batches: Inputs by name, samples along the first axis; one batch at a time is held.
         device: Where ONNX Runtime computes: "cpu", "cuda" or "auto".
         in_float: Whether the float program is compared as well.
+        by: "simulation": with the integer program, which repeats the runtime's sums and is to be equal to the bit.
+            "definition": with the file's operators one by one as ONNX defines them, in float, which a session without
+            optimizations computes: nothing is compiled. There a rounding falls the other way here and there, so that
+            groups alone are equal but for single steps, and what is computed from the inputs is only alike.
 
     Raises:
         ModelError: The model cannot be read or run, or is not quantized.
         DataError: There are no batches, or one does not fit or holds NaN or infinity (`checked_batches`).
-        ConfigError: onnxruntime is not installed, or has no such device.
+        ConfigError: onnxruntime is not installed, or has no such device; or `by` is unknown.
     """
+    check_choice("by", by, WAYS)
     quantized = model if isinstance(model, Model) else onnx_io.read(model_file(model))
     tensors = _quantized_tensors(quantized)
     if not tensors:
         raise ModelError(
             "the model has no QuantizeLinear node: there is nothing to validate; export it quantized first"
         )
-    programs = _Programs.of(quantized, tensors)
+    programs = _Programs.of(quantized, tensors, by)
     runtimes, fusions = _runtimes(programs, tensors, device)
     tally = _Tally(alone=dict.fromkeys(tensors, NO_DISTANCE), end_to_end=dict.fromkeys(tensors, NO_DISTANCE))
     for batch in checked_batches(quantized.graph, batches):
@@ -88,21 +101,22 @@ class _Programs:
     """The QDQ model: what the float program computes."""
     fused: Model
     """The integer program."""
-    exposed: Model
-    """The integer program with all quantized tensors as outputs."""
-    cut: Model
-    """The integer program from each quantized tensor to those behind it."""
+    exposed: Function
+    """What is compared, with all quantized tensors as outputs."""
+    cut: Function
+    """What is compared, cut: computed from each quantized tensor to those behind it."""
     report: Report
     """Which operators are computed in integers."""
 
     @staticmethod
-    def of(quantized: Model, tensors: Mapping[str, np.dtype]) -> _Programs:
+    def of(quantized: Model, tensors: Mapping[str, np.dtype], by: str) -> _Programs:
         fused, report = fuse_quantized(quantized)
+        source, function = (fused, _simulated) if by == "simulation" else (quantized, as_written)
         return _Programs(
             quantized=quantized,
             fused=fused,
-            exposed=_with_outputs(fused, tensors),
-            cut=_cut(fused, tensors),
+            exposed=function(_with_outputs(source, tensors)),
+            cut=function(_cut(source, tensors)),
             report=report,
         )
 
@@ -142,13 +156,13 @@ class _Tally:
         found = run(runtimes.exposed, batch)
         whole = found if runtimes.plain is runtimes.exposed else run(runtimes.plain, batch)
         outputs = {spec.name: whole[spec.name] for spec in quantized.graph.outputs}
-        whole_way = _computed(programs.exposed, batch)
+        whole_way = programs.exposed(batch)
         is_equal = all(np.array_equal(found[name], whole_way[name]) for name in self.alone)
         given = {**batch, **{name: found[name] for name in self.alone}}
-        again = found if is_equal else _recomputed(programs.cut, given)
+        again = found if is_equal else _by_own_names(programs.cut(given))
         floating = self.floating
         if in_float:
-            floating = floating.plus(_seen(outputs, _computed(quantized, batch), batch))
+            floating = floating.plus(_seen(outputs, _simulated(quantized)(batch), batch))
         return _Tally(
             alone={name: with_elements(each, found[name], again[name]) for name, each in self.alone.items()},
             end_to_end={
@@ -166,13 +180,12 @@ def _seen(runtime: Mapping[str, np.ndarray], computed: Mapping[str, Any], batch:
     return Seen(found=found, wanted=runtime, labels=None, inputs=batch)
 
 
-def _computed(model: Model, batch: Mapping[str, Any]) -> dict[str, Any]:
-    return apply_few_times(model.graph, model.params, batch)
+def _simulated(model: Model) -> Function:
+    return partial(apply_few_times, model.graph, model.params)
 
 
-def _recomputed(cut: Model, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns each quantized tensor, by its own name, computed from those before it."""
-    return {name.removesuffix(_AGAIN): value for name, value in _computed(cut, given).items()}
+def _by_own_names(recomputed: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removesuffix(_AGAIN): value for name, value in recomputed.items()}
 
 
 def _quantized_tensors(model: Model) -> dict[str, np.dtype]:
@@ -199,16 +212,16 @@ def _again(tensor: str) -> str:
     return f"{tensor}{_AGAIN}"
 
 
-def _cut(fused: Model, tensors: Mapping[str, np.dtype]) -> Model:
+def _cut(model: Model, tensors: Mapping[str, np.dtype]) -> Model:
     """Returns the model cut at `tensors`: each of them is an input, and an output under the name `_again` of it."""
-    graph = fused.graph
+    graph = model.graph
     nodes = tuple(
         replace(node, outputs=tuple(_again(name) if name in tensors else name for name in node.outputs))
         for node in graph.nodes
     )
     again = _specs({_again(name): dtype for name, dtype in tensors.items()})
     cut = replace(graph, inputs=(*graph.inputs, *_specs(tensors)), outputs=again, nodes=nodes)
-    return rebuild(fused.replace(graph=cut))
+    return rebuild(model.replace(graph=cut))
 
 
 def _group(fusions: Fusions, quantized: Model, tensor: str, tally: _Tally) -> Group:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ _FP8 = {"tensor(float8e4m3fn)": ml_dtypes.float8_e4m3fn, "tensor(float8e5m2)": m
 
 
 def session(
-    source: Model | str | os.PathLike[str] | bytes, *, device: str = "cpu", exact: bool = True, **options: Any
+    source: Model | str | os.PathLike[str] | bytes,
+    *,
+    device: str = "cpu",
+    exact: bool = True,
+    is_optimized: bool = True,
+    **options: Any,
 ) -> Any:
     """Returns an ONNX Runtime session, exact on every x86 unless the one is asked for that users open.
 
@@ -31,6 +37,7 @@ def session(
         source: The model: a file, its bytes, or as read.
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
         exact: Whether sums are exact; False: as ONNX Runtime computes them by default.
+        is_optimized: Whether operators are fused and moved; False: each is computed as the file has it.
         options: Further attributes of `onnxruntime.SessionOptions`.
 
     Raises:
@@ -47,6 +54,8 @@ def session(
     settings.log_severity_level = 3  # errors only
     settings.add_session_config_entry("session.x64quantprecision", str(int(exact)))
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a third of the processor's time else
+    if not is_optimized:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     for name, value in options.items():
         setattr(settings, name, value)
     providers = _providers(device, onnxruntime.get_available_providers())
@@ -69,6 +78,25 @@ def run(runtime: Any, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     with _explained(DataError, "ONNX Runtime cannot run the batch"):
         values = runtime.run(names, {name: np.asarray(value) for name, value in batch.items()})
     return {spec.name: _typed(value, spec.type) for spec, value in zip(specs, values, strict=True)}
+
+
+def as_written(model: Model) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
+    """Returns the model as a function of a batch, node by node as the file has it, in ONNX Runtime on the CPU.
+
+    Nothing is fused or moved, so that each operator computes what ONNX defines. The session is opened at the first
+    call.
+
+    Raises (when called):
+        ConfigError: onnxruntime is not installed.
+        ModelError: ONNX Runtime does not accept the model.
+        DataError: The batch does not fit it.
+    """
+
+    @cache
+    def opened() -> Any:
+        return session(model, is_optimized=False)
+
+    return lambda batch: run(opened(), {spec.name: batch[spec.name] for spec in model.graph.inputs})
 
 
 def _typed(value: Any, kind: str) -> Any:

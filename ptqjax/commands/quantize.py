@@ -64,6 +64,8 @@ class Done:
     """The rows of the table of stages."""
     measured_in: str = ""
     """What computed them."""
+    measured_on: str = ""
+    """The samples, in words."""
     judged: tuple[str, ...] = ()
     """What was kept or left out because of samples held back, in sentences."""
     execution: Mapping[str, Any] | None = None
@@ -121,6 +123,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
     return Done(
         stages=facts["stages"],
         measured_in=facts["measured_in"],
+        measured_on=facts["measured_on"],
         judged=_judged(result),
         execution=facts.get("execution"),
         warning=warning,
@@ -163,7 +166,7 @@ def say_done(job: Job, done: Done, watch: Stopwatch) -> None:
     """Says what was written, what it is worth, and what it took."""
     from ptqjax.report import running, tables
 
-    tables.print_stages(done.stages, done.measured_in)
+    tables.print_stages(done.stages, done.measured_in, done.measured_on)
     for sentence in done.judged:
         click.echo(sentence)
     for line in running.lines(done.execution):

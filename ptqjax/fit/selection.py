@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError
 from ptqjax.fit.learned_scales import Learning, learn_scales
-from ptqjax.fit.trials import TRIAL_SHAPES, Judge, Trial, best_of, judged, record_of
+from ptqjax.fit.trials import HEADROOMS, TRIAL_SHAPES, Judge, Trial, best_of, judged, record_of
 from ptqjax.fit.ways import BATCH, BEHAVIOUR_SHAPES, POLICIES, Policy, Ways, bounds_of, steps_of, without
 from ptqjax.ir import Model, Record, Report
 from ptqjax.placement.place import place
 from ptqjax.placement.tensors import is_floating
-from ptqjax.transforms.behaviour import implied_behaviour
+from ptqjax.ranges.calibrate import Calibrated
+from ptqjax.transforms.behaviour import Behaviour, implied_behaviour
 from ptqjax.transforms.equalize import unscaled
-from ptqjax.transforms.noise import covers_noise, scale_for_noise
+from ptqjax.transforms.noise import covers_noise, scale_for_noise, unscaled_decibels
 from ptqjax.transforms.rescale import with_free_bounds
 from ptqjax.transforms.scaling import scale_channels
 
@@ -27,6 +28,9 @@ _PREDICTED = 1.5  # dB that scales must be predicted to gain where nothing can b
 # EfficientNet-Lite0 are predicted to gain 0.6 to 1.8, and lose when they are scaled; SqueezeNet (4) and a network for
 # super-resolution (10) gain 5 and 13. From 8 dB on, no scaling at all has never won.
 _MAY_WIN, _WINS = 3.0, 8.0
+_ABSORBS = (
+    0.5  # dB that absorbed biases must be predicted to gain (MobileNetV2 0.05, EfficientNet 0.02, MobileNetV1 -0.9)
+)
 _OF_SCALED = 1.2  # without a trial: scales of least noise make channels reach equally far, and clip most on new data
 
 
@@ -46,6 +50,8 @@ class Choice:
     """Whether the model is the prepared one; False: the one that `plain` gave, whose biases were not absorbed."""
     scaling: str | None = None
     """The value of `QuantizationConfig.scaling` that gives the same model again, where one was chosen and does."""
+    calibrated: tuple[QuantizationConfig, Calibrated] | None = None
+    """What calibrating on all samples gave under a configuration, where that was done on the way."""
     key: Hashable = None
     """Choices of one prepared model with equal keys have the same scaled model."""
 
@@ -65,7 +71,8 @@ def scale_as_configured(
     itself on samples held back. Of batches that cannot be regrouped, such as text of unlike lengths, trials look at
     four shapes and predictions at two, which the report says. `effort` "fast" tries and learns nothing: the prediction
     decides; "thorough" tries all. The correction of biases, and equalization as a whole, are kept only where they are
-    no worse on the samples held back than the same without them.
+    no worse on the samples held back than the same without them; absorbed biases that are predicted to gain nothing are
+    left out without a trial, where nothing else is to be tried.
     Without data the scales of least predicted noise are taken, where the prediction is clearly better.
 
     Args:
@@ -168,21 +175,28 @@ def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> C
     policy = POLICIES[config.effort]
     learns = config.granularity == "tensor" and policy.learning_steps > 0
     expected = _expected_gain(ways, config)
-    if not policy.trial_samples:
-        return _by_prediction(ways, config, expected)
     candidates = _candidates(policy, expected.gain)
-    free_plain = plain
+    left_out = () if plain is None or len(candidates) > 1 else _absorption_left_out(plain, expected, config)
+    absorbs = not left_out
+    if plain is not None and not absorbs:
+        ways = Ways(plain, ways.batches)
+    if not policy.trial_samples:
+        found = _by_prediction(ways, config, expected, "off" if len(candidates) == 1 else "noise")
+        return replace(found, absorbs=absorbs, report=(*left_out, *found.report))
+    headrooms = HEADROOMS if len(candidates) > 1 else HEADROOMS[:1]  # it is for scaled channels, see _OF_SCALED
+    free_plain = plain if absorbs else None
     if (learns or len(candidates) > 1) and bounds_of(config) == "exact":
         ways = Ways(with_free_bounds(model), ways.batches)  # one structure, and so one set of programs, for all
-        free_plain = None if plain is None else with_free_bounds(plain)
-    judge = Judge.of(ways, config, policy.trial_samples)
-    trials = [trial for name in candidates for trial in judge.trials(name)]
+        free_plain = None if free_plain is None else with_free_bounds(free_plain)
+    is_of_correction = len(candidates) == 1 and free_plain is None and len(headrooms) == 1
+    judge = (Judge.of_correction if is_of_correction else Judge.of)(ways, config, policy.trial_samples, absorbs=absorbs)
+    trials = [trial for name in candidates for trial in judge.trials(name, headrooms)]
     corrected = judged("correct", (best := best_of(trials)), judge.corrections(best))
     best = corrected.kept
     equalized = judged("equalize", best, _without_equalization(judge, best, trials, free_plain))
     best = equalized.kept
     less = without(judge.left_out, TRIAL_SHAPES)
-    records = (expected.record, *(record_of(trial, less, is_chosen=trial is best) for trial in judge.tried))
+    records = (expected.record, *left_out, *(record_of(trial, less, is_chosen=trial is best) for trial in judge.tried))
     records = (*records, *corrected.records, *equalized.records)
     scaled, report = ways.scaled(best.name, config) if best.absorbs else (best.model, best.report)
     is_scaled = best.name != "off"
@@ -193,8 +207,11 @@ def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> C
         is_scaled |= any(record.done for record in learned)
         report = (*report, *learned)
     left = plain if plain is not None and not best.absorbs else model
+    chosen = scaled if is_scaled else left
+    known = judge.found_for(chosen)
     return Choice(
-        model=scaled if is_scaled else left,
+        model=chosen,
+        calibrated=None if known is None else (config, known),
         headroom=best.headroom,
         correct=best.correct,
         report=(*records, *report),
@@ -212,6 +229,18 @@ def _without_equalization(judge: Judge, best: Trial, trials: Sequence[Trial], pl
     return unscaled_ones if is_alike else []
 
 
+def _absorption_left_out(plain: Model, expected: _Expected, config: QuantizationConfig) -> Report:
+    """Returns the record that absorbed biases are left out; nothing where they may be worth it, or nobody can tell."""
+    known = implied_behaviour(plain) if expected.is_implied else {}
+    without = unscaled_decibels(plain, known, steps_of(config))
+    if without is None or expected.unscaled is None or expected.unscaled - without >= _ABSORBS:
+        return ()
+    gain = expected.unscaled - without
+    reason = f"left out: by the closed form, from batch norms, less than {_ABSORBS:g} dB are to be gained"
+    after = {"predicted gain, dB": float(gain)}
+    return (Record(transform=_NAME, done=False, what="absorbed biases", where=(), reason=reason, after=after),)
+
+
 def _candidates(policy: Policy, gain: float) -> tuple[str, ...]:
     """Returns the ways that are tried, the simplest first."""
     if not policy.tries_all and gain < _MAY_WIN:
@@ -226,14 +255,19 @@ class _Expected(NamedTuple):
     """How many dB less noise the best ones are predicted to leave; 0 where nothing is known."""
     record: Record
     """The gain as a record for the report."""
+    unscaled: float | None
+    """The predicted noise of the model as it is, in dB below the output's power; None where nothing is known."""
+    is_implied: bool
+    """Whether batch norms tell it."""
 
 
 def _expected_gain(ways: Ways, config: QuantizationConfig) -> _Expected:
     """Returns what scales of least predicted noise are predicted to gain, from as little data as tells it."""
     steps, bounds = steps_of(config), bounds_of(config)
     source = "batch norms"
-    behaviour = implied_behaviour(ways.model) if ways.model.statistics else {}
-    if not covers_noise(ways.model, behaviour, per_channel=steps.per_channel):
+    behaviour: Mapping[str, Behaviour] = implied_behaviour(ways.model) if ways.model.statistics else {}
+    is_implied = covers_noise(ways.model, behaviour, per_channel=steps.per_channel)
+    if not is_implied:
         behaviour = ways.behaviour(config.seed, BATCH)
         source = f"{BATCH} samples{without(ways.left_out(BATCH), BEHAVIOUR_SHAPES)}"
     try:
@@ -250,12 +284,11 @@ def _expected_gain(ways: Ways, config: QuantizationConfig) -> _Expected:
         reason=f"by the closed form, from {source}: tried from {_MAY_WIN:g} dB on",
         after={"predicted gain, dB": float(gain)},
     )
-    return _Expected(float(gain), record)
+    return _Expected(float(gain), record, unscaled_decibels(ways.model, behaviour, steps), is_implied)
 
 
-def _by_prediction(ways: Ways, config: QuantizationConfig, expected: _Expected) -> Choice:
-    """Returns the choice without a trial."""
-    name = "noise" if expected.gain >= _MAY_WIN else "off"
+def _by_prediction(ways: Ways, config: QuantizationConfig, expected: _Expected, name: str) -> Choice:
+    """Returns the choice of a way without a trial."""
     scaled, report = ways.scaled(name, config)
     headroom = config.headroom or (1.0 if name == "off" else _OF_SCALED)
     return Choice(

@@ -1,13 +1,15 @@
 """Ways to scale, headrooms and corrections, tried on some calibration samples and judged on others.
 
 Half of the samples stand for calibration data, the others for data to come: what is chosen is chosen on calibration
-data alone, and judged on samples that neither ranges nor corrections have seen.
+data alone, and judged on samples that neither ranges nor corrections have seen. Where nothing but the correction is to
+be judged, ranges are those of all samples on both sides, and with them the pass that calibrates is the result's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +35,8 @@ TRIAL_SHAPES = 4
 JUDGED = "stage "
 """What the record of a stage that was judged by itself begins with."""
 _CLEARLY = 0.25  # dB by which something must be better than what is simpler
-_HEADROOMS = (1.0, 1.2)  # tried; beyond, a coarser step costs more than clipping did (MobileNetV2: 1.3 as good as 1.2)
+HEADROOMS = (1.0, 1.2)
+"""Headrooms that are tried; beyond, a coarser step costs more than clipping did (MobileNetV2: 1.3 as good as 1.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +67,58 @@ class Judge:
     tried: list[Trial]
     wanted: list[dict[str, Any]]
     """The float model's outputs on the samples held back, once there are any."""
+    calibrated: list[tuple[Model, Calibrated]]
+    """Models that have been calibrated, and what that gave."""
+    absorbs: bool = True
+    """Whether the ways start from the model whose biases were absorbed, where that is asked for."""
+    ranging: Iterable[Batch] | None = None
+    """Samples that ranges are found on; None: those that calibrate."""
 
     @staticmethod
-    def of(ways: Ways, config: QuantizationConfig, num_samples: int) -> Judge:
+    def of(ways: Ways, config: QuantizationConfig, num_samples: int, *, absorbs: bool = True) -> Judge:
         """Returns a judge on so many of the samples."""
         used, held, left_out = divided(ways.model, ways.batches, num_samples)
-        half = Ways(ways.model, used)
-        return Judge(ways=half, config=config, used=used, held=held, left_out=left_out, tried=[], wanted=[])
+        return Judge(
+            ways=Ways(ways.model, used),
+            config=config,
+            used=used,
+            held=held,
+            left_out=left_out,
+            tried=[],
+            wanted=[],
+            calibrated=[],
+            absorbs=absorbs,
+        )
 
-    def trials(self, name: str) -> list[Trial]:
-        """Returns what a way gives with each headroom."""
+    @staticmethod
+    def of_correction(ways: Ways, config: QuantizationConfig, num_samples: int, *, absorbs: bool) -> Judge:
+        """Returns a judge of corrections alone: ranges are of all samples, as the result will have them.
+
+        Corrections are measured on the first batch and judged on the second; where there are no two that hold half of
+        `num_samples` each, on two halves of so many samples, as `of` has it.
+        """
+        first, second = (*islice(iter(ways.batches), 2), {}, {})[:2]
+        sizes = {len(next(iter(batch.values()), ())) for batch in (first, second)}
+        judge = Judge.of(ways, config, num_samples, absorbs=absorbs)
+        if sizes != {num_samples // 2}:
+            return judge
+        used, held = ([{name: np.asarray(value) for name, value in batch.items()}] for batch in (first, second))
+        return replace(judge, used=used, held=held, ranging=ways.batches)
+
+    def found_for(self, model: Model) -> Calibrated | None:
+        """Returns what calibrating on all samples gave for a model; None where that was not done."""
+        if self.ranging is None:
+            return None
+        return next((found for each, found in self.calibrated if each is model), None)
+
+    def trials(self, name: str, headrooms: Sequence[float] = HEADROOMS) -> list[Trial]:
+        """Returns what a way gives with each headroom, or with the one that is set."""
         model, report = self.ways.scaled(name, self.config)
-        headrooms = _HEADROOMS if self.config.headroom is None else (self.config.headroom,)
-        trial = Trial(name=name, model=model, report=report, headroom=1.0, correct=self.config.correct)
-        return self._measured([replace(trial, headroom=headroom) for headroom in headrooms])
+        chosen = headrooms if self.config.headroom is None else (self.config.headroom,)
+        trial = Trial(
+            name=name, model=model, report=report, headroom=1.0, correct=self.config.correct, absorbs=self.absorbs
+        )
+        return self._measured([replace(trial, headroom=headroom) for headroom in chosen])
 
     def corrections(self, best: Trial) -> list[Trial]:
         """Returns what the best way gives with simpler corrections than the one asked for."""
@@ -88,12 +129,21 @@ class Judge:
         report = unscaled(model, "neither this nor absorption was better on samples held back")
         return self._measured([replace(best, name="off", model=model, report=report, absorbs=False)])
 
+    def _calibrated(self, model: Model) -> Calibrated:
+        """Returns what calibrating gives, from one pass for each model."""
+        known = next((found for each, found in self.calibrated if each is model), None)
+        if known is not None:
+            return known
+        samples = self.used if self.ranging is None else self.ranging
+        found = calibrate_and_measure(model, samples, [self.config], labels=[""], measured=layer_axes(model))
+        self.calibrated.append((model, found))
+        return found
+
     def _measured(self, trials: Sequence[Trial]) -> list[Trial]:
         """Returns the trials, all of the same model, with what they gave."""
         if not trials:
             return []
-        model = trials[0].model
-        found = calibrate_and_measure(model, self.used, [self.config], labels=[""], measured=layer_axes(model))
+        found = self._calibrated(trials[0].model)
         measured = [replace(trial, decibels=self._outcome(trial, found)) for trial in trials]
         self.tried.extend(measured)
         return measured

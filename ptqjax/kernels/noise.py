@@ -241,6 +241,32 @@ def _log_sum(values: Any, owner: Any, num: int) -> Any:
     return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + largest, NOTHING)
 
 
+def unscaled_noise(
+    activations: Sequence[ActivationNoise],
+    weights: Sequence[WeightNoise],
+    *,
+    activation_steps: int,
+    weight_steps: int,
+) -> tuple[Float[np.ndarray, " a"], Float[np.ndarray, " w"]]:
+    """Returns the noise that each activation and each weight adds where all scales are one: NumPy, nothing to compile.
+
+    What `output_noise` sums, with its maxima as they are; not a logarithm.
+    """
+    of_activations = [
+        np.exp(term.gain).sum() * ((np.exp(np.max(term.above)) + np.exp(np.max(term.below))) / activation_steps) ** 2
+        for term in activations
+    ]
+    of_weights = [_unscaled_weight(term) / weight_steps**2 for term in weights]
+    return np.asarray(of_activations, np.float64) / 12, np.asarray(of_weights, np.float64) / 12
+
+
+def _unscaled_weight(term: WeightNoise) -> float:
+    """Returns what a weight's rounding adds, times 12 steps^2."""
+    widths = np.exp(np.max(term.ranges, axis=2))
+    steps = widths if term.per_channel else np.full_like(widths, np.max(widths))
+    return float(((np.exp(term.gain) * steps**2).sum(1) * np.exp(term.power).sum(1)).sum())
+
+
 def least_noise(
     start: Float[np.ndarray, " s"],
     terms: Terms,

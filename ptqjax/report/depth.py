@@ -1,7 +1,8 @@
 """How far each tensor of a quantized model is from the float model's, and what meets each grid.
 
-One program runs the model and hands out its tensors, once in float and once quantized; sums are taken outside of it, in
-NumPy: a reduction for each sum of each tensor took most of the time, for compilation.
+ONNX Runtime hands out the tensors of both models where it can, operator by operator as they are defined; else one
+program does. Sums are taken outside of it, in NumPy: a reduction for each sum of each tensor took most of the time, for
+compilation.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ptqjax.kernels.histogram import Histogram, histogram_of
 from ptqjax.lowering import compiled, interpret
 from ptqjax.qdq.insert import with_own_biases
 from ptqjax.ranges.observers import sampled
+from ptqjax.report.tensor_runs import Pairs, Runs, runs_in_runtime
 from ptqjax.simulation import fake_quantization, round_parameters
 
 _PIECE = 8  # samples at a time: values of both models are alive together
@@ -95,13 +97,13 @@ def measure_depth(
         DataError: The batches do not fit the model.
     """
     names = _activations(reference, model, encodings)
-    off = {name: encoding.replace(enabled=np.asarray(False)) for name, encoding in encodings.items()}
-    in_float, quantized = _Run(reference, off, names), _Run(model, encodings, names)
+    given = list(pieces(model.graph, batches, samples))
+    in_float, quantized = _runs(reference, model, encodings, names, given)
     sums: dict[str, Sums] = {}
     met: dict[str, list[np.ndarray]] = {name: [] for name in names if name in encodings}
     count = 0
-    for piece in pieces(model.graph, batches, samples):
-        floats, pairs = in_float.tensors(piece), quantized.tensors(piece)
+    for piece in given:
+        floats, pairs = in_float(piece), quantized(piece)
         for name in (name for name in names if name in floats and name in pairs):
             found = _sums(floats[name][1], *pairs[name], encodings.get(name))
             sums[name] = sums[name].plus(found) if name in sums else found
@@ -117,6 +119,17 @@ def measure_depth(
     )
 
 
+def _runs(
+    reference: Model, model: Model, encodings: Encodings, names: Sequence[str], given: Sequence[Mapping[str, Any]]
+) -> Runs:
+    """Returns both models as functions that hand out their tensors."""
+    found = runs_in_runtime(reference, model, encodings, names, given[0]) if given else None
+    if found is not None:
+        return found
+    off = {name: encoding.replace(enabled=np.asarray(False)) for name, encoding in encodings.items()}
+    return Runs(_Run(reference, off, names).tensors, _Run(model, encodings, names).tensors)
+
+
 class _Run:
     """A model under encodings, and the program that hands out its tensors."""
 
@@ -125,7 +138,7 @@ class _Run:
         self._plan = _Plan(graph=rounded.graph, tensors=frozenset(names))
         self._params = jax.device_put(dict(rounded.params))
 
-    def tensors(self, inputs: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def tensors(self, inputs: Mapping[str, Any]) -> Pairs:
         """Returns each tensor before and after its rounding."""
         return jax.device_get(_tensors(self._plan, self._params, self._encodings, inputs))
 

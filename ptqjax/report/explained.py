@@ -172,7 +172,9 @@ def runtime(report: Mapping[str, Any]) -> str:
     title = "Disagreement with ONNX Runtime"
     if not found["compared"]:
         return section("runtime", title, f"Not compared: {escape(found['reason'])}", "")
-    programs = [(f"{name} program", found[name]) for name in ("integer", "float") if found.get(name)]
+    is_simulated = found.get("by") != "definition"
+    names = {"integer": "integer program" if is_simulated else "operators as defined", "float": "float program"}
+    programs = [(title, found[name]) for name, title in names.items() if found.get(name)]
     rows = [
         [name, decibels(each["sqnr"]), percent(each["agreement"]), percent(each["equal"])] for name, each in programs
     ]
@@ -180,7 +182,7 @@ def runtime(report: Mapping[str, Any]) -> str:
         ["", "SQNR, dB", "same class, %", "equal, %"],
         rows,
         identity="runtime-outputs",
-        caption="Outputs of the simulations against those of ONNX Runtime",
+        caption=f"Outputs of the {'simulations' if is_simulated else 'operators'} against those of ONNX Runtime",
         numbers=(1, 2, 3),
     )
     headings = ["tensor", "operator", "alone: steps", "equal, %", "from the inputs: steps", "equal, %"]
@@ -195,17 +197,29 @@ def runtime(report: Mapping[str, Any]) -> str:
     return section(
         "runtime",
         title,
-        f"The exported file on {found['num_samples']} samples. {_exactness(found)} The float program, which noise and "
-        "sensitivities are from, rounds at the same places and adds in another order, so that some roundings differ.",
+        f"The exported file on {found['num_samples']} samples. {_exactness(found)} "
+        + (_OF_FLOAT if is_simulated else _OF_DEFINITION),
         outputs
         + folded("The tensors that differ most", f"{len(found['groups'])} of {found['num_groups']}", worst)
         + (f'<ul class="warnings">{warnings}</ul>' if warnings else ""),
     )
 
 
+_OF_FLOAT = (
+    "The float program, which noise and sensitivities are from, rounds at the same places and adds in another order, "
+    "so that some roundings differ."
+)
+_OF_DEFINITION = (
+    "Its integer kernels were compared with the file's operators one by one as ONNX defines them, in float: sums of "
+    "another order, so that single roundings differ, and from the inputs to the outputs more of them. With the integer "
+    "program, which is to be equal to the bit, “ptqjax validate” compares, and --effort thorough."
+)
+
+
 def _exactness(found: Mapping[str, Any]) -> str:
     if found["lowest_equal"] == 1:
-        return f"All integers of all {found['num_groups']} tensors are equal to the integer program's."
+        other = "the operators'" if found.get("by") == "definition" else "the integer program's"
+        return f"All integers of all {found['num_groups']} tensors are equal to {other}."
     return (
         f"Of the integers of {found['num_groups']} tensors at least {percent(found['lowest_equal'])} % are equal in "
         f"each group by itself; the largest difference is {figure(found['largest'])} steps."

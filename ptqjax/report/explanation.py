@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ from ptqjax.ranges.pairs import saturating_layers
 from ptqjax.report.depth import Depth, Sums, measure_depth, pieces
 from ptqjax.report.histograms import histogram_facts, weight_histogram
 
-_SAMPLES = {"fast": 8, "balanced": 16, "thorough": 32}
+_SAMPLES = {"fast": 8, "balanced": 8, "thorough": 32}
+_TABLE_SAMPLES = {"fast": 64.0, "balanced": 64.0, "thorough": math.inf}  # that stages are compared on, without labels
 _RUNTIME_SAMPLES = 16  # that ONNX Runtime's integers are compared on; each of them is exact
 _SECONDS = {"fast": 0.2, "balanced": 0.5, "thorough": 1.0}  # that runs are timed
 _WORST_GROUPS = 10  # of the runtime's that are told one by one
@@ -56,12 +59,13 @@ def explain(
 ) -> dict[str, Any]:
     """Returns all that is to be said of a quantization, as plain data: what `report.page` makes a page from.
 
-    Beside what `report.facts` has: the table of stages; "tensors", how far each tensor is from the float model's and
+    Beside what `report.facts` has: the table of stages, and on which samples ("measured_on"): without labels the first
+    64, unless `config.effort` is "thorough"; "tensors", how far each tensor is from the float model's and
     what its own rounding adds; "histograms", what meets each grid; "sensitivity", the share of each group of tensors in
     the noise of the output; "execution", what runs in integers, size and time of `file` beside `float_file`, where
-    the target tells its kernels; "runtime", how ONNX Runtime's integers compare with ours, or why they were not
-    compared; "never", tensors with values that mean never; "recommendations". Without batches only the first and the
-    last two.
+    the target tells its kernels; "runtime", how ONNX Runtime's integers compare with the integer program
+    (`config.effort` "thorough"), or with the file's operators as ONNX defines them, or why they were not compared;
+    "never", tensors with values that mean never; "recommendations". Without batches only the first and the last two.
 
     Args:
         source: The float model as it was read.
@@ -84,10 +88,11 @@ def explain(
     """
     config, follow = config or QuantizationConfig(), follow or _unseen
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
+    compared = batches if batches is None or labels is not None else _first(batches, _TABLE_SAMPLES[config.effort])
     table = (
         None
-        if batches is None
-        else measured(source, result, follow(batches, "measuring"), labels, config, metrics=metrics)
+        if compared is None
+        else measured(source, result, follow(compared, "measuring"), labels, config, metrics=metrics)
     )
     facts = report.facts(
         source={"num_samples": 0 if batches is None else sum(map(num_samples, batches))} | dict(origin or {}),
@@ -100,6 +105,7 @@ def explain(
         before=result.stages[0].model,
         after=result.model,
     )
+    facts |= {"measured_on": _measured_on(batches or (), compared or ())}
     if file and float_file and batches is not None and load_target(config.target).products:
         facts |= {"execution": _execution_facts(float_file, file, batches, config)}
     if full and batches is not None:
@@ -124,6 +130,23 @@ def _never_facts(result: Result, config: QuantizationConfig) -> list[dict[str, A
 
 def _unseen(collection: Iterable[Any], _: str) -> Iterable[Any]:
     return collection
+
+
+def _first(batches: Iterable[Mapping[str, Any]], most: float) -> list[Mapping[str, Any]]:
+    """Returns batches until they hold `most` samples."""
+    found, count = [], 0
+    for batch in batches:
+        if count >= most:
+            break
+        found.append(batch)
+        count += num_samples(batch)
+    return found
+
+
+def _measured_on(batches: Iterable[Mapping[str, Any]], compared: Iterable[Mapping[str, Any]]) -> str:
+    """Returns what the table of stages was measured on, in words."""
+    total, count = (sum(map(num_samples, some)) for some in (batches, compared))
+    return "the calibration samples" if count == total else f"{count} of the {total} calibration samples"
 
 
 def measured(
@@ -261,9 +284,23 @@ def _runtime_facts(
         try:
             if file is None:
                 export(result.model, result.encodings, folder, "model", target=config.target)
-            return _compared(validate(file or Path(folder) / "model.onnx", chosen, in_float=False))
+            return _compared_somehow(file or Path(folder) / "model.onnx", chosen, config)
         except _CANNOT as error:
             return {"compared": False, "reason": str(error)}
+
+
+def _compared_somehow(
+    file: str | Path, batches: Sequence[Mapping[str, Any]], config: QuantizationConfig
+) -> dict[str, Any]:
+    """Returns how the file compares with the integer program; with less effort, with what nothing is compiled for.
+
+    Raises:
+        PtqjaxError: As `validate` does, where neither can be.
+    """
+    if config.effort != "thorough":
+        with suppress(*_CANNOT):
+            return _compared(validate(file, batches, in_float=False, by="definition"), by="definition")
+    return _compared(validate(file, batches, in_float=False), by="simulation")
 
 
 def _execution_facts(
@@ -278,10 +315,11 @@ def _execution_facts(
         return {"measured": False, "reason": str(error)}
 
 
-def _compared(found: Validation) -> dict[str, Any]:
+def _compared(found: Validation, by: str) -> dict[str, Any]:
     worst = sorted(found.groups, key=lambda group: (group.end_to_end.equal, group.equal))
     return {
         "compared": True,
+        "by": by,
         "num_samples": found.num_samples,
         "num_groups": len(found.groups),
         "lowest_equal": found.equal,

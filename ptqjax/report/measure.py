@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from ptqjax.agreement import run, session
-from ptqjax.data.batches import num_samples
 from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import PtqjaxError
 from ptqjax.evaluation import Evaluation, evaluate_each
@@ -19,6 +18,7 @@ from ptqjax.ir import Model
 from ptqjax.lowering import apply_few_times
 from ptqjax.metrics.named import Asked
 from ptqjax.outputs import strung_outputs
+from ptqjax.report.depth import pieces
 from ptqjax.report.facts import Row
 from ptqjax.simulation import simulate
 
@@ -29,7 +29,7 @@ RUNTIME = "ONNX Runtime"
 SIMULATION = "the simulation"
 """What computes it elsewhere: on a GPU, without onnxruntime, and where that does not take one of the models."""
 
-_IN_FLOAT = 32  # samples that show whether a stage keeps the function; float rounding is the same on all
+_IN_FLOAT = 8  # samples that show whether a stage keeps the function; float rounding is the same on all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ def measure(
 
     Computed in ONNX Runtime where that runs all of the models, else simulated; on `batches`, which they may have been
     calibrated on: a table to compare stages by, no estimate of what the exported file is worth (`evaluate` gives that).
-    Whether stages keep the function is told by the first batches, 32 samples or one batch.
+    Whether stages keep the function is told by the first 8 samples, or one batch of a fixed size.
 
     Args:
         source: The float model as it was read, which all are compared with.
@@ -91,7 +91,11 @@ def measure(
     quantized = dict(zip(compared, found[len(itself) :], strict=True))
     in_float = {}
     if programs.in_float:
-        kept = evaluate_each(list(programs.in_float.values()), _first(batches), reference=programs.reference)
+        kept = evaluate_each(
+            list(programs.in_float.values()),
+            list(pieces(source.graph, batches, _IN_FLOAT)),
+            reference=programs.reference,
+        )
         in_float = dict(zip(programs.in_float, kept, strict=True))
     rows = [Row(stage="float", metrics=of_float)]
     for stage in stages:
@@ -101,15 +105,6 @@ def measure(
         outputs = quantized[stage.name].outputs if stage.name in quantized else {}
         rows.append(Row(stage=stage.name, metrics=figures, outputs=outputs if len(outputs) > 1 else {}))
     return Measured(rows=tuple(rows), by=programs.by)
-
-
-def _first(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    count = 0
-    for batch in batches:
-        yield batch
-        count += num_samples(batch)
-        if count >= _IN_FLOAT:
-            return
 
 
 class _Programs(NamedTuple):

@@ -248,19 +248,22 @@ def other_arithmetic(report: Mapping[str, Any]) -> list[Recommendation]:
     runtime = report.get("runtime") or {}
     if not runtime.get("compared"):
         return []
-    agreement = runtime["integer"]["agreement"] if has_classes(report) else 1.0
+    is_simulated = runtime.get("by") != "definition"
+    agreement = runtime["integer"]["agreement"] if has_classes(report) and is_simulated else 1.0
     worst = runtime["groups"][:MOST_NAMED]
     if agreement >= _GOOD_AGREEMENT and not runtime["unverified"]:
         return []
-    why = f"the integer program and ONNX Runtime take the same class on {100 * agreement:.1f} % of the samples"
+    same = f"the integer program and ONNX Runtime take the same class on {100 * agreement:.1f} % of the samples"
+    reasons = [same] if is_simulated else []
     if runtime["unverified"]:
-        why += f"; {count_of(len(runtime['unverified']), 'tensor is', 'tensors are')} computed otherwise than foreseen"
+        count = count_of(len(runtime["unverified"]), "tensor is", "tensors are")
+        reasons.append(f"{count} computed otherwise than foreseen")
     return [
         Recommendation(
             reason="other arithmetic",
             what="Judge the file in ONNX Runtime; the simulation does not speak for it.",
             where=tuple(runtime["unverified"][:MOST_NAMED]) or tuple(group["tensor"] for group in worst),
-            why=f"{why}.",
+            why=f"{'; '.join(reasons)}.",
             option="ptqjax evaluate model.onnx --data TEST.npz --reference FLOAT.onnx",
         )
     ]

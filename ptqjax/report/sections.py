@@ -43,7 +43,7 @@ def stages(report: Mapping[str, Any]) -> str:
     ]
     return section(
         "stages",
-        f"Stage by stage: in {report['measured_in']}, on the calibration samples",
+        f"Stage by stage: in {report['measured_in']}, on {report.get('measured_on', 'the calibration samples')}",
         "Each row is the model after one more step, against the float model. “In float” tells whether a transform "
         "kept the function; the other columns what is left of it when quantized. What the exported file is worth, on "
         "samples that took no part, “ptqjax evaluate” tells.",

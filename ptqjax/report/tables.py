@@ -26,13 +26,13 @@ _NODES = 5  # named of each operator without a lowering
 _WIDTH = 120  # characters of a line where no terminal says otherwise
 
 
-def print_stages(stages: Sequence[Mapping[str, Any]], by: str) -> None:
-    """Prints the table of a run: what each stage kept, and what computed it; nothing where nothing was measured."""
+def print_stages(stages: Sequence[Mapping[str, Any]], by: str, on: str) -> None:
+    """Prints the table of a run: what each stage kept, computed by what on which samples; nothing without any."""
     if not stages:
         return
     headings = metric_headings(stages)
     rows = [[stage["stage"], *(metric_text(name, stage["metrics"].get(name)) for name in headings)] for stage in stages]
-    _table(f"After each stage: in {by}, on the calibration samples", ["", *headings.values()], rows, numbers_from=1)
+    _table(f"After each stage: in {by}, on {on}", ["", *headings.values()], rows, numbers_from=1)
     if outputs := output_rows(stages):
         _table("Output by output, after the last stage", ["", "SQNR, dB", ""], outputs)
 

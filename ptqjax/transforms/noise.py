@@ -11,7 +11,15 @@ import numpy as np
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Record, Report
 from ptqjax.kernels.equalization import tap_ranges
-from ptqjax.kernels.noise import NOTHING, ActivationNoise, WeightNoise, least_noise, output_noise, stack_terms
+from ptqjax.kernels.noise import (
+    NOTHING,
+    ActivationNoise,
+    WeightNoise,
+    least_noise,
+    output_noise,
+    stack_terms,
+    unscaled_noise,
+)
 from ptqjax.transforms.balance import weight_balance
 from ptqjax.transforms.behaviour import Behaviour, implied_behaviour
 from ptqjax.transforms.linear import weight_view
@@ -125,6 +133,19 @@ def covers_noise(model: Model, behaviour: Mapping[str, Behaviour], *, per_channe
     ties = find_ties(model)
     activations, weights = noise_terms(model, ties, behaviour, per_channel=per_channel)
     return bool(activations) and len(weights) == len(ties.layers)
+
+
+def unscaled_decibels(model: Model, behaviour: Mapping[str, Behaviour], steps: Steps) -> float | None:
+    """Returns the predicted noise of the model as it is, in dB below the output's power; compiles nothing.
+
+    None where `behaviour` does not tell all that `covers_noise` asks for.
+    """
+    ties = find_ties(model)
+    activations, weights = noise_terms(model, ties, behaviour, per_channel=steps.per_channel)
+    if not activations or len(weights) != len(ties.layers):
+        return None
+    parts = unscaled_noise(activations, weights, activation_steps=steps.activations, weight_steps=steps.weights)
+    return _decibels(float(np.log(sum(part.sum() for part in parts))))
 
 
 def noise_optimal_scales(
