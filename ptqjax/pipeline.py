@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import RUN_TIME, QuantizationConfig
 from ptqjax.config.checks import check_choice
 from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.errors import ConfigError
@@ -16,6 +16,7 @@ from ptqjax.fit import Choice, scale_each
 from ptqjax.fit.adapting import adapt_each, check_data
 from ptqjax.fit.bias_correction import layer_axes
 from ptqjax.ir import Model, Report
+from ptqjax.placement.own_reads import with_own_reads
 from ptqjax.placement.rules import num_bits
 from ptqjax.placement.tensors import check_not_quantized
 from ptqjax.ranges.calibrate import calibrate_and_measure
@@ -240,6 +241,7 @@ def _scaled(
         absorb = _absorbs(task)
         choice, other = next(choices[absorb]), plain[absorb]
         report = prepared[absorb][1] if choice.absorbs or other is None else other[1]
+        choice = replace(choice, model=with_own_reads(choice.model, task.config))
         yield _Draft(config=task.config, label=task.label, prepare_report=report, choice=choice, corrected=choice.model)
 
 
@@ -321,11 +323,12 @@ def _what_choices_share(config: QuantizationConfig) -> Any:
     if not config.equalize or config.scaling not in {"auto", "learned"}:
         return config  # nothing is chosen: its own
     names = ("scaling", "bounds", "absorb", "correct", "headroom", "effort", "seed", "target")
-    return (*(getattr(config, name) for name in names), config.granularity == "tensor")
+    run_time = config.activations if config.activations in RUN_TIME else ""
+    return (*(getattr(config, name) for name in names), config.granularity == "tensor", run_time)
 
 
 def _bits(config: QuantizationConfig) -> int:
-    return num_bits(config.weights) + num_bits(config.activations)
+    return num_bits(config.weights) + num_bits(config.activation_steps)
 
 
 def _alike(elements: Sequence[_T], key: Callable[[_T], Any]) -> dict[Any, list[int]]:

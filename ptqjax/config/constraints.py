@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ptqjax.config.checks import FLOAT_DTYPES, SettingError, Symmetry
+from ptqjax.config.checks import FLOAT_DTYPES, RUN_TIME, SettingError, Symmetry
 from ptqjax.config.rules import Rule, described
 from ptqjax.config.target import Target
 
@@ -20,6 +20,8 @@ def check_allowed(config: QuantizationConfig, target: Target) -> None:
         ConfigError: It does not take one; the message names the setting, what is taken, and the remedy.
     """
     restricted = dict(target.allowed)
+    if config.activations == "dynamic" and not target.dynamic_products and "activations" not in restricted:
+        raise SettingError("activations", _without_dynamic(target))
     for key, value in _settings(config):
         if key in restricted and value not in restricted[key]:
             raise SettingError(key, _refusal(target, key, getattr(config, key), value, restricted[key]))
@@ -38,7 +40,7 @@ def resolved_symmetry(symmetric: Symmetry | None, dtype: str, *, of_weights: boo
     By default 0 is in the middle for signed weights and anywhere else for other integers. Floating-point codes have no
     zero point.
     """
-    if dtype in FLOAT_DTYPES:
+    if dtype in FLOAT_DTYPES or dtype in RUN_TIME:
         return True
     if symmetric is not None:
         return symmetric
@@ -78,6 +80,13 @@ def _refusal(target: Target, key: str, given: Any, value: Any, allowed: tuple[An
     return (
         f"{found} is not what target {target.name!r} takes: {', '.join(map(_text, allowed))}; set "
         f"{key}={default!r}, or begin with QuantizationConfig.for_target({target.name!r}), with the target's settings"
+    )
+
+
+def _without_dynamic(target: Target) -> str:
+    return (
+        f"activations='dynamic': target {target.name!r} has no products that find grids at run time ("
+        "dynamic_products); choose an integer type, activations='float', or the target 'ort-cpu'"
     )
 
 

@@ -144,15 +144,35 @@ def _solved(
     frozen: Collection[str],
 ) -> Adapted:
     first = _guarded(Adapted(model, pairs.encodings, pairs.report), config)  # raised later, a scale asks for others
+    tied = tied_weights(model, load_target(config.target))
     settings = Solving(
         seed=config.seed,
         samples=POLICIES[config.effort].rounding_samples,
         corrects=config.correct != "none",
-        kept=frozenset(frozen) | set(tied_weights(model, load_target(config.target))),
+        kept=frozenset(frozen) | {weight for weight, table in tied.items() if table in frozen},
         moved=moves_for(config, model, first.encodings),
     )
     solved, report = solve_rounding(model, first.encodings, batches, settings)
-    return Adapted(solved, first.encodings, (*first.report, *report))
+    return Adapted(_with_tables(solved, first.encodings, tied), first.encodings, (*first.report, *report))
+
+
+def _with_tables(model: Model, encodings: Encodings, tied: Mapping[str, str]) -> Model:
+    """Returns the model in which each table has the integers of the weight that it is transposed, on their one grid.
+
+    A layer feels its weights' roundings together, and a table's rows one by one: what is solved for serves the layer.
+    """
+    taken = {
+        table: np.ascontiguousarray(np.transpose(np.asarray(model.params[weight])))
+        for weight, table in tied.items()
+        if weight in encodings and table in encodings and _have_one_grid(encodings[weight], encodings[table])
+    }
+    return model.replace(params={**model.params, **taken})
+
+
+def _have_one_grid(weight: Encoding, table: Encoding) -> bool:
+    """Tells whether a weight's grid is that of the table which it is transposed."""
+    scales = np.asarray(weight.scale), np.asarray(table.scale)
+    return weight.num_bits == table.num_bits and np.array_equal(np.transpose(scales[0]), scales[1])
 
 
 def _guarded(adapted: Adapted, config: QuantizationConfig) -> Adapted:

@@ -244,7 +244,7 @@ def _layers(model: Model, encodings: Encodings, kept: Collection[str]) -> tuple[
         if layer.weight not in encodings:
             continue
         reason = (
-            "its encoding was given, or is that of a table"
+            "its encoding was given, or that of its table"
             if layer.weight in kept
             else _obstacle(model, layer, encodings)
         )

@@ -45,6 +45,8 @@ class Site:
     """For low-power blocks (LPBQ): bits of the integers that blocks' scales are multiples of the channel's by."""
     ranges: str = ""
     """The scheme that chooses the range, as `QuantizationConfig.ranges` has it; "": that of the configuration."""
+    is_dynamic: bool = False
+    """Whether the grid is found at run time, from the values."""
     counted: Counting | None = None
     """Which values its own range is to hold, if it has one; None: all."""
 

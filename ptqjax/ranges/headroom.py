@@ -28,7 +28,8 @@ def widened(model: Model, encodings: Encodings, factor: float, config: Quantizat
         return encodings
     bounds = channel_bounds(model, linear_layers(model))
     plan = place_as_found(model, config, encodings)
-    sites = [site for site in plan.sites if site.kind == ACTIVATION and site.fixed_range is None]
+    found = (site for site in plan.sites if site.kind == ACTIVATION and not site.is_dynamic)
+    sites = [site for site in found if site.fixed_range is None]
     roots = {site.root for site in sites if site.root in encodings}
     wide = {root: _widened(encodings[root], factor, bounds.get(root)) for root in roots if root not in model.params}
     return encodings | {site.tensor: wide[site.root] for site in sites if site.root in wide}
