@@ -139,7 +139,8 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     lowest = max(*opsets.values(), _PER_CHANNEL_SINCE if weights == "float" else 0)
     raised = _raised(quantized, lowest, fixed)
     precise = keep_precision(drop_implied_clips(bound_integers(raised)[0])[0])[0]
-    return store_once(dequantize_at_load(gather_codes(precise)[0])[0])[0]
+    at_load = dequantize_at_load(gather_codes(precise)[0], with_products=weights == MATMUL_NBITS)[0]
+    return store_once(at_load)[0]
 
 
 def _is_held(quantized: Model, name: str, model: Model) -> bool:

@@ -9,6 +9,9 @@ from ptqjax.config.checks import FLOAT_DTYPES, RUN_TIME, SettingError, Symmetry
 from ptqjax.config.rules import Rule, described
 from ptqjax.config.target import Target
 
+KERNEL_BLOCKS = (16, 32, 64, 128, 256)
+"""Sizes of blocks that ONNX Runtime's kernels take for weights that floats are multiplied by."""
+
 if TYPE_CHECKING:
     from ptqjax.config.settings import QuantizationConfig
 
@@ -22,6 +25,7 @@ def check_allowed(config: QuantizationConfig, target: Target) -> None:
     restricted = dict(target.allowed)
     if config.activations == "dynamic" and not target.dynamic_products and "activations" not in restricted:
         raise SettingError("activations", _without_dynamic(target))
+    _check_blocks(config, target)
     for key, value in _settings(config):
         if key in restricted and value not in restricted[key]:
             raise SettingError(key, _refusal(target, key, getattr(config, key), value, restricted[key]))
@@ -32,6 +36,19 @@ def check_allowed(config: QuantizationConfig, target: Target) -> None:
                 remedy = "; a rule for activations alone has of='activations'" if rule.of == "both" else ""
                 message = f"{described(rule)}: target {target.name!r} does not take {_text(value)} ({key}); it takes "
                 raise SettingError("rules", f"{message}{taken}{remedy}", rule=index)
+
+
+def _check_blocks(config: QuantizationConfig, target: Target) -> None:
+    """Checks that blocks have a size that the target's kernels take, where activations have no grid beforehand."""
+    if config.activations not in RUN_TIME or target.exported_weights != "matmul-nbits":
+        return
+    for granularity in (config.granularity, *(rule.granularity or "" for rule in config.rules)):
+        kind, _, size = granularity.partition(":")
+        if kind in ("block", "lpbq") and int(size) not in KERNEL_BLOCKS:
+            sizes = ", ".join(map(str, KERNEL_BLOCKS))
+            raise SettingError(
+                "granularity", f"granularity={granularity!r}: MatMulNBits has blocks of {sizes}; choose one"
+            )
 
 
 def resolved_symmetry(symmetric: Symmetry | None, dtype: str, *, of_weights: bool) -> Symmetry:

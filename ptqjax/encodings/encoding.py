@@ -12,7 +12,7 @@ from ptqjax.kernels import float_formats, grid
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.kernels.precision import is_traced
 from ptqjax.kernels.ranges import Symmetry, grid_kind
-from ptqjax.kernels.run_time_grids import grid_of_values, scales_of_blocks
+from ptqjax.kernels.run_time_grids import codes_in_blocks, constant, grid_of_values
 from ptqjax.pytrees import PyTreeNode, static_field
 
 _STORED = ("int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32")
@@ -146,11 +146,16 @@ def dynamic_encoding(block_size: int | None = None) -> Encoding:
 
 def grid_for(x: Any, encoding: Encoding) -> tuple[Any, Any]:
     """Returns scale and zero point for `x`, in shapes that broadcast to it: found from its values where dynamic."""
-    if not encoding.is_dynamic:
-        return tuple(along_axis(each, encoding, np.shape(x)) for each in (encoding.scale, encoding.zero_point))
-    if encoding.block_size is None:
+    if encoding.is_dynamic:
         return grid_of_values(x)
-    return scales_of_blocks(x, encoding.block_size), encoding.zero_point
+    return tuple(along_axis(each, encoding, np.shape(x)) for each in (encoding.scale, encoding.zero_point))
+
+
+def _rounded_in_blocks(x: Any, encoding: Encoding) -> Any:
+    """Returns `x` rounded in blocks whose grids are found from its values; gradients pass straight through."""
+    codes, step = codes_in_blocks(x, encoding.block_size or x.shape[-1])
+    xp = array_namespace(x)
+    return xp.where(encoding.enabled, x + (codes * step - constant(x)), x)
 
 
 def along_axis(values: Any, encoding: Encoding, shape: tuple[int, ...]) -> Any:
@@ -187,6 +192,8 @@ def fake_quantize(x: Any, encoding: Encoding) -> Any:
     Differentiable in `x`, `scale` and `zero_point`, see `kernels.grid.fake_quantize` and
     `kernels.float_formats.fake_quantize_float`.
     """
+    if encoding.is_dynamic and encoding.block_size is not None:
+        return _rounded_in_blocks(x, encoding)
     scale, zero_point = grid_for(x, encoding)
     if encoding.float_format is not None:
         return float_formats.fake_quantize_float(x, scale, encoding.float_format, enabled=encoding.enabled)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptqjax.config import QuantizationConfig, load_target
+from ptqjax.config import RUN_TIME, QuantizationConfig, load_target
 from ptqjax.encodings.alignment import aligned
 from ptqjax.encodings.biases import guard_biases, sums_in_fixed_point
 from ptqjax.encodings.encoding import Encoding, Encodings
@@ -47,6 +47,7 @@ def adapt_each(
 ) -> tuple[Adapted, ...]:
     """Returns the model adapted to each of several encodings, in order: its weights rounded, its biases corrected.
 
+    Without data, where activations have no grids beforehand and no batch norm tells of means, biases stay as they are.
     Where weights are solved for, biases take the mean error on the way, layer by layer, unless the setting `correct` is
     "none"; else one pass corrects the biases of all variants.
 
@@ -67,7 +68,8 @@ def adapt_each(
     has_data = batches is not None
     solved = [is_solved_for(model, e.encodings, c, has_data=has_data) for e, c in zip(pairs, configs, strict=True)]
     plain = [each for each, is_solved in zip(pairs, solved, strict=True) if not is_solved]
-    corrected = iter(_corrected(model, plain, batches, method, means))
+    is_left = method == "analytic" and not model.statistics and all(c.activations in RUN_TIME for c in configs)
+    corrected = iter(_corrected(model, plain, batches, "none" if is_left else method, means))
     found = []
     for each, config, is_solved in zip(pairs, configs, solved, strict=True):
         one = _solved(model, each, config, batches or (), frozen) if is_solved else next(corrected)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptqjax.errors import UnsupportedOperatorError
-from ptqjax.kernels.grid import dequantize, quantize
-from ptqjax.kernels.run_time_grids import LARGEST_IN_BLOCK, scales_of_blocks
+from ptqjax.kernels.run_time_grids import codes_in_blocks
 from ptqjax.ops.indexing import gather
 from ptqjax.ops.layout import with_rank
 from ptqjax.ops.linear import matmul
@@ -22,9 +21,8 @@ _NEVER_ROUNDED = {2: (16, 256)}  # block sizes for which ONNX Runtime 1.32 has n
 @lowers("RoundInBlocks", since=1, domain=OWN)
 def round_in_blocks(x: Any, /, *, block_size: int) -> Any:
     """Returns `x` on the symmetric int8 grid of each block along its last axis; what MatMulNBits does at level 4."""
-    scale = scales_of_blocks(jnp.asarray(x), block_size)
-    codes = quantize(x, scale, np.float32(0), -np.float32(LARGEST_IN_BLOCK), np.float32(LARGEST_IN_BLOCK))
-    return dequantize(codes, scale, np.float32(0))
+    codes, step = codes_in_blocks(jnp.asarray(x), block_size)
+    return codes * step
 
 
 @lowers("MatMulNBits", since=1, domain=MICROSOFT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ptqjax.config import FLOAT_DTYPES, QuantizationConfig
+from ptqjax.config import FLOAT_DTYPES, RUN_TIME, QuantizationConfig
 from ptqjax.encodings.biases import BiasSite
 from ptqjax.kernels.ranges import GridKind, Symmetry, grid_kind
 from ptqjax.placement.counting import Counting
@@ -87,10 +87,13 @@ def kind_of(site: Site) -> GridKind:
 def scheme_of(site: Site, config: QuantizationConfig) -> str:
     """Returns the name of the scheme that chooses a site's range.
 
-    On a grid of few integers a weight's search for the least error cuts off more than roundings behind it can make up
-    for (MobileNetV2, 4 bits a channel, biases corrected: 45 % against 66 %), so that the default there is the range.
+    On a symmetric grid of few integers a weight's search for the least error cuts off more than roundings behind it can
+    make up for (MobileNetV2, 4 bits a channel, biases corrected: 45 % against 66 %), so that the default there is the
+    range. With zero points and activations without grids it is the search (a small language model, 4 bits in blocks of
+    32, solved: perplexity 1.056 times that of the float model against 1.061).
     """
     scheme = site.ranges or config.ranges
     is_open = not site.ranges and scheme == _SEARCH and config.compatibility is None
     has_few = site.kind == WEIGHT and site.axis is not None and num_bits(site.dtype) < _WHOLE
+    has_few &= bool(site.symmetric) or config.activations not in RUN_TIME
     return _RANGE if is_open and has_few and site.dtype not in FLOAT_DTYPES else scheme

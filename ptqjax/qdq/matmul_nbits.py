@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ptqjax.config.constraints import KERNEL_BLOCKS
 from ptqjax.ir import Constant, Model, Node, Record, Report, fresh_name, rebuild
 from ptqjax.qdq.stored_grids import MICROSOFT, OWN
 
 IN_FLOAT, IN_INT8 = 1, 4
 """Accuracy levels: activations as they are, or rounded to int8 in blocks of the weight's size."""
-BLOCK_SIZES = (16, 32, 64, 128, 256)
-"""Sizes of blocks that ONNX Runtime's kernels take."""
 _WIDTHS = (2, 4, 8)
 _MATRIX = 2  # axes
 _SPARED = 1.125  # times a row's length that its blocks may hold
@@ -71,7 +70,7 @@ def with_matmul_nbits(model: Model) -> tuple[Model, Report]:
     MatMul and Gemm become MatMulNBits, at the accuracy level 4 where what they read is rounded in blocks, else at 1;
     Gather of rows becomes GatherBlockQuantized. A weight with the numbers of a table shares its parameters. Left as
     they are: products of quantized activations, weights of other types than 2 to 8 bits, of other ranks than 2 or sizes
-    of blocks than `BLOCK_SIZES`, and tables whose rows are quantized again. Arrays must be concrete. One record for
+    of blocks than `KERNEL_BLOCKS`, and tables whose rows are quantized again. Arrays must be concrete. One record for
     each operator that reads a dequantized matrix.
     """
     made, report = _Made(params=dict(model.params), constants=dict(model.graph.constants)), []
@@ -109,8 +108,8 @@ def _objection_to_product(model: Model, node: Node, dequantizer: Node) -> str:
         return "a Gemm with alpha, beta or transA, or with a computed bias"
     size = dequantizer.attribute("block_size")
     along = dequantizer.attribute("axis", 1) % _MATRIX
-    if size and (along == _channel(node) or size not in BLOCK_SIZES):
-        return f"blocks of {size} along axis {along}; expected {', '.join(map(str, BLOCK_SIZES))}, of what is summed"
+    if size and (along == _channel(node) or size not in KERNEL_BLOCKS):
+        return f"blocks of {size} along axis {along}; expected {', '.join(map(str, KERNEL_BLOCKS))}, of what is summed"
     is_single = np.ndim(model.params[dequantizer.inputs[1]]) == 0
     return "" if size or is_single or along == _channel(node) else "its scales do not run along its outputs"
 
@@ -121,8 +120,8 @@ def _objection_to_table(model: Model, node: Node, dequantizer: Node) -> str:
     if any(reader.op_type == "QuantizeLinear" for reader in model.graph.readers.get(node.output, ())):
         return "its rows are quantized again"
     size, along = dequantizer.attribute("block_size"), dequantizer.attribute("axis", 1) % _MATRIX
-    if size and (along == 0 or size not in BLOCK_SIZES):
-        return f"blocks of {size} along axis {along}; expected {', '.join(map(str, BLOCK_SIZES))}, along rows"
+    if size and (along == 0 or size not in KERNEL_BLOCKS):
+        return f"blocks of {size} along axis {along}; expected {', '.join(map(str, KERNEL_BLOCKS))}, along rows"
     is_single = np.ndim(model.params[dequantizer.inputs[1]]) == 0
     if not size and not is_single and along != 0:
         return "its scales do not run along its rows"
@@ -150,7 +149,7 @@ def _rows_of(model: Model, node: Node, dequantizer: Node) -> _Rows:
     codes, zeros, scales = (each.T if is_turned else each for each in (*matrices, scales))
     size = dequantizer.attribute("block_size") or _block_size(codes.shape[1])
     num_blocks = -(-codes.shape[1] // size)
-    scales, zeros = (_spread(each, len(codes), num_blocks) for each in (scales, zeros))
+    scales, zeros = (_spread(np.asarray(each), len(codes), num_blocks) for each in (scales, zeros))
     bits, offset = _width(codes, zeros, name, size)
     return _Rows(
         (codes - offset).astype(np.uint8),
@@ -171,14 +170,14 @@ def _width(codes: np.ndarray, zeros: np.ndarray, name: str, size: int) -> tuple[
 
 def _block_size(length: int) -> int:
     """Returns in which blocks rows with one scale are held: large ones, unless they would hold much besides."""
-    sizes = [size for size in BLOCK_SIZES[:-1] if -(-length // size) * size <= _SPARED * length]
-    return max(sizes, default=BLOCK_SIZES[1] if length > BLOCK_SIZES[0] else BLOCK_SIZES[0])
+    sizes = [size for size in KERNEL_BLOCKS[:-1] if -(-length // size) * size <= _SPARED * length]
+    return max(sizes, default=KERNEL_BLOCKS[1] if length > KERNEL_BLOCKS[0] else KERNEL_BLOCKS[0])
 
 
 def _spread(values: np.ndarray, num_rows: int, num_blocks: int) -> np.ndarray:
     """Returns scales or zero points, one for all, for each row or for each block, as [rows, blocks]."""
     values = values.reshape(-1, 1) if values.ndim == 1 else values
-    return np.ascontiguousarray(np.broadcast_to(values, (num_rows, num_blocks)))
+    return np.array(np.broadcast_to(values, (num_rows, num_blocks)))
 
 
 def _packed(integers: np.ndarray, bits: int) -> np.ndarray:
