@@ -119,7 +119,8 @@ class QuantizationConfig:
     rounding: str | None = None
     """How weights are rounded, one of `ROUNDINGS`: each to the integer next to it ("nearest"), or all of a layer's for
     the least error of its output on calibration data ("solved"); None: solved for, with data, where a weight has fewer
-    than 8 bits, or one scale for all channels and `effort` is not "fast", and everywhere where that is "thorough"."""
+    than 8 bits, or one scale for all channels or activations are "dynamic" and `effort` is not "fast", and everywhere
+    where that is "thorough"."""
     headroom: float | None = None
     """How many times wider than the calibration data's the ranges of activations are, bounded by what can occur; None:
     as measures best (`scaling="auto"`), else 1."""

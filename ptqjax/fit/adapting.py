@@ -81,7 +81,8 @@ def is_solved_for(model: Model, encodings: Encodings, config: QuantizationConfig
     """Tells whether the roundings of weights are solved for under these encodings.
 
     Where `config.rounding` leaves it open: where a weight has fewer than 8 bits, or one step serves a whole weight and
-    `config.effort` is not "fast", or it is "thorough".
+    `config.effort` is not "fast", or it is "thorough"; and where grids are found at run time and it is not "fast": on 8
+    bits, too, weights make up for what activations are rounded by.
 
     Raises:
         ConfigError: It is asked for, and there are no data.
@@ -89,6 +90,8 @@ def is_solved_for(model: Model, encodings: Encodings, config: QuantizationConfig
     check_data(config, has_data=has_data)
     if config.rounding is not None or not has_data or config.compatibility is not None:
         return config.rounding == "solved"
+    if any(encoding.is_dynamic for encoding in encodings.values()):
+        return config.effort != "fast"
     return any(_is_coarse(encodings[name], config) for name in _weights(model) if name in encodings)
 
 
