@@ -22,7 +22,7 @@ from ptqjax.placement.movement import keeps_all, moves_data
 from ptqjax.placement.never import Nevers, find_nevers
 from ptqjax.placement.repaid import unrepaid
 from ptqjax.placement.rules import Settings, settle
-from ptqjax.placement.run_time import block_size_read, rounded_reads, stores_zero_points
+from ptqjax.placement.run_time import at_run_time, check_tied, rounded_reads, stores_zero_points
 from ptqjax.placement.shared import Decided, adopted_roots, differs, follow, passed_on, wanted_tensors
 from ptqjax.placement.sites import ACTIVATION, CONSTANT, WEIGHT, Placement, Site, Skipped, kind_of
 from ptqjax.placement.supergroups import Groups, find_groups, shift_of
@@ -158,29 +158,8 @@ def _decision(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
     if tensor in plan.parameters:
         return parameter_site(tensor, settings, f"parameter of {plan.parameters[tensor]}")
     if plan.run_time:
-        return _at_run_time(plan, tensor)
+        return at_run_time(plan.model.graph, tensor, plan.reads, plan.run_time)
     return _constant(plan, tensor) if tensor in plan.model.params else _activation(plan, tensor, decided)
-
-
-def _at_run_time(plan: _Plan, tensor: str) -> Site | Skipped:
-    """Returns what becomes of an activation, or of a constant like one, where none has a grid beforehand."""
-    if plan.run_time == "float":
-        return Skipped(tensor=tensor, reason="activations='float'")
-    found = block_size_read(plan.model.graph, tensor, plan.reads)
-    if isinstance(found, str):
-        return Skipped(tensor=tensor, reason=found)
-    reason = "its grid is found at run time" + ("" if found is None else f", block by block ({found})")
-    return Site(
-        tensor=tensor,
-        kind=ACTIVATION,
-        dtype="uint8" if found is None else "int8",
-        symmetric=False if found is None else "strict",
-        root=tensor,
-        reason=reason,
-        axis=None if found is None else -1,
-        block_size=found,
-        is_dynamic=True,
-    )
 
 
 def _without_kernel(plan: _Plan, weight: str) -> str:
@@ -198,11 +177,8 @@ def _weight(plan: _Plan, tensor: str) -> Site:
         return site
     other = _weight_site(plan, table)
     is_same = is_transposed(site, other) and not differs(plan.settings[tensor], other)
-    if plan.run_time and not is_same:
-        raise ConfigError(
-            f"'{tensor}' is the table '{table}' transposed, stored once, and their settings differ ({site.dtype} and "
-            f"{other.dtype}, or how scales run); name both in the rule, or exclude one of them"
-        )
+    if plan.run_time:
+        check_tied(site, other, is_same=is_same)
     return replace(site, root=table, reason=f"{site.reason}; the table '{table}' transposed") if is_same else site
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from ptqjax.config import FLOAT_DTYPES, Target
+from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model, Node
 from ptqjax.placement.granularity import Use
 from ptqjax.placement.rules import Settings, num_bits
 from ptqjax.placement.shared import Decided
-from ptqjax.placement.sites import WEIGHT, Site
+from ptqjax.placement.sites import ACTIVATION, WEIGHT, Site, Skipped
+
+Reads: TypeAlias = Mapping[tuple[str, int | None], list[Node]]
+"""The products that round what they read, by tensor and block size; None for one grid."""
 
 _MATRIX = 2  # axes
 _WHOLE = 8  # bits of the widest integers that such products take
@@ -55,7 +60,35 @@ def _is_plain(node: Node) -> bool:
     return node.attribute("alpha", 1.0) == 1 and node.attribute("beta", 1.0) == 1 and not node.attribute("transA", 0)
 
 
-def block_size_read(graph: Graph, tensor: str, reads: Mapping[tuple[str, int | None], list[Node]]) -> int | str | None:
+def at_run_time(graph: Graph, tensor: str, reads: Reads, run_time: str) -> Site | Skipped:
+    """Returns what becomes of an activation, or of a constant like one, where none has a grid beforehand.
+
+    Args:
+        graph: The graph.
+        tensor: The tensor.
+        reads: As `rounded_reads` returns them.
+        run_time: What activations are, one of `RUN_TIME`.
+    """
+    if run_time == "float":
+        return Skipped(tensor=tensor, reason="activations='float'")
+    found = _block_size_read(graph, tensor, reads)
+    if isinstance(found, str):
+        return Skipped(tensor=tensor, reason=found)
+    reason = "its grid is found at run time" + ("" if found is None else f", block by block ({found})")
+    return Site(
+        tensor=tensor,
+        kind=ACTIVATION,
+        dtype="uint8" if found is None else "int8",
+        symmetric=False if found is None else "strict",
+        root=tensor,
+        reason=reason,
+        axis=None if found is None else -1,
+        block_size=found,
+        is_dynamic=True,
+    )
+
+
+def _block_size_read(graph: Graph, tensor: str, reads: Reads) -> int | str | None:
     """Returns the block size in which a tensor is rounded, None for one grid; or, as text, why it stays in float."""
     nodes = graph.readers.get(tensor, ())
     for (name, block_size), products in reads.items():
@@ -75,3 +108,16 @@ def stores_zero_points(target: Target, run_time: str, settings: Settings, uses: 
         return False
     by_blocks = run_time == "float" or (run_time == "dynamic" and settings.granularity.startswith(("block", "lpbq")))
     return by_blocks and all(use.node.op_type in ("Gather", "Gemm", "MatMul") for use in uses)
+
+
+def check_tied(site: Site, table: Site, *, is_same: bool) -> None:
+    """Checks that a weight which is a table transposed has the table's grid.
+
+    Raises:
+        ConfigError: It has another: the two are stored once.
+    """
+    if not is_same:
+        raise ConfigError(
+            f"'{site.tensor}' is the table '{table.tensor}' transposed, stored once, and their settings differ "
+            f"({site.dtype} and {table.dtype}, or how scales run); name both in the rule, or exclude one of them"
+        )
