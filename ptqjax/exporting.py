@@ -120,7 +120,7 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
         weights: "integer": integers (or short floats) with DequantizeLinear, biases in int32. "float": floats on their
             grids with QuantizeLinear and DequantizeLinear behind them, biases floats on theirs: the form that TensorRT
             reads. "matmul-nbits": as "integer", but weights that floats are multiplied by, and tables, as ONNX
-            Runtime's MatMulNBits and GatherBlockQuantized (`qdq.matmul_nbits`).
+            Runtime's MatMulNBits and GatherBlockQuantized (`qdq.matmul_nbits`), where no activation has a grid beforehand.
 
     Raises:
         ModelError: The model is of an opset below 10, which ONNX Runtime cannot fuse into integers, and an operator
@@ -137,7 +137,9 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     if not enabled:
         return quantized
     quantized = with_dynamic_products(quantized)[0]
-    quantized = with_matmul_nbits(quantized)[0] if weights == MATMUL_NBITS else quantized
+    has_grids = any(node.op_type == "QuantizeLinear" for node in quantized.graph.nodes)
+    is_for_floats = weights == MATMUL_NBITS and not has_grids
+    quantized = with_matmul_nbits(quantized)[0] if is_for_floats else quantized
     _check_own(quantized, weights)
     grids = stored_grids(model, enabled)
     opsets = {
@@ -149,7 +151,7 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     lowest = max(*opsets.values(), _PER_CHANNEL_SINCE if weights == "float" else 0)
     raised = _raised(quantized, lowest, fixed)
     precise = keep_precision(drop_implied_clips(bound_integers(raised)[0])[0])[0]
-    at_load = dequantize_at_load(gather_codes(precise)[0], with_products=weights == MATMUL_NBITS)[0]
+    at_load = dequantize_at_load(gather_codes(precise)[0], with_products=is_for_floats)[0]
     return store_once(at_load)[0]
 
 
