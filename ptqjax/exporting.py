@@ -120,7 +120,7 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
         weights: "integer": integers (or short floats) with DequantizeLinear, biases in int32. "float": floats on their
             grids with QuantizeLinear and DequantizeLinear behind them, biases floats on theirs: the form that TensorRT
             reads. "matmul-nbits": as "integer", but weights that floats are multiplied by, and tables, as ONNX
-            Runtime's MatMulNBits and GatherBlockQuantized (`qdq.matmul_nbits`), where no activation has a grid beforehand.
+            Runtime's MatMulNBits and GatherBlockQuantized (`qdq.matmul_nbits`), where activations have no grids.
 
     Raises:
         ModelError: The model is of an opset below 10, which ONNX Runtime cannot fuse into integers, and an operator
