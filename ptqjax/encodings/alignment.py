@@ -28,7 +28,7 @@ class _Layout:
     scale_bits: int | None
     is_dynamic: bool
     shape: tuple[int, ...]
-    """That of the scale."""
+    """The shape of the scale."""
 
     @property
     def is_plain(self) -> bool:
