@@ -22,20 +22,33 @@ from ptqjax.ir import Model, Node, place_of
 from ptqjax.mapped import release
 from ptqjax.onnx_io.opset import CONVERTED, blocking_nodes, with_opset
 from ptqjax.publish import published, write_text
+from ptqjax.qdq.dynamic_products import with_dynamic_products
 from ptqjax.qdq.equal_nodes import merge_equal_nodes
 from ptqjax.qdq.implied_clips import drop_implied_clips
 from ptqjax.qdq.insert import insert_qdq
 from ptqjax.qdq.integer_bounds import bound_integers
 from ptqjax.qdq.load_time import dequantize_at_load
+from ptqjax.qdq.matmul_nbits import with_matmul_nbits
 from ptqjax.qdq.quantizers import GRIDS, untold_grids
 from ptqjax.qdq.runtime_precision import keep_precision
-from ptqjax.qdq.stored_grids import MICROSOFT, check_writable, lowest_opset, lowest_opset_of, needs_opset, stored_grids
+from ptqjax.qdq.stored_grids import (
+    MICROSOFT,
+    OWN,
+    check_writable,
+    lowest_opset,
+    lowest_opset_of,
+    needs_opset,
+    stored_grids,
+)
 from ptqjax.qdq.stored_once import store_once
 from ptqjax.qdq.table_codes import gather_codes
 from ptqjax.qdq.taken import check_taken
 from ptqjax.versions import versions
 
 __all__ = ["encodings_json", "export", "insert_qdq", "quantized_model"]
+
+MATMUL_NBITS = "matmul-nbits"
+"""How weights are written that floats are multiplied by, as ONNX Runtime's own operators."""
 
 _STATED = ("jax", "jaxlib", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu")  # packages that a file names
 _INTEGER_SINCE = 10  # the opset of QLinearConv, into which ONNX Runtime fuses
@@ -108,7 +121,8 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
         encodings: The grids by tensor, concrete; those that are not enabled are left out.
         weights: "integer": integers (or short floats) with DequantizeLinear, biases in int32. "float": floats on their
             grids with QuantizeLinear and DequantizeLinear behind them, biases floats on theirs: the form that TensorRT
-            reads.
+            reads. "matmul-nbits": as "integer", but weights that floats are multiplied by, and tables, as ONNX
+            Runtime's MatMulNBits and GatherBlockQuantized (`qdq.matmul_nbits`), where activations have no grids.
 
     Raises:
         ModelError: The model is of an opset below 10, which ONNX Runtime cannot fuse into integers, and an operator
@@ -121,14 +135,42 @@ def quantized_model(model: Model, encodings: Encodings, *, weights: str = "integ
     held = {name: concrete(encoding) for name, encoding in encodings.items()}
     enabled = {name: encoding for name, encoding in held.items() if encoding.enabled}
     check_writable(model, enabled)
-    quantized = insert_qdq(model, held, weights=weights)
+    quantized = insert_qdq(model, held, weights="integer" if weights == MATMUL_NBITS else weights)
     if not enabled:
         return quantized
-    lowest, fixed = _opsets(model, enabled)
+    quantized = with_dynamic_products(quantized)[0]
+    has_grids = any(node.op_type == "QuantizeLinear" for node in quantized.graph.nodes)
+    is_for_floats = weights == MATMUL_NBITS and not has_grids
+    quantized = with_matmul_nbits(quantized)[0] if is_for_floats else quantized
+    _check_own(quantized, weights)
+    held_here = {name: encoding for name, encoding in enabled.items() if _is_held(quantized, name, model)}
+    if not held_here:
+        return quantized
+    lowest, fixed = _opsets(model, held_here)
     lowest = max(lowest, _PER_CHANNEL_SINCE if weights == "float" else 0)
     raised = _raised(merge_equal_nodes(quantized)[0], lowest, fixed)
     precise = keep_precision(drop_implied_clips(bound_integers(raised)[0])[0])[0]
-    return store_once(dequantize_at_load(gather_codes(precise)[0])[0])[0]
+    at_load = dequantize_at_load(gather_codes(precise)[0], with_products=is_for_floats)[0]
+    return store_once(at_load)[0]
+
+
+def _is_held(quantized: Model, name: str, model: Model) -> bool:
+    """Tells whether ONNX's own operators hold the grid of a tensor: all but those of weights in other operators."""
+    return name not in model.params or name in quantized.graph.producers
+
+
+def _check_own(quantized: Model, weights: str) -> None:
+    """Checks that no operator of our own is left.
+
+    Raises:
+        ConfigError: One is: an activation that is rounded in blocks, which only MatMulNBits does.
+    """
+    node = next((each for each in quantized.graph.nodes if each.domain == OWN), None)
+    if node is not None:
+        raise ConfigError(
+            f"'{node.inputs[0]}' is rounded in blocks of {node.attribute('block_size')} at run time, which no file "
+            f"with weights={weights!r} says; export with weights='{MATMUL_NBITS}'"
+        )
 
 
 def with_provenance(quantized: Model, model: Model, encodings: Encodings, settings: Mapping[str, Any]) -> Model:

@@ -22,6 +22,7 @@ from ptqjax.fit.adapting import adapt_each
 from ptqjax.fit.bias_correction import layer_axes
 from ptqjax.fit.selection import scale_each
 from ptqjax.ir import Model
+from ptqjax.placement.own_reads import with_own_reads
 from ptqjax.placement.place import place
 from ptqjax.placement.tensors import check_not_quantized
 from ptqjax.ranges.calibrate import Calibrated, calibrate_and_measure
@@ -94,8 +95,9 @@ def _equalized(drafts: Sequence[Draft], batches: Batches, absorb: str | None) ->
     choices = scale_each(prepared, batches, sources, labels=labels, plain=plain and plain[0])
     for draft, choice in zip(drafts, choices, strict=True):
         first = report if choice.absorbs or plain is None else plain[1]
-        chosen = draft.chosen(choice, shared=(absorb, choice.key))
-        yield chosen.after("equalize", choice.model, (*first, *choice.report), ran=draft.config.equalize)
+        own = with_own_reads(choice.model, draft.config)
+        chosen = draft.chosen(choice, shared=(absorb, choice.key, None if own is choice.model else draft.config))
+        yield chosen.after("equalize", own, (*first, *choice.report), ran=draft.config.equalize)
 
 
 def calibrated(drafts: Sequence[Draft], batches: Batches) -> list[Draft]:

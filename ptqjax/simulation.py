@@ -18,6 +18,7 @@ from ptqjax.encodings.encoding import Encoding, Encodings, concrete, fake_quanti
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model
 from ptqjax.lowering import Intercept, apply, checked_inputs, compiled, interpret_by_samples, precision
+from ptqjax.qdq.dynamic_products import with_dynamic_products
 from ptqjax.qdq.fuse_quantized import fuse_quantized
 from ptqjax.qdq.insert import check_tensors, insert_qdq, with_own_biases
 from ptqjax.qdq.stored_grids import StoredGrid, stored_grids
@@ -49,7 +50,7 @@ def simulate(model: Model, encodings: Encodings, *, arithmetic: str = "float") -
         return _with_checks(model.graph, partial(_float_program, model.graph))
     if arithmetic == "integer":
         grids = tuple(sorted(stored_grids(model, encodings).items()))
-        fused, _ = fuse_quantized(insert_qdq(model, encodings, grids=dict(grids)))
+        fused, _ = fuse_quantized(with_dynamic_products(insert_qdq(model, encodings, grids=dict(grids)))[0])
         return _with_checks(model.graph, partial(_integer_program, _IntegerGraphs(model.graph, fused.graph, grids)))
     raise ConfigError(f"arithmetic={arithmetic!r} is unknown; expected float or integer")
 
@@ -170,7 +171,7 @@ def _integer_program(
     graphs: _IntegerGraphs, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
     model = Model(graph=graphs.source, params=dict(params))
-    quantized = insert_qdq(model, encodings, grids=dict(graphs.grids))
+    quantized, _ = with_dynamic_products(insert_qdq(model, encodings, grids=dict(graphs.grids)))
     return apply(graphs.fused, {name: quantized.params[name] for name in graphs.fused.parameters}, inputs)
 
 

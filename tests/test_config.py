@@ -46,7 +46,7 @@ def test_is_frozen_and_hashable() -> None:
     [
         ("weights", "int1", "expected int or uint with 2 to 16 bits.*near names: int"),
         ("activations", "int17", "2 to 16 bits, as in 'int8', or one of float8_e4m3fn, .*; near names: .*int1"),
-        ("activations", "float8", "or one of float8_e4m3fn, float8_e5m2.*near names: float16"),
+        ("activations", "float8", "or one of float8_e4m3fn, float8_e5m2.*near names: .*float16"),
         ("granularity", "chanel", "expected tensor, channel, block:N or lpbq:N"),
         ("granularity", "block:0", "N = 1 or more"),
         ("granularity", "block:x", "N = 1 or more"),

@@ -15,8 +15,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ptqjax import onnx_io
-from ptqjax.agreement.findings import Distance, Group, Validation
+from ptqjax.agreement.findings import Distance, Group, RunTimeGroup, Validation
 from ptqjax.agreement.fusions import Fusions, is_seen_in_integers, operators, otherwise_fused
+from ptqjax.agreement.run_time import levels_of, relative_distance, run_time_tensors
 from ptqjax.agreement.runtime import as_written, model_file, optimized, run, session
 from ptqjax.agreement.totals import LIKENESS, NO_DISTANCE, likeness_of, with_elements
 from ptqjax.config.checks import check_choice
@@ -66,9 +67,7 @@ def validate(
     quantized = model if isinstance(model, Model) else onnx_io.read(model_file(model))
     tensors = _quantized_tensors(quantized)
     if not tensors:
-        raise ModelError(
-            "the model has no QuantizeLinear node: there is nothing to validate; export it quantized first"
-        )
+        return _without_grids(quantized, batches, device)
     programs = _Programs.of(quantized, tensors, by)
     runtimes, fusions = _runtimes(programs, tensors, device)
     tally = _Tally(alone=dict.fromkeys(tensors, NO_DISTANCE), end_to_end=dict.fromkeys(tensors, NO_DISTANCE))
@@ -87,6 +86,40 @@ def validate(
         fusion=programs.report,
         saturating=saturating,
         warnings=(*otherwise_fused(fusions, unverified, is_equal=is_equal), *warn_of_saturation(saturating)),
+    )
+
+
+def _without_grids(quantized: Model, batches: Iterable[Mapping[str, Any]], device: str) -> Validation:
+    """Returns how a model compares in which no activation has a grid beforehand."""
+    watched = run_time_tensors(quantized.graph)
+    if not watched:
+        raise ModelError(
+            "the model has no QuantizeLinear node, nor products with weights in integers: there is nothing to "
+            "validate; export it quantized first"
+        )
+    exposed, cut = (make(quantized, dict.fromkeys(watched, np.dtype(np.float32))) for make in (_with_outputs, _cut))
+    runtimes = session(quantized, device=device), session(exposed, device=device)
+    tally, farthest, count = Tally.of(LIKENESS), dict.fromkeys(watched, 0.0), 0
+    for batch in checked_batches(quantized.graph, batches):
+        own = run(runtimes[1], batch)
+        again = _by_own_names(_simulated(cut)({**batch, **{name: own[name] for name in watched}}))
+        farthest = {
+            name: max(far, relative_distance(own[name], np.asarray(again[name]))) for name, far in farthest.items()
+        }
+        tally = tally.plus(_seen(run(runtimes[0], batch), _simulated(quantized)(batch), batch))
+        count += num_samples(batch)
+    likeness = likeness_of(tally)
+    return Validation(
+        groups=(),
+        integer=likeness,
+        float=likeness,
+        num_samples=count,
+        fusion=(),
+        saturating=(),
+        run_time=tuple(
+            RunTimeGroup(tensor=name, operator=operator, alone=farthest[name]) for name, operator in watched.items()
+        ),
+        accuracy_levels=levels_of(optimized(quantized)),
     )
 
 

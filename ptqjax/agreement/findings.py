@@ -69,6 +69,19 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunTimeGroup:
+    """How far one tensor is from the runtime's that depends on weights in integers, or on grids found at run time."""
+
+    tensor: str
+    """The tensor."""
+    operator: str
+    """What computes it."""
+    alone: float
+    """The largest difference where it is recomputed from the runtime's own tensors before it, over the largest
+    magnitude."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OperatorSummary:
     """All groups of one operator."""
 
@@ -116,7 +129,12 @@ class Validation:
     """Which operators the runtime computes in integers, which not, and why."""
     saturating: tuple[Saturation, ...]
     """The weights at which the runtime's default kernels may saturate on an x86 without VNNI."""
-    warnings: tuple[str, ...]
+    run_time: tuple[RunTimeGroup, ...] = ()
+    """What products with integer weights give whose activations have no grid beforehand, in the order of the graph."""
+    accuracy_levels: tuple[int, ...] = ()
+    """The levels at which the runtime ran MatMulNBits: 1 with activations in float, 4 with activations rounded to int8
+    in blocks; 0 lets it choose. Empty where it ran none."""
+    warnings: tuple[str, ...] = ()
     """What the reader should know: groups fused otherwise than foreseen, weights that saturate elsewhere."""
 
     @property

@@ -273,7 +273,7 @@ def evaluate(
     files = data_files(data, "--data", preprocessing)
     say_reading(model, files, is_quiet=quiet)
     import ptqjax
-    from ptqjax.agreement import exact_function, may_saturate, saturates_here
+    from ptqjax.agreement import accuracy_levels, exact_function, may_saturate, saturates_here
     from ptqjax.data.batches import checked_batches
     from ptqjax.evaluation import evaluate_each
     from ptqjax.report import tables
@@ -302,6 +302,8 @@ def evaluate(
                 device=device,
             )
     tables.print_evaluation(model, found, compared, *exact)
+    for line in tables.level_lines(accuracy_levels(quantized)):
+        click.echo(line)
     for warning in warn_of_saturation(saturating):
         click.echo(f"Warning: {warning}", err=True)
 

@@ -16,7 +16,13 @@ _OPTIONS = (
         metavar="TYPE",
         help="int2 to int16, uint2 to uint16, float8_e4m3fn, float8_e5m2, float16, bfloat16.",
     ),
-    click.option("--activations", default="uint8", show_default=True, metavar="TYPE", help="The same types."),
+    click.option(
+        "--activations",
+        default="uint8",
+        show_default=True,
+        metavar="TYPE",
+        help="The same types, float (left alone) or dynamic (grids found at run time).",
+    ),
     click.option(
         "--granularity",
         default="channel",

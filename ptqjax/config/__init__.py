@@ -1,7 +1,7 @@
 """How a model is to be quantized: settings, rules for single tensors, and what a runtime accepts."""
 
 from ptqjax.config.aimet import config_from_aimet
-from ptqjax.config.checks import FLOAT_DTYPES, SYMMETRIES, Symmetry, near_names
+from ptqjax.config.checks import FLOAT_DTYPES, RUN_TIME, SYMMETRIES, Symmetry, near_names
 from ptqjax.config.files import config_from_table, config_from_toml, config_to_toml, located, read_config, write_config
 from ptqjax.config.rules import Rule
 from ptqjax.config.settings import (
@@ -27,6 +27,7 @@ __all__ = [
     "EFFORTS",
     "FLOAT_DTYPES",
     "RANGES",
+    "RUN_TIME",
     "SCALINGS",
     "SYMMETRIES",
     "WEIGHT_DTYPES",

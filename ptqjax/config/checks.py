@@ -18,6 +18,9 @@ INTEGER_DTYPES = tuple(f"{sign}int{bits}" for bits in (8, 4, 16, 2, *(3, 5, 6, 7
 DTYPES = (*INTEGER_DTYPES, *FLOAT_DTYPES)
 """All types that a tensor may be rounded to."""
 
+RUN_TIME = ("float", "dynamic")
+"""What activations may be in place of a type: left in float, or rounded to grids that are found at run time."""
+
 Symmetry: TypeAlias = bool | str
 """How 0 lies on a grid, as `kernels.ranges` has it."""
 SYMMETRIES = (False, True, "strict", "unsigned", "strict unsigned")
@@ -74,15 +77,16 @@ def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
     raise SettingError(field, f"{field}={value!r} is unknown; expected one of {', '.join(allowed)}{near}")
 
 
-def check_dtype(field: str, value: object) -> None:
-    """Checks that `value` is a type that a tensor may be rounded to."""
-    if value not in DTYPES:
-        near = near_names(value, DTYPES) if isinstance(value, str) else ""
+def check_dtype(field: str, value: object, *, also: tuple[str, ...] = ()) -> None:
+    """Checks that `value` is a type that a tensor may be rounded to, or one of the words `also`."""
+    if value not in (*DTYPES, *also):
+        near = near_names(value, (*DTYPES, *also)) if isinstance(value, str) else ""
+        others = "".join(f", or {word!r}" for word in also)
         floats = ", ".join(FLOAT_DTYPES)
         raise SettingError(
             field,
             f"{field}={value!r} is unknown; expected int or uint with 2 to 16 bits, as in 'int8', or one of "
-            f"{floats}{near}",
+            f"{floats}{others}{near}",
         )
 
 

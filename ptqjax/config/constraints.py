@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ptqjax.config.checks import FLOAT_DTYPES, SettingError, Symmetry
+from ptqjax.config.checks import FLOAT_DTYPES, RUN_TIME, SettingError, Symmetry
 from ptqjax.config.rules import Rule, described
 from ptqjax.config.target import Target
+
+KERNEL_BLOCKS = (16, 32, 64, 128, 256)
+"""Sizes of blocks that ONNX Runtime's kernels take for weights that floats are multiplied by."""
 
 if TYPE_CHECKING:
     from ptqjax.config.settings import QuantizationConfig
@@ -20,6 +23,9 @@ def check_allowed(config: QuantizationConfig, target: Target) -> None:
         ConfigError: It does not take one; the message names the setting, what is taken, and the remedy.
     """
     restricted = dict(target.allowed)
+    if config.activations == "dynamic" and not target.dynamic_products and "activations" not in restricted:
+        raise SettingError("activations", _without_dynamic(target))
+    _check_blocks(config, target)
     for key, value in _settings(config):
         if key in restricted and value not in restricted[key]:
             raise SettingError(key, _refusal(target, key, getattr(config, key), value, restricted[key]))
@@ -32,13 +38,26 @@ def check_allowed(config: QuantizationConfig, target: Target) -> None:
                 raise SettingError("rules", f"{message}{taken}{remedy}", rule=index)
 
 
+def _check_blocks(config: QuantizationConfig, target: Target) -> None:
+    """Checks that blocks have a size that the target's kernels take, where activations have no grid beforehand."""
+    if config.activations not in RUN_TIME or target.exported_weights != "matmul-nbits":
+        return
+    for granularity in (config.granularity, *(rule.granularity or "" for rule in config.rules)):
+        kind, _, size = granularity.partition(":")
+        if kind in ("block", "lpbq") and int(size) not in KERNEL_BLOCKS:
+            sizes = ", ".join(map(str, KERNEL_BLOCKS))
+            raise SettingError(
+                "granularity", f"granularity={granularity!r}: MatMulNBits has blocks of {sizes}; choose one"
+            )
+
+
 def resolved_symmetry(symmetric: Symmetry | None, dtype: str, *, of_weights: bool) -> Symmetry:
     """Returns how 0 lies on a grid, where `symmetric` is None for the default.
 
     By default 0 is in the middle for signed weights and anywhere else for other integers. Floating-point codes have no
     zero point.
     """
-    if dtype in FLOAT_DTYPES:
+    if dtype in FLOAT_DTYPES or dtype in RUN_TIME:
         return True
     if symmetric is not None:
         return symmetric
@@ -78,6 +97,13 @@ def _refusal(target: Target, key: str, given: Any, value: Any, allowed: tuple[An
     return (
         f"{found} is not what target {target.name!r} takes: {', '.join(map(_text, allowed))}; set "
         f"{key}={default!r}, or begin with QuantizationConfig.for_target({target.name!r}), with the target's settings"
+    )
+
+
+def _without_dynamic(target: Target) -> str:
+    return (
+        f"activations='dynamic': target {target.name!r} has no products that find grids at run time ("
+        "dynamic_products); choose an integer type, activations='float', or the target 'ort-cpu'"
     )
 
 

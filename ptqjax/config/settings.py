@@ -8,6 +8,7 @@ from typing import Any
 from ptqjax.config.checks import (
     DTYPES,
     RANGES,
+    RUN_TIME,
     SettingError,
     Symmetry,
     check_choice,
@@ -74,7 +75,9 @@ class QuantizationConfig:
     weights: str = "int8"
     """Type of the weights: int2 to int16, uint2 to uint16, or one of `FLOAT_DTYPES`."""
     activations: str = "uint8"
-    """Type of the activations; the same types."""
+    """Type of the activations: the same types; "float": they stay as they are, and weights alone are rounded; or
+    "dynamic": products with weights round what they read on grids that are found at run time, uint8 from the least to
+    the greatest value, or, where weights are in blocks, int8 for as many values as a block has."""
     granularity: str = "channel"
     """What shares a scale in a weight: "tensor", "channel", "block:N" (N weights in a row that are summed), or "lpbq:N"
     (low-power blocks: the scales of a channel's blocks are multiples of one by integers of as many bits as the weights
@@ -118,7 +121,7 @@ class QuantizationConfig:
     """How weights are rounded, one of `ROUNDINGS`: each to the integer next to it ("nearest"), or all of a layer's for
     the least error of its output on calibration data ("solved"), from there on by gradient descent on what blocks of
     layers give ("learned"); None: solved for, with data, where a weight has fewer than 8 bits, or one scale for all
-    channels and `effort` is not "fast", and everywhere where that is "thorough"."""
+    channels or activations are "dynamic" and `effort` is not "fast", and everywhere where that is "thorough"."""
     headroom: float | None = None
     """Factor by which activation ranges are widened beyond calibration, never past provable bounds; None:
     as measures best (`scaling="auto"`), else 1, and more for a tensor of few values (`ranges.headroom`)."""
@@ -140,7 +143,7 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         check_dtype("weights", self.weights)
-        check_dtype("activations", self.activations)
+        check_dtype("activations", self.activations, also=RUN_TIME)
         check_granularity("granularity", self.granularity)
         check_ranges("ranges", self.ranges)
         check_flag("power_of_two", self.power_of_two)
@@ -192,6 +195,11 @@ class QuantizationConfig:
         """
         check_target_name(target)
         return cls(**{**dict(load_target(target).defaults), "target": target, **settings})
+
+    @property
+    def activation_steps(self) -> str:
+        """The type whose steps are about as fine as those of activations: their own, where they have one."""
+        return {"float": "float16", "dynamic": "uint8"}.get(self.activations, self.activations)
 
     @property
     def block_size(self) -> int | None:

@@ -53,6 +53,8 @@ class Target:
     is made, repaid or not."""
     float_results: frozenset[str] = frozenset()
     """Operators among `products` that may give what they sum up in float."""
+    dynamic_products: frozenset[str] = frozenset()
+    """Operators among `products` that can find the grid of what they read at run time."""
     companions: frozenset[str] = frozenset()
     """Operators that are computed in integers where they get and give integers anyway."""
     rounded_parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -60,7 +62,8 @@ class Target:
     biases: str = "int32"
     """What biases are: "int32" integers with the scale of input times weight, or "float"."""
     exported_weights: str = "integer"
-    """How weights are written: "integer" with DequantizeLinear, or "float" with both."""
+    """How weights are written: "integer" with DequantizeLinear, "float" with both, or "matmul-nbits": as "integer", but
+    where activations are in float or in blocks as ONNX Runtime's MatMulNBits and GatherBlockQuantized."""
     fixed_point: bool = False
     """Whether sums are multiplied by s_x s_w / s_y in integers, with the output's zero point in the sum: weights then
     get scales for which both fit (`quantize.bias.guard_biases`)."""
@@ -204,7 +207,11 @@ _READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "description": (_kind(str), "a text"),
     **dict.fromkeys(("heads", "clamps", "activations", "data_movement", "adopt_output", "constant_operands"), _LIST),
     **dict.fromkeys(
-        ("forward_ties", "rounded_for", "products", "float_results", "companions", "stored_weights"), _LIST
+        (
+            *("forward_ties", "rounded_for", "products", "float_results", "dynamic_products", "companions"),
+            "stored_weights",
+        ),
+        _LIST,
     ),
     "fixed_ranges": (_by_operator(_pair), "a table: operator = [low, high]"),
     "supergroups": (lambda value: tuple(map(_names, value)), "a list of lists of operators"),
@@ -213,7 +220,10 @@ _READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
         (_by_operator(lambda value: tuple(map(_kind(int), value))), "a table: operator = [positions]"),
     ),
     "biases": (_one_of("int32", "float"), '"int32" or "float"'),
-    "exported_weights": (_one_of("integer", "float"), '"integer" or "float"'),
+    "exported_weights": (
+        _one_of("integer", "float", "matmul-nbits"),
+        '"integer", "float" or "matmul-nbits"',
+    ),
     "fixed_point": (_kind(bool), "true or false"),
     "integer_pieces": (lambda value: frozenset(_names(value)), "a list of functions"),
     **dict.fromkeys(("pairs_in_16_bits", "pieces", "bounds_per_channel"), (_kind(bool), "true or false")),

@@ -26,13 +26,15 @@ class _Layout:
     block_size: int | None
     float_format: str | None
     scale_bits: int | None
+    is_dynamic: bool
     shape: tuple[int, ...]
     """The shape of the scale."""
 
     @property
     def is_plain(self) -> bool:
         """Tells whether it is a grid of integers, for a tensor or a channel at a time."""
-        return self.block_size is None and self.float_format is None and self.scale_bits is None
+        is_whole = self.block_size is None and self.scale_bits is None
+        return is_whole and self.float_format is None and not self.is_dynamic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +89,7 @@ def _layout(encoding: Encoding) -> _Layout:
         block_size=encoding.block_size,
         float_format=encoding.float_format,
         scale_bits=encoding.scale_bits,
+        is_dynamic=encoding.is_dynamic,
         shape=np.shape(encoding.scale),
     )
 
@@ -136,6 +139,7 @@ def _fitted(encoding: Encoding | None, layout: _Layout) -> Encoding:
         block_size=layout.block_size,
         float_format=layout.float_format,
         scale_bits=layout.scale_bits,
+        is_dynamic=layout.is_dynamic,
     )
 
 

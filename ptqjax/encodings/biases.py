@@ -60,7 +60,7 @@ def bias_encoding(encodings: Mapping[str, Encoding], site: BiasSite) -> Encoding
     x, w = encodings.get(site.input), encodings.get(site.weight)
     if x is None or w is None or site.bias in encodings or x.axis is not None or w.block_size is not None:
         return None
-    if x.float_format is not None or w.float_format is not None:
+    if x.is_dynamic or x.float_format is not None or w.float_format is not None:
         return None
     if w.axis is not None and w.axis != site.weight_axis:
         return None
@@ -144,6 +144,7 @@ def has_integer_sums(encodings: Mapping[str, Encoding], site: BiasSite) -> bool:
     if (
         x is None
         or weight is None
+        or x.is_dynamic
         or x.float_format
         or weight.float_format
         or x.axis is not None

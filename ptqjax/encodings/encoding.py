@@ -12,6 +12,7 @@ from ptqjax.kernels import float_formats, grid
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.kernels.precision import is_traced
 from ptqjax.kernels.ranges import Symmetry, grid_kind
+from ptqjax.kernels.run_time_grids import codes_in_blocks, constant, grid_of_values
 from ptqjax.pytrees import PyTreeNode, static_field
 
 _STORED = ("int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32")
@@ -43,6 +44,9 @@ class Encoding(PyTreeNode):
     float_format: str | None = static_field(default=None)
     """Where codes are floating-point numbers and not integers: their type, one of `grid.FLOAT_FORMATS`. `qmin` and
     `qmax` are then its smallest and largest finite number, and the zero point is 0."""
+    is_dynamic: bool = static_field(default=False)
+    """Whether scale and zero point are found at run time, from the values, and those here stand for nothing: of an
+    activation as a whole, in uint8, or of its blocks along the last axis, in int8 (`kernels.run_time_grids`)."""
     scale_bits: int | None = static_field(default=None)
     """For low-power blocks (LPBQ): each scale is an integer from 1 to 2^scale_bits times one scale per channel."""
 
@@ -132,6 +136,28 @@ def _check_float_format(name: str, scale: Any, zero_point: Any) -> None:
         raise ConfigError(f"dtype={name!r} is a cast and has the scale 1; found {np.asarray(scale).ravel()[:4]}")
 
 
+def dynamic_encoding(block_size: int | None = None) -> Encoding:
+    """Returns the encoding of an activation whose grid is found at run time: for all of it, or in blocks."""
+    if block_size is None:
+        return make_encoding(np.float32(1), np.float32(0), dtype="uint8").replace(is_dynamic=True)
+    whole = make_encoding(np.float32(1), np.float32(0), dtype="int8", symmetric="strict")
+    return whole.replace(is_dynamic=True, axis=-1, block_size=block_size)
+
+
+def grid_for(x: Any, encoding: Encoding) -> tuple[Any, Any]:
+    """Returns scale and zero point for `x`, in shapes that broadcast to it: found from its values where dynamic."""
+    if encoding.is_dynamic:
+        return grid_of_values(x)
+    return tuple(along_axis(each, encoding, np.shape(x)) for each in (encoding.scale, encoding.zero_point))
+
+
+def _rounded_in_blocks(x: Any, encoding: Encoding) -> Any:
+    """Returns `x` rounded in blocks whose grids are found from its values; gradients pass straight through."""
+    codes, step = codes_in_blocks(x, encoding.block_size or x.shape[-1])
+    xp = array_namespace(x)
+    return xp.where(encoding.enabled, x + (codes * step - constant(x)), x)
+
+
 def along_axis(values: Any, encoding: Encoding, shape: tuple[int, ...]) -> Any:
     """Returns `values` (a scale or zero point of `encoding`) in a shape that broadcasts to `shape`, of equal rank."""
     if np.ndim(values) == 0 or encoding.axis is None:
@@ -146,7 +172,7 @@ def along_axis(values: Any, encoding: Encoding, shape: tuple[int, ...]) -> Any:
 
 def quantize(x: Any, encoding: Encoding) -> Any:
     """Returns the codes of `x` as float32: integers, or numbers of the float format; `enabled` is not looked at."""
-    scale, zero_point = (along_axis(v, encoding, np.shape(x)) for v in (encoding.scale, encoding.zero_point))
+    scale, zero_point = grid_for(x, encoding)
     if encoding.float_format is not None:
         return float_formats.quantize_float(x, scale, encoding.float_format)
     return grid.quantize(x, scale, zero_point, encoding.qmin, encoding.qmax)
@@ -166,7 +192,9 @@ def fake_quantize(x: Any, encoding: Encoding) -> Any:
     Differentiable in `x`, `scale` and `zero_point`, see `kernels.grid.fake_quantize` and
     `kernels.float_formats.fake_quantize_float`.
     """
-    scale, zero_point = (along_axis(v, encoding, np.shape(x)) for v in (encoding.scale, encoding.zero_point))
+    if encoding.is_dynamic and encoding.block_size is not None:
+        return _rounded_in_blocks(x, encoding)
+    scale, zero_point = grid_for(x, encoding)
     if encoding.float_format is not None:
         return float_formats.fake_quantize_float(x, scale, encoding.float_format, enabled=encoding.enabled)
     return grid.fake_quantize(x, scale, zero_point, encoding.qmin, encoding.qmax, enabled=encoding.enabled)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import RUN_TIME, QuantizationConfig
 from ptqjax.config.checks import check_choice
 from ptqjax.drafts import Result, alike, drafted
 from ptqjax.encodings.encoding import Encoding
@@ -123,8 +123,9 @@ def _what_choices_share(config: QuantizationConfig) -> Any:
     if not config.equalize or config.scaling not in {"auto", "learned"}:
         return config  # nothing is chosen: its own
     names = ("scaling", "bounds", "absorb", "correct", "headroom", "effort", "seed", "target")
-    return (*(getattr(config, name) for name in names), config.granularity == "tensor")
+    run_time = config.activations if config.activations in RUN_TIME else ""
+    return (*(getattr(config, name) for name in names), config.granularity == "tensor", run_time)
 
 
 def _bits(config: QuantizationConfig) -> int:
-    return num_bits(config.weights) + num_bits(config.activations)
+    return num_bits(config.weights) + num_bits(config.activation_steps)

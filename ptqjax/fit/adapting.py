@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptqjax.config import QuantizationConfig, load_target
+from ptqjax.config import RUN_TIME, QuantizationConfig, load_target
 from ptqjax.encodings.alignment import aligned
 from ptqjax.encodings.biases import guard_biases, sums_in_fixed_point
 from ptqjax.encodings.encoding import Encoding, Encodings
@@ -81,6 +81,7 @@ def adapt_each(
 ) -> tuple[Adapted, ...]:
     """Returns the model adapted to each of several encodings, in order: its weights rounded, its biases corrected.
 
+    Without data, where activations have no grids beforehand and no batch norm tells of means, biases stay as they are.
     Where weights are solved for, biases take the mean error on the way, layer by layer, unless the setting `correct` is
     "none"; else one pass corrects the biases of all variants.
 
@@ -101,7 +102,8 @@ def adapt_each(
     has_data = batches is not None
     solved = [is_solved_for(model, e.encodings, c, has_data=has_data) for e, c in zip(pairs, configs, strict=True)]
     plain = [each for each, is_solved in zip(pairs, solved, strict=True) if not is_solved]
-    corrected = iter(_corrected(model, plain, batches, method, means))
+    is_left = method == "analytic" and not model.statistics and all(c.activations in RUN_TIME for c in configs)
+    corrected = iter(_corrected(model, plain, batches, "none" if is_left else method, means))
     found = []
     for each, config, is_solved in zip(pairs, configs, solved, strict=True):
         one = _solved(model, each, config, batches or (), frozen) if is_solved else next(corrected)
@@ -113,7 +115,8 @@ def is_solved_for(model: Model, encodings: Encodings, config: QuantizationConfig
     """Tells whether the roundings of weights are solved for under these encodings.
 
     Where `config.rounding` leaves it open: where a weight has fewer than 8 bits, or one step serves a whole weight and
-    `config.effort` is not "fast", or it is "thorough".
+    `config.effort` is not "fast", or it is "thorough"; and where grids are found at run time and it is not "fast": on 8
+    bits, too, weights make up for what activations are rounded by.
 
     Raises:
         ConfigError: It is asked for, and there are no data.
@@ -121,6 +124,8 @@ def is_solved_for(model: Model, encodings: Encodings, config: QuantizationConfig
     check_data(config, has_data=has_data)
     if config.rounding is not None or not has_data or config.compatibility is not None:
         return config.rounding in _FROM_DATA
+    if any(encoding.is_dynamic for encoding in encodings.values()):
+        return config.effort != "fast"
     return any(_is_coarse(encodings[name], config) for name in _weights(model) if name in encodings)
 
 
@@ -178,22 +183,27 @@ def _solved(
     frozen: Collection[str],
 ) -> Adapted:
     first = _guarded(Adapted(model, pairs.encodings, pairs.report), config)  # raised later, a scale asks for others
+    tied = tied_weights(model, load_target(config.target))
     settings = Solving(
         seed=config.seed,
         samples=POLICIES[config.effort].rounding_samples,
         corrects=config.correct != "none",
-        kept=frozenset(frozen) | set(tied_weights(model, load_target(config.target))),
+        kept=frozenset(frozen) | {weight for weight, table in tied.items() if table in frozen},
         moved=moves_for(config, model, first.encodings),
-        given=frozenset(site.tensor for site in place(model, config).sites if not has_open_range(site, config)),
+        given=_given(model, config) | set(tied),
     )
     if config.rounding != "learned":
-        solved = solve_weights(model, first.encodings, batches, settings)
-        return Adapted(solved.model, solved.encodings, (*first.report, *solved.report))
-    learning = RoundingLearning(
-        num_steps=POLICIES[config.effort].rounding_steps, steps=_free_steps(model, first.encodings, config, frozen)
-    )
-    learned, encodings, report = learn_rounding(model, first.encodings, batches, settings, learning)
-    return Adapted(learned, encodings, (*first.report, *report))
+        solved, encodings, report = solve_weights(model, first.encodings, batches, settings)
+    else:
+        steps = _free_steps(model, first.encodings, config, frozen)
+        learning = RoundingLearning(num_steps=POLICIES[config.effort].rounding_steps, steps=steps)
+        solved, encodings, report = learn_rounding(model, first.encodings, batches, settings, learning)
+    return Adapted(_with_tables(solved, encodings, tied), encodings, (*first.report, *report))
+
+
+def _given(model: Model, config: QuantizationConfig) -> frozenset[str]:
+    """Returns the tensors whose ranges a setting chooses."""
+    return frozenset(site.tensor for site in place(model, config).sites if not has_open_range(site, config))
 
 
 def _free_steps(
@@ -203,8 +213,27 @@ def _free_steps(
     if config.power_of_two or config.compatibility is not None:
         return frozenset()
     sites = place_as_found(model, config, encodings).sites
-    fixed = {site.tensor for site in sites if site.fixed_range is not None}
+    fixed = {site.tensor for site in sites if site.fixed_range is not None or site.is_dynamic}
     return frozenset(encodings) - set(model.params) - set(frozen) - fixed
+
+
+def _with_tables(model: Model, encodings: Encodings, tied: Mapping[str, str]) -> Model:
+    """Returns the model in which each table has the integers of the weight that it is transposed, on their one grid.
+
+    A layer feels its weights' roundings together, and a table's rows one by one: what is solved for serves the layer.
+    """
+    taken = {
+        table: np.ascontiguousarray(np.transpose(np.asarray(model.params[weight])))
+        for weight, table in tied.items()
+        if weight in encodings and table in encodings and _have_one_grid(encodings[weight], encodings[table])
+    }
+    return model.replace(params={**model.params, **taken})
+
+
+def _have_one_grid(weight: Encoding, table: Encoding) -> bool:
+    """Tells whether a weight's grid is that of the table which it is transposed."""
+    scales = np.asarray(weight.scale), np.asarray(table.scale)
+    return weight.num_bits == table.num_bits and np.array_equal(np.transpose(scales[0]), scales[1])
 
 
 def _guarded(adapted: Adapted, config: QuantizationConfig) -> Adapted:

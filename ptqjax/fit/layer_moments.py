@@ -12,7 +12,7 @@ import numpy as np
 from ptqjax.ir import Node
 from ptqjax.kernels.gram import Moments, Taps, moments, patches
 from ptqjax.kernels.windows import output_sizes
-from ptqjax.lowering import Value, compiled
+from ptqjax.lowering import Value, compiled, in_onnx_layout
 from ptqjax.ops.convolution import crops_of, window_of
 from ptqjax.transforms.linear import Linear
 
@@ -53,8 +53,9 @@ def _of_batch(
 def _channels_last(value: Value, layer: Linear) -> Any:
     """Returns the layer's input as [n, *spatial, c]; what a product without taps reads has one or no axis between."""
     array, rank = value.array, value.array.ndim
-    if value.channels_last:
+    if value.channels_last and layer.input_axis % rank == 1:
         return array
+    array = in_onnx_layout(value)
     if layer.node.op_type in {"Conv", "ConvTranspose"}:
         return jnp.moveaxis(array, 1, -1)
     array = jnp.moveaxis(array, layer.input_axis % rank, -1)

@@ -196,7 +196,7 @@ def layers_to_round(
     for layer in linear_layers(model).values():
         if layer.weight not in encodings:
             continue
-        given = "its encoding was given, or is that of a table" if layer.weight in kept else ""
+        given = "its encoding was given, or that of its table" if layer.weight in kept else ""
         reason = given or _obstacle(model, layer, encodings)
         if reason:
             left_alone.append((layer, reason))

@@ -82,7 +82,7 @@ def steps_of(config: QuantizationConfig) -> Steps:
     """Returns how fine the grids of `config` are."""
     return Steps(
         weights=_steps_of_type(config.weights) // 2,
-        activations=_steps_of_type(config.activations),
+        activations=_steps_of_type(config.activation_steps),
         per_channel=config.granularity != "tensor",
     )
 

@@ -10,6 +10,7 @@ from ptqjax.ops import (  # noqa: F401 (importing a family registers its operato
     columns,
     contrib_activation,
     contrib_attention,
+    contrib_blocks,
     contrib_linear,
     contrib_normalization,
     control,

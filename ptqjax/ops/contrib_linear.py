@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ptqjax.errors import UnsupportedOperatorError
 from ptqjax.ops.activation import elu, hard_sigmoid, leaky_relu
@@ -144,50 +143,3 @@ def dynamic_quantize_matmul(a: Any, b: Any, b_scale: Any, b_zero_point: Any = No
     """Returns `matmul_integer_to_float` of `a`, quantized to uint8 by its own range, and the integers `b`."""
     q, scale, zero_point = dynamic_quantize_linear(a)
     return matmul_integer_to_float(q, b, scale, b_scale, zero_point, b_zero_point, bias)
-
-
-@lowers("MatMulNBits", since=1, domain=MICROSOFT)
-def matmul_nbits(  # noqa: PLR0917 - ONNX's operands
-    a: Any,
-    b: Any,
-    scales: Any,
-    zero_points: Any = None,
-    g_idx: Any = None,
-    bias: Any = None,
-    /,
-    *,
-    K: int,  # noqa: N803 - ONNX's name
-    N: int,  # noqa: N803 - ONNX's name
-    block_size: int,
-    accuracy_level: int = 0,
-    bits: int = 4,
-    weight_prepacked: int = 0,
-) -> Any:
-    """Returns a w^T + bias with w = (b - zero point) scale, [N, K]; its integers are packed in bytes, low bits first.
-
-    A scale and a zero point (the middle of the range where there are none) serve `block_size` neighbours of a row.
-
-    Raises:
-        UnsupportedOperatorError: The weights are in an order of their own.
-    """
-    del accuracy_level  # how coarsely the runtime may round `a`
-    if g_idx is not None or weight_prepacked:
-        raise UnsupportedOperatorError("g_idx and weight_prepacked have no lowering")
-    num_blocks = -(-K // block_size)
-    q = _unpacked(jnp.reshape(b, (N, num_blocks, -1)), bits, block_size).astype(a.dtype)
-    if zero_points is None:
-        zero = jnp.asarray(2 ** (bits - 1), a.dtype)
-    elif zero_points.dtype == np.uint8:
-        zero = _unpacked(jnp.reshape(zero_points, (N, -1)), bits, num_blocks).astype(a.dtype)[..., None]
-    else:
-        zero = jnp.reshape(zero_points, (N, num_blocks, 1))
-    w = ((q - zero) * jnp.reshape(scales, (N, num_blocks, 1))).reshape(N, -1)[:, :K]
-    y = matmul(a, w.T)
-    return y if bias is None else y + with_rank(bias, y.ndim)
-
-
-def _unpacked(packed: Any, bits: int, count: int) -> Any:
-    """Returns the first `count` integers along the last axis of bytes that hold 8 / bits of them."""
-    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[(None,) * packed.ndim]
-    integers = (packed[..., None] >> shifts) & jnp.uint8(2**bits - 1)
-    return integers.reshape(*packed.shape[:-1], -1)[..., :count]

@@ -10,6 +10,7 @@ import numpy as np
 
 from ptqjax.kernels.conversion import convert
 from ptqjax.kernels.quotient import quotient
+from ptqjax.kernels.run_time_grids import grid_of_values
 from ptqjax.ops.element_types import element_type, integer_range
 from ptqjax.ops.layout import along_axis, channels_last_axis
 from ptqjax.ops.registry import lowers, lowers_channels_last
@@ -116,8 +117,6 @@ def dynamic_quantize_linear(x: Any, /) -> tuple[Any, Any, Any]:
     The scale of zeros alone is 1, as ONNX Runtime has it; ONNX's definition divides by 0 there.
     """
     x = jnp.asarray(x)
-    low, high = (jnp.minimum(x, 0), jnp.maximum(x, 0)) if x.size else (jnp.zeros(1, x.dtype),) * 2
-    low, high = jnp.min(low), jnp.max(high)
-    scale = jnp.where(high == low, jnp.ones((), x.dtype), quotient(high - low, 255))
-    zero_point = jnp.round(jnp.clip(-low / scale, 0, 255)).astype(np.uint8)
+    scale, zero_point = grid_of_values(x)
+    zero_point = zero_point.astype(np.uint8)
     return quantize_linear(x, scale, zero_point), scale, zero_point

@@ -25,6 +25,8 @@ _F = TypeVar("_F", bound=Function)
 
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
+OWN = "ptqjax"
+"""The domain of operators that no file has: what is simulated of a runtime's operator that does several things."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,11 +7,11 @@ Every floating tensor of the graph gets exactly one of: a `Site` (it has an enco
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ptqjax.config import QuantizationConfig, Target, load_target
+from ptqjax.config import RUN_TIME, QuantizationConfig, Target, load_target
 from ptqjax.encodings.biases import BiasSite, bias_sites
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Node, Origin, only_reader, origins_of
@@ -22,6 +22,7 @@ from ptqjax.placement.movement import keeps_all, moves_data
 from ptqjax.placement.never import Nevers, find_nevers
 from ptqjax.placement.repaid import unrepaid
 from ptqjax.placement.rules import Settings, settle
+from ptqjax.placement.run_time import at_run_time, check_tied, rounded_reads, stores_zero_points
 from ptqjax.placement.shared import Decided, adopted_roots, differs, follow, passed_on, wanted_tensors
 from ptqjax.placement.sites import ACTIVATION, CONSTANT, WEIGHT, Placement, Site, Skipped, kind_of
 from ptqjax.placement.supergroups import Groups, find_groups, shift_of
@@ -53,6 +54,10 @@ class _Plan:
     """Tensors whose rounding no integer kernel repays -> the reason."""
     origins: Mapping[str, Origin]
     """What the values of each tensor depend on."""
+    run_time: str = ""
+    """What activations are in place of a type, one of `RUN_TIME`; "" where they have one."""
+    reads: dict[tuple[str, int | None], list[Node]] = field(default_factory=dict)
+    """The products that find grids at run time, by what they read."""
     nevers: Nevers
     """What values that mean "never" decide."""
 
@@ -91,14 +96,20 @@ def place(
         parameters=others,
         wanted=wanted_tensors(model, target),
         apart=apart or {},
-        unrepaid=unrepaid(model, target, groups, off),
+        unrepaid={} if config.activations in RUN_TIME else unrepaid(model, target, groups, off),
+        run_time=config.activations if config.activations in RUN_TIME else "",
         origins=origins_of(model.graph),
         nevers=Nevers() if config.compatibility else find_nevers(model),
     )
     layers = {site.bias: site for site in bias_sites(model)}
     decided: dict[str, Site | Skipped] = {}
     for tensor in floating:
-        if tensor not in layers:
+        if tensor in model.params and tensor not in layers:
+            decided[tensor] = _decision(plan, tensor, decided)
+    if config.activations == "dynamic":
+        plan = replace(plan, reads=rounded_reads(model, target, decided))
+    for tensor in floating:
+        if tensor not in model.params:
             decided[tensor] = _decision(plan, tensor, decided)
     placement = _with_biases(plan, decided, layers, _float_biases_by(config, target))
     check_effects(settled, placement)
@@ -141,16 +152,14 @@ def _decision(plan: _Plan, tensor: str, decided: Decided) -> Site | Skipped:
     if settings.off:
         return Skipped(tensor=tensor, reason=settings.off)
     if tensor in plan.weights:
-        if not settings.is_asked_for and (operators := _without_kernel(plan, tensor)):
-            return Skipped(
-                tensor=tensor, reason=f"weight of {operators}, which target {plan.target.name!r} has in float"
-            )
-        return _weight(plan, tensor)
+        operators = "" if settings.is_asked_for else _without_kernel(plan, tensor)
+        reason = f"weight of {operators}, which target {plan.target.name!r} has in float"
+        return Skipped(tensor=tensor, reason=reason) if operators else _weight(plan, tensor)
     if tensor in plan.parameters:
         return parameter_site(tensor, settings, f"parameter of {plan.parameters[tensor]}")
-    if tensor in plan.model.params:
-        return _constant(plan, tensor)
-    return _activation(plan, tensor, decided)
+    if plan.run_time:
+        return at_run_time(plan.model.graph, tensor, plan.reads, plan.run_time)
+    return _constant(plan, tensor) if tensor in plan.model.params else _activation(plan, tensor, decided)
 
 
 def _without_kernel(plan: _Plan, weight: str) -> str:
@@ -162,13 +171,25 @@ def _without_kernel(plan: _Plan, weight: str) -> str:
 
 def _weight(plan: _Plan, tensor: str) -> Site:
     """Returns the site of a weight; one that is a table transposed has the table's grid, if that is to be had."""
-    site = weight_site(plan.model, tensor, plan.weights[tensor], plan.settings[tensor])
+    site = _weight_site(plan, tensor)
     table = plan.transposed.get(tensor)
     if table is None or plan.settings[table].off:
         return site
-    other = weight_site(plan.model, table, plan.weights[table], plan.settings[table])
+    other = _weight_site(plan, table)
     is_same = is_transposed(site, other) and not differs(plan.settings[tensor], other)
+    if plan.run_time:
+        check_tied(site, other, is_same=is_same)
     return replace(site, root=table, reason=f"{site.reason}; the table '{table}' transposed") if is_same else site
+
+
+def _weight_site(plan: _Plan, tensor: str) -> Site:
+    """Returns the site of a weight by itself.
+
+    A zero point that is stored in any case is used, unless it is set otherwise.
+    """
+    settings, uses = plan.settings[tensor], plan.weights[tensor]
+    is_asymmetric = settings.given_symmetry is None and stores_zero_points(plan.target, plan.run_time, settings, uses)
+    return weight_site(plan.model, tensor, uses, replace(settings, given_symmetry=False) if is_asymmetric else settings)
 
 
 # Biases
@@ -177,7 +198,7 @@ def _weight(plan: _Plan, tensor: str) -> Site:
 def _has_grids(site: BiasSite, decided: Decided) -> bool:
     """Tells whether a bias's scale follows from those of its input and weight, one for each channel."""
     x, weight = decided.get(site.input), decided.get(site.weight)
-    is_activation = isinstance(x, Site) and x.kind == ACTIVATION
+    is_activation = isinstance(x, Site) and x.kind == ACTIVATION and not x.is_dynamic
     return is_activation and isinstance(weight, Site) and weight.kind == WEIGHT and weight.block_size is None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ptqjax.config import QuantizationConfig, Rule, Symmetry, Target, near_names
-from ptqjax.config.checks import FLOAT_DTYPES, SettingError
+from ptqjax.config.checks import FLOAT_DTYPES, RUN_TIME, SettingError
 from ptqjax.config.constraints import resolved_symmetry
 from ptqjax.config.rules import described, set_fields
 from ptqjax.ir import Graph, Model, Node
@@ -189,7 +189,7 @@ def _changed(settings: Settings, rule: Rule, text: str) -> Settings:
     if rule.symmetric is not None:
         given["given_symmetry"] = rule.symmetric
     dtype = given.get("dtype", settings.dtype)
-    if rule.least_bits is not None and dtype not in FLOAT_DTYPES and num_bits(dtype) < rule.least_bits:
+    if rule.least_bits is not None and dtype not in (*FLOAT_DTYPES, *RUN_TIME) and num_bits(dtype) < rule.least_bits:
         given["dtype"] = dtype.rstrip("0123456789") + str(rule.least_bits)
     given = {key: value for key, value in given.items() if getattr(settings, key) != value}
     if not given:

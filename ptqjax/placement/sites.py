@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ptqjax.config import FLOAT_DTYPES, QuantizationConfig
+from ptqjax.config import FLOAT_DTYPES, RUN_TIME, QuantizationConfig
 from ptqjax.encodings.biases import BiasSite
 from ptqjax.kernels.ranges import GridKind, Symmetry, grid_kind
 from ptqjax.placement.counting import Counting
@@ -46,6 +46,8 @@ class Site:
     """For low-power blocks (LPBQ): bits of the integers that blocks' scales are multiples of the channel's by."""
     ranges: str = ""
     """The scheme that chooses the range, as `QuantizationConfig.ranges` has it; "": that of the configuration."""
+    is_dynamic: bool = False
+    """Whether the grid is found at run time, from the values."""
     counted: Counting | None = None
     """Which values its own range is to hold, if it has one; None: all."""
 
@@ -86,10 +88,13 @@ def kind_of(site: Site) -> GridKind:
 def scheme_of(site: Site, config: QuantizationConfig) -> str:
     """Returns the name of the scheme that chooses a site's range.
 
-    On a grid of few integers a weight's search for the least error cuts off more than roundings behind it can make up
-    for (MobileNetV2, 4 bits a channel, biases corrected: 45 % against 66 %), so that the default there is the range.
+    On a symmetric grid of few integers a weight's search for the least error cuts off more than roundings behind it can
+    make up for (MobileNetV2, 4 bits a channel, biases corrected: 45 % against 66 %), so that the default there is the
+    range. With zero points and activations without grids it is the search (a small language model, 4 bits in blocks of
+    32, solved: perplexity 1.056 times that of the float model against 1.061).
     """
     has_few = site.kind == WEIGHT and site.axis is not None and num_bits(site.dtype) < _WHOLE
+    has_few &= bool(site.symmetric) or config.activations not in RUN_TIME
     is_open = has_open_range(site, config) and site.dtype not in FLOAT_DTYPES
     return _RANGE if is_open and has_few else site.ranges or config.ranges
 

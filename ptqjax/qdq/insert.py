@@ -19,7 +19,7 @@ from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model, Node, fresh_name, rebuild
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.mapped import release
-from ptqjax.qdq.stored_grids import CASTS, MICROSOFT, StoredGrid, lowest_opset, stored_grids
+from ptqjax.qdq.stored_grids import CASTS, MICROSOFT, OWN, StoredGrid, lowest_opset, stored_grids
 
 WEIGHTS = ("integer", "float")
 """How weights are written: as integers, or as rounded floats with both operators behind them."""
@@ -59,6 +59,10 @@ def insert_qdq(
     refuses a weight shared by integer layers where session.x64quantprecision is set. Relu and Clip stay: a runtime
     removes them where the range implies them. Readers inside subgraphs read the float tensor. Nodes that the model's
     opset does not have yet are of the domain com.microsoft.
+
+    An activation whose grid is found at run time is read through DynamicQuantizeLinear and DequantizeLinear
+    (`dynamic_products` makes products of integers of what reads them); in blocks through RoundInBlocks, an operator of
+    our own that `matmul_nbits` takes up.
 
     A grid that ends before its type does (6 bits in int8; int8 without -128) has a Clip at its ends before the
     QuantizeLinear, to the same integers: with n an end, fl(n s) / s rounds to n, and rounding is monotone.
@@ -184,6 +188,8 @@ def _rounded_parameter(graph: Graph, name: str, value: Any, encoding: Encoding, 
 
 
 def _activation(graph: Graph, name: str, encoding: Encoding, grid: StoredGrid) -> _Piece:
+    if encoding.is_dynamic:
+        return _dynamic(graph, name, encoding)
     is_output = name in graph.output_names and name in graph.producers
     before = fresh_name(graph, f"{name}_float") if is_output else name
     after = name if is_output else fresh_name(graph, f"{name}_dequantized")
@@ -198,6 +204,22 @@ def _activation(graph: Graph, name: str, encoding: Encoding, grid: StoredGrid) -
         reads={} if is_output else {name: after},
         writes={name: before} if is_output else {},
     )
+
+
+def _dynamic(graph: Graph, name: str, encoding: Encoding) -> _Piece:
+    """Returns what rounds a tensor, which is no output, on a grid that is found at run time."""
+    if encoding.block_size is not None:
+        after = fresh_name(graph, f"{name}_rounded")
+        size = (("block_size", encoding.block_size),)
+        node = Node(op_type="RoundInBlocks", inputs=(name,), outputs=(after,), attributes=size, domain=OWN)
+        return _Piece(nodes=(node,), params={}, reads={name: after})
+    codes = tuple(fresh_name(graph, f"{name}_{what}") for what in ("quantized", "scale", "zero_point"))
+    after = fresh_name(graph, f"{name}_dequantized")
+    nodes = (
+        Node(op_type="DynamicQuantizeLinear", inputs=(name,), outputs=codes),
+        Node(op_type="DequantizeLinear", inputs=codes, outputs=(after,)),
+    )
+    return _Piece(nodes=nodes, params={}, reads={name: after})
 
 
 def _round_trip(
@@ -284,7 +306,8 @@ def _unwritten(params: Mapping[str, Any], nodes: Iterable[Node]) -> dict[str, An
 def _with_microsoft(model: Model) -> Model:
     """Returns the model with the runtime's operator set declared, where a node is of it."""
     graph = model.graph
-    if not any(node.domain == MICROSOFT for node in graph.nodes):
+    domains = {node.domain for node in graph.nodes} & {MICROSOFT, OWN}
+    if not domains:
         return model
-    opsets = tuple(sorted({**dict(graph.opsets), MICROSOFT: 1}.items()))
+    opsets = tuple(sorted({**dict(graph.opsets), **dict.fromkeys(domains, 1)}.items()))
     return model.replace(graph=replace(graph, opsets=opsets))

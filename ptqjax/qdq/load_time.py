@@ -8,20 +8,26 @@ from ptqjax.ir import Model, Node, Record, Report, fresh_name, rebuild
 
 _FLOAT = 1  # the number of float32 as an element type in ONNX
 _READERS = frozenset(["GRU", "Gather", "If", "LSTM", "Loop", "RNN", "Scan"])  # compute in float whatever stands before
+_PRODUCTS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 
 
-def dequantize_at_load(model: Model) -> tuple[Model, Report]:
+def dequantize_at_load(model: Model, *, with_products: bool = False) -> tuple[Model, Report]:
     """Returns the QDQ `model` with Cast and Mul in place of DequantizeLinear in front of floats, and a report.
 
     ONNX Runtime computes DequantizeLinear of a parameter in each run, since it might become part of an integer kernel;
     in front of an LSTM it never does. A Cast and a Mul of constants are computed when the file is loaded, to the same
     bits: q s. Reading such a file gives DequantizeLinear again (`onnx_io`). Left alone are zero points other than 0,
     and blocks. Arrays must be concrete. One record for each such DequantizeLinear.
+
+    Args:
+        model: The QDQ model.
+        with_products: Whether weights of products that read floats are dequantized so, too: files are as small, and
+            kernels those of the float model.
     """
     nodes: list[Node] = []
     params, report = dict(model.params), []
     for node in model.graph.nodes:
-        if not _is_for_floats(model, node):
+        if not _is_for_floats(model, node, with_products=with_products):
             nodes.append(node)
             continue
         reason = _objection(model, node)
@@ -37,11 +43,20 @@ def dequantize_at_load(model: Model) -> tuple[Model, Report]:
     return rebuild(model, nodes=nodes, params=params), tuple(report)
 
 
-def _is_for_floats(model: Model, node: Node) -> bool:
+def _is_for_floats(model: Model, node: Node, *, with_products: bool) -> bool:
     if node.op_type != "DequantizeLinear" or not all(name in model.params for name in node.inputs):
         return False
-    readers = {reader.op_type for reader in model.graph.readers.get(node.output, ())}
-    return bool(readers) and readers <= _READERS and node.output not in model.graph.output_names
+    readers = model.graph.readers.get(node.output, ())
+    is_read_so = all(
+        reader.op_type in _READERS or (with_products and _multiplies_floats(model, reader)) for reader in readers
+    )
+    return bool(readers) and is_read_so and node.output not in model.graph.output_names
+
+
+def _multiplies_floats(model: Model, node: Node) -> bool:
+    """Tells whether a product reads an activation that nothing dequantizes."""
+    before = model.graph.producers.get(node.inputs[0])
+    return node.op_type in _PRODUCTS and (before is None or before.op_type != "DequantizeLinear")
 
 
 def _objection(model: Model, node: Node) -> str:

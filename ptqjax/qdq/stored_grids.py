@@ -15,6 +15,9 @@ from ptqjax.kernels.grid import FLOAT_FORMATS, integer_range
 MICROSOFT = "com.microsoft"
 """The operator set in which ONNX Runtime has QuantizeLinear and DequantizeLinear for integers, at any opset."""
 
+OWN = "ptqjax"
+"""The operator set of what no file has (`ops.contrib_blocks`)."""
+
 CASTS = {"float16": 10, "bfloat16": 16}
 """Formats that a Cast rounds to, with their numbers as element types in ONNX."""
 
@@ -22,6 +25,7 @@ _BYTES = ("int8", "uint8", "int32")
 _BYTE, _HALF_BYTE = 8, 4  # bits
 _WIDE = ("int32", "uint32")
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_DYNAMIC_SINCE = 11  # the opset of DynamicQuantizeLinear
 _CAST_SINCE = {"float16": 6, "bfloat16": 13}
 
 
@@ -64,6 +68,8 @@ def stored_grids(model: Model, encodings: Mapping[str, Encoding]) -> dict[str, S
 
 def lowest_opset(grid: StoredGrid, encoding: Encoding) -> int:
     """Returns the first opset that has the operators for a grid and its granularity."""
+    if encoding.is_dynamic:
+        return _DYNAMIC_SINCE
     return lowest_opset_of(grid.dtype, encoding.axis, encoding.block_size)
 
 
@@ -80,7 +86,7 @@ def lowest_opset_of(dtype: str, axis: int | None, block_size: int | None) -> int
 
 def needs_opset(grid: StoredGrid, encoding: Encoding) -> bool:
     """Tells whether only ONNX's own operators will do: ONNX Runtime's have no blocks and no floats."""
-    return encoding.block_size is not None or grid.dtype in FLOAT_FORMATS
+    return encoding.is_dynamic or encoding.block_size is not None or grid.dtype in FLOAT_FORMATS
 
 
 def check_writable(model: Model, encodings: Mapping[str, Encoding]) -> None:
@@ -98,6 +104,8 @@ def check_writable(model: Model, encodings: Mapping[str, Encoding]) -> None:
 
 def _activation_objection(encoding: Encoding) -> str:
     """Returns why an activation cannot be rounded so, and the remedy, or nothing."""
+    if encoding.is_dynamic:
+        return ""
     grid = stored_grid(encoding, is_activation=True)
     if grid.dtype in _WIDE:
         return f"QuantizeLinear has no {grid.dtype}; expected 16 bits at most for an activation"

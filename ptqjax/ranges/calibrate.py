@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptqjax.config import QuantizationConfig, load_target, near_names
+from ptqjax.config import RUN_TIME, QuantizationConfig, load_target, near_names
 from ptqjax.encodings.bias_resolution import resolve_biases
 from ptqjax.encodings.biases import float_bias, guard_biases, sums_in_fixed_point
-from ptqjax.encodings.encoding import Encoding, Encodings
+from ptqjax.encodings.encoding import Encoding, Encodings, dynamic_encoding
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.ir import Model, Report
 from ptqjax.kernels.ranges import stack_kinds
@@ -188,7 +188,8 @@ class _Search:
 def _task(model: Model, config: QuantizationConfig, frozen: Mapping[str, Encoding]) -> _Task:
     placement = place(model, config)
     _check_frozen(frozen, placement.sites)
-    joints = Joints() if config.compatibility else find_joints(model, placement, load_target(config.target))
+    has_no_joints = config.compatibility or config.activations in RUN_TIME
+    joints = Joints() if has_no_joints else find_joints(model, placement, load_target(config.target))
     sites = (*placement.sites, *(site for site in joints.untied if site.tensor not in frozen))
     free = [site for site in sites if site.root not in frozen and site.tensor not in frozen]
     searched = [site for site in free if site.fixed_range is None and (site.kind != ACTIVATION or needs_range(site))]
@@ -223,6 +224,8 @@ def _check_frozen(frozen: Mapping[str, Encoding], sites: Sequence[Site]) -> None
 
 
 def _given(site: Site, config: QuantizationConfig) -> Encoding:
+    if site.is_dynamic:
+        return dynamic_encoding(site.block_size)
     if site.fixed_range is not None:
         return fixed_encoding(site, compatibility=config.compatibility)
     return cast_encoding(site)

@@ -47,7 +47,8 @@ def widened(
         num_values: How many values the range of each tensor is from, as `calibrate_and_measure` counts them.
     """
     plan = place_as_found(model, config, encodings)
-    sites = [site for site in plan.sites if site.kind == ACTIVATION and site.fixed_range is None]
+    found = (site for site in plan.sites if site.kind == ACTIVATION and not site.is_dynamic)
+    sites = [site for site in found if site.fixed_range is None]
     roots = {site.root: site for site in sites if site.root in encodings and site.root not in model.params}
     factors = {root: max(factor, _least(num_values.get(root, MANY), config)) for root in roots}
     factors = {root: times for root, times in factors.items() if times > 1}

@@ -35,7 +35,9 @@ def is_float(site: Site) -> bool:
 
 
 def needs_range(site: Site) -> bool:
-    """Tells whether the encoding depends on data: all but casts to formats of 16 bits do."""
+    """Tells whether the encoding depends on data: all but casts to formats of 16 bits do, and grids of run time."""
+    if site.is_dynamic:
+        return False
     return not is_float(site) or float_format(site.dtype).has_scale
 
 

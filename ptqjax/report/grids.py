@@ -27,7 +27,7 @@ def target_line(config: QuantizationConfig) -> str:
     parts = [f"Target {target.name}: {target.description}"]
     if (biases := config.biases or target.biases) != "int32":
         parts.append(f"biases are {biases}")
-    if target.exported_weights != "integer":
+    if target.exported_weights == "float":
         parts.append(f"weights are written as {target.exported_weights}")
     return "; ".join(parts)
 

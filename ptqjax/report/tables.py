@@ -39,6 +39,9 @@ def print_stages(stages: Sequence[Mapping[str, Any]], by: str, on: str) -> None:
 
 def print_validation(path: Path, found: Validation) -> None:
     """Prints the distance of each tensor in steps, per operator and of the whole programs; warnings go to stderr."""
+    if found.run_time:
+        _print_run_time(path, found)
+        return
     headings = ["kernel", "alone, steps", "equal, %", "end to end, steps", "equal, %"]
     rows = [
         [group.tensor, group.operator, _kernel(group), *_distances(group.alone, group.end_to_end)]
@@ -64,6 +67,27 @@ def print_validation(path: Path, found: Validation) -> None:
     farthest = found.farthest
     where = "" if farthest.end_to_end.equal == 1 else f", at '{farthest.tensor}'"
     click.echo(f"end to end: equal in at least {_percent(farthest.end_to_end.equal)} %{where}")
+
+
+def _print_run_time(path: Path, found: Validation) -> None:
+    """Prints how far tensors are whose grids no file holds: relative to the largest magnitude of each."""
+    rows = [[group.tensor, group.operator, f"{group.alone:.1e}"] for group in found.run_time]
+    title = f"{path}: {found.num_samples} samples; each tensor from ONNX Runtime's own ones before it"
+    _table(title, ["tensor", "operator", "largest difference"], rows, numbers_from=2)
+    likeness = found.integer
+    row = ["simulation", f"{likeness.sqnr:.1f}", f"{100 * likeness.agreement:.2f}"]
+    _table("Outputs, end to end", ["", "SQNR, dB", "agreement, %"], [row], numbers_from=1)
+    for warning in found.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    for line in level_lines(found.accuracy_levels):
+        click.echo(line)
+    click.echo(f"largest difference of a tensor: {max(group.alone for group in found.run_time):.1e} of its magnitude")
+
+
+def level_lines(levels: Sequence[int]) -> list[str]:
+    """Returns a line for each accuracy level at which ONNX Runtime multiplies by weights of few bits."""
+    meaning = {4: "activations rounded to int8 in blocks", 1: "activations in float"}
+    return [f"MatMulNBits ran at accuracy level {each}: {meaning.get(each, 'as it chooses')}" for each in levels]
 
 
 def _print_saturating(weights: Sequence[Saturation]) -> None:
