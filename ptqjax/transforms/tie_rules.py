@@ -9,6 +9,7 @@ import numpy as np
 from ptqjax.ir import Model, Node, is_private, place_of, value_of
 from ptqjax.kernels.precision import is_traced
 from ptqjax.transforms.activations import commutes_with_scaling, is_activation
+from ptqjax.transforms.factors import normalization, vector_product
 from ptqjax.transforms.rank import ranks_of
 from ptqjax.transforms.scale_numbers import Channels, Scales
 
@@ -38,13 +39,15 @@ _IMAGE = 3  # ranks from which there are positions behind the channels
 class Marks:
     """What is known of the channels while one pass goes over the nodes."""
 
-    def __init__(self, model: Model, left: frozenset[str]) -> None:
-        self.model, self.graph, self.left = model, model.graph, left
+    def __init__(self, model: Model, left: frozenset[str], anew: frozenset[str] = frozenset()) -> None:
+        self.model, self.graph, self.left, self.anew = model, model.graph, left, anew
         self.ranks = ranks_of(model)
         self.scales = Scales()
         self.channels: dict[str, Channels] = {}
         self.limited: list[tuple[Node, np.ndarray, int]] = []
         self.shifts: list[tuple[str, int, np.ndarray]] = []
+        self.factors: dict[str, np.ndarray] = {}
+        self.passing: dict[str, str] = {}
 
     def fix(self, name: str, reason: str) -> None:
         """Fixes the scales of a tensor whose channels are known."""
@@ -170,6 +173,8 @@ def _shift(marks: Marks, node: Node, name: str, known: Channels, rank: int) -> s
 
 
 def _product(marks: Marks, node: Node) -> list[Channels | None] | str:
+    if (anew := vector_product(marks, node)) is not None:
+        return [anew]
     known = [name for name in node.inputs if name in marks.channels]
     if not known or (node.op_type == "Div" and node.inputs[1] in marks.channels):
         return [None] if not known else "it divides by them"
@@ -352,6 +357,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Mul", "Div"), _product),
     **dict.fromkeys(("Squeeze", "Unsqueeze"), _squeeze),
     **dict.fromkeys(("Resize", "Upsample"), _resize),
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), normalization),
     "Transpose": _transpose,
     "Flatten": _flatten,
     "Reshape": _reshape,
