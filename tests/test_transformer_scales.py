@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ptqjax.agreement import validate
 from ptqjax.config import QuantizationConfig, Rule
+from ptqjax.exporting import export
 from ptqjax.fit.behaviour import observe_behaviour
 from ptqjax.fit.forking import forked
 from ptqjax.fit.ways import Ways
@@ -109,3 +111,15 @@ def test_scales_of_a_transformer_keep_its_function_and_lessen_its_noise(make, ga
         quantize(model, [used], replace(_DEFAULTS, scaling=way, correct="none")) for way in ("off", "noise")
     )
     assert noise(model, better, fresh) > noise(model, plain, fresh) + gain
+
+
+def test_the_file_of_a_transformer_computes_what_is_simulated(tmp_path):
+    """Integer by integer, layers with normalizations of their own and all; float sums may differ in their last bits."""
+    model = encoder(depth=1)
+    used, fresh = (samples(model, 16, seed) for seed in (0, 1))
+    result = quantize(model, [used], replace(_DEFAULTS, scaling="noise", correct="none"))
+    export(result.model, result.encodings, tmp_path, "model")
+    found = validate(tmp_path, [fresh], in_float=False)
+    assert found.largest <= 1
+    assert found.equal >= 0.999  # LayerNormalization's order of sums is the runtime's own
+    assert found.integer.agreement == 1
