@@ -11,6 +11,7 @@ import numpy as np
 
 from ptqjax.ir import Node, is_private, place_of
 from ptqjax.transforms.scale_numbers import Channels
+from ptqjax.transforms.sizes import ONE
 
 if TYPE_CHECKING:
     from ptqjax.transforms.tie_rules import Marks
@@ -50,7 +51,7 @@ def vector_product(marks: Marks, node: Node) -> Channels | None:
     if rank is None or not is_plain:
         return None
     known = marks.channels.get(others[0])
-    if known is not None and (known.axis != rank - 1 or known.repeats):
+    if known is not None and (known.axis != rank - 1 or known.repeats != ONE):
         return None
     if known is None or node.output in marks.anew or marks.scales.is_fixed(known.scales):
         return _factor(marks, node.output, params, rank)

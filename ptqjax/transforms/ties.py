@@ -18,6 +18,7 @@ import numpy as np
 from ptqjax.ir import Model, Node, captured, place_of
 from ptqjax.transforms.linear import Linear, linear_layers, why_not_rewritable
 from ptqjax.transforms.scale_numbers import FIXED, Channels, Scales
+from ptqjax.transforms.sizes import ONE
 from ptqjax.transforms.tie_rules import RULES, Marks, read_by
 
 
@@ -69,9 +70,9 @@ class Ties:
     """All scales of a graph."""
 
     num_scales: int
-    """How many there are, the fixed one included."""
+    """The number of scales, the fixed one included."""
     channels: Mapping[str, Channels]
-    """Of each tensor whose channels are known."""
+    """The channels of each tensor whose channels are known."""
     layers: Mapping[str, TiedLayer]
     """The linear layers by the tensor that they produce, in graph order."""
     sets: tuple[TiedSet, ...]
@@ -156,7 +157,7 @@ class _Finder:
         if known is None:
             return fixed
         count = len(known.scales)
-        fits = layer.num_inputs % count == 0 if known.repeats else layer.num_inputs == count
+        fits = layer.num_inputs % count == 0 if known.repeats != ONE else layer.num_inputs == count
         if reason or known.axis != axis or not fits:
             self.marks.fix(
                 layer.input, reason or f"{place_of(layer.node)} does not read the channels of '{layer.input}'"
