@@ -17,6 +17,8 @@ from ptqjax.kernels.draws import Draw
 from ptqjax.lowering import axis_in_layout, compiled, interpret
 from ptqjax.transforms.activations import limits_of
 from ptqjax.transforms.behaviour import Behaviour
+from ptqjax.transforms.linear import linear_layers
+from ptqjax.transforms.rank import ranks_of
 from ptqjax.transforms.ties import find_ties
 
 _RANK = 2  # sample and channel
@@ -37,8 +39,7 @@ def observe_behaviour(
     params = jax.device_put(dict(model.params))
     names = [spec.name for spec in model.graph.inputs]
     names += [name for node in model.graph.nodes for name in node.outputs if name]
-    channels = find_ties(model).channels
-    axes = tuple((name, channels[name].axis if name in channels else 1) for name in names)
+    axes = tuple((name, axis) for name, axis in _channel_axes(model, names).items())
     count = 0
     total: dict[str, Any] = {}
     for index, batch in enumerate(checked_batches(model.graph, batches)):
@@ -52,6 +53,14 @@ def observe_behaviour(
         )
         for name, parts in total.items()
     }  # fmt: skip
+
+
+def _channel_axes(model: Model, names: Iterable[str]) -> dict[str, int]:
+    """Returns the axis that counts a tensor's channels: by the ties, by what a matrix multiplies, or else axis 1."""
+    channels, ranks = find_ties(model).channels, ranks_of(model)
+    read = {layer.input: layer.input_axis for layer in linear_layers(model).values()}
+    last = {name: ranks[name] - 1 for name, axis in read.items() if axis < 0 and ranks.get(name, 0) > 1}
+    return {name: channels[name].axis if name in channels else last.get(name, 1) for name in names}
 
 
 def observe_shares_beyond(model: Model, batches: Iterable[Mapping[str, Any]] | None) -> dict[str, float]:

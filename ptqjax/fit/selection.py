@@ -154,8 +154,10 @@ def _dependence(config: QuantizationConfig) -> Hashable:
     """Returns what the scaled model depends on."""
     if _is_chosen(config):
         return config
-    steps = steps_of(config) if config.scaling == "noise" else None
-    return config.scaling, bounds_of(config), config.seed, steps
+    if config.scaling != "noise":
+        return config.scaling, bounds_of(config), config.seed, None
+    forks = config.target, config.compatibility, config.exclude, config.exclude_nodes, config.rules, config.supergroups
+    return config.scaling, bounds_of(config), config.seed, steps_of(config), forks
 
 
 def _as_asked(config: QuantizationConfig, *, has_data: bool) -> dict[str, Any]:
@@ -192,7 +194,7 @@ def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> C
     judge = (Judge.of_correction if is_of_correction else Judge.of)(ways, config, policy.trial_samples, absorbs=absorbs)
     trials = [trial for name in candidates for trial in judge.trials(name, headrooms)]
     corrected = judged("correct", (best := best_of(trials)), judge.corrections(best))
-    best = corrected.kept
+    best = best_of([corrected.kept, *judge.headrooms(corrected.kept, best)])
     equalized = judged("equalize", best, _without_equalization(judge, best, trials, free_plain))
     best = equalized.kept
     less = without(judge.left_out, TRIAL_SHAPES)
@@ -263,19 +265,15 @@ class _Expected(NamedTuple):
 
 def _expected_gain(ways: Ways, config: QuantizationConfig) -> _Expected:
     """Returns what scales of least predicted noise are predicted to gain, from as little data as tells it."""
-    steps, bounds = steps_of(config), bounds_of(config)
-    source = "batch norms"
-    behaviour: Mapping[str, Behaviour] = implied_behaviour(ways.model) if ways.model.statistics else {}
-    is_implied = covers_noise(ways.model, behaviour, per_channel=steps.per_channel)
-    if not is_implied:
-        behaviour = ways.behaviour(config.seed, BATCH)
-        source = f"{BATCH} samples{without(ways.left_out(BATCH), BEHAVIOUR_SHAPES)}"
+    implied: Mapping[str, Behaviour] = implied_behaviour(ways.model) if ways.model.statistics else {}
+    is_implied = covers_noise(ways.model, implied, per_channel=steps_of(config).per_channel)
     try:
-        _, report = scale_for_noise(ways.model, behaviour, steps=steps, bounds=bounds)
+        _, report = ways.of_least_noise(config, BATCH, is_implied=is_implied, bounds=bounds_of(config))
     except ConfigError:
         report = ()
     whole = next((record for record in report if "predicted SQNR, dB" in record.after), None)
     gain = whole.after["predicted SQNR, dB"] - whole.before["predicted SQNR, dB"] if whole else 0.0
+    source = "batch norms" if is_implied else f"{BATCH} samples{without(ways.left_out(BATCH), BEHAVIOUR_SHAPES)}"
     record = Record(
         transform=_NAME,
         done=False,
@@ -284,7 +282,8 @@ def _expected_gain(ways: Ways, config: QuantizationConfig) -> _Expected:
         reason=f"by the closed form, from {source}: tried from {_MAY_WIN:g} dB on",
         after={"predicted gain, dB": float(gain)},
     )
-    return _Expected(float(gain), record, unscaled_decibels(ways.model, behaviour, steps), is_implied)
+    behaviour = implied if is_implied else ways.behaviour(config.seed, BATCH)
+    return _Expected(float(gain), record, unscaled_decibels(ways.model, behaviour, steps_of(config)), is_implied)
 
 
 def _by_prediction(ways: Ways, config: QuantizationConfig, expected: _Expected, name: str) -> Choice:

@@ -35,6 +35,7 @@ TRIAL_SHAPES = 4
 JUDGED = "stage "
 """What the record of a stage that was judged by itself begins with."""
 _CLEARLY = 0.25  # dB by which something must be better than what is simpler
+_MUCH = 1.0  # dB by which correction has to hurt, before headrooms are tried again without it
 HEADROOMS = (1.0, 1.2)
 """Headrooms that are tried; beyond, a coarser step costs more than clipping did (MobileNetV2: 1.3 as good as 1.2)."""
 
@@ -123,6 +124,16 @@ class Judge:
     def corrections(self, best: Trial) -> list[Trial]:
         """Returns what the best way gives with simpler corrections than the one asked for."""
         return self._measured([replace(best, correct="none")] if best.correct != "none" else [])
+
+    def headrooms(self, best: Trial, corrected: Trial) -> list[Trial]:
+        """Returns what the best way gives with other headrooms, where leaving its correction out was much better.
+
+        The headroom was chosen with the correction on: what clipping an outlier takes off a mean is added everywhere.
+        """
+        is_decided = self.config.headroom is not None or self.ranging is not None  # ranges of all samples clip nothing
+        if is_decided or best.decibels < corrected.decibels + _MUCH:
+            return []
+        return self._measured([replace(best, headroom=each) for each in HEADROOMS if each != best.headroom])
 
     def unequalized(self, best: Trial, model: Model) -> list[Trial]:
         """Returns what the rest of the best way gives for `model`, whose biases were not absorbed, without scaling."""

@@ -11,14 +11,17 @@ import numpy as np
 from ptqjax.config import FLOAT_DTYPES, QuantizationConfig, load_target
 from ptqjax.data.regroup import can_be_regrouped, first_samples, grouped, joined, of_few_shapes
 from ptqjax.fit.behaviour import observe_behaviour, observe_shares_beyond
+from ptqjax.fit.forking import Forked, forked
 from ptqjax.fit.learned_scales import Learning, learn_scales
-from ptqjax.ir import Model, Report
+from ptqjax.ir import Model, Record, Report
 from ptqjax.kernels.grid import integer_range
 from ptqjax.placement.rules import num_bits
-from ptqjax.transforms.behaviour import Behaviour
+from ptqjax.transforms.behaviour import Behaviour, implied_behaviour
+from ptqjax.transforms.centring import centre_channels
 from ptqjax.transforms.equalize import unscaled
 from ptqjax.transforms.noise import Steps, scale_for_noise
 from ptqjax.transforms.scaling import scale_channels
+from ptqjax.transforms.ties import find_ties
 
 BATCH = 8
 """Samples that a backward pass holds."""
@@ -28,6 +31,9 @@ for, four times as long as for one that runs the model; what it predicts is off 
 
 # How far a channel may reach above the median one: chosen on calibration pictures alone (MobileNetV1-0.25: 15.7 dB from
 # statistics at 2, 17.8 from data at 1.5; MobileNetV2: 17.4 both).
+PREDICTED = "predicted SQNR, dB"
+"""The figure that `scale_for_noise` records."""
+_CLEARLY = 0.25  # dB that factors which cost a product of their own must be predicted to gain
 _LIMIT = 1.5
 
 
@@ -106,7 +112,7 @@ class Ways:
     def __init__(self, model: Model, batches: Iterable[Mapping[str, Any]]) -> None:
         self.model = model
         self.batches = batches
-        self._behaviour: dict[tuple[int, int | None], dict[str, Behaviour]] = {}
+        self._behaviour: dict[tuple[Any, ...], dict[str, Behaviour]] = {}
         self._left_out: dict[int, int] = {}
         self._beyond: dict[str, float] | None = None
 
@@ -118,22 +124,64 @@ class Ways:
         how = {"bounds": bounds, "beyond": self._shares_beyond() if bounds == "auto" else None}
         if name == "weights":
             return scale_channels(self.model, limit=None, **how)
-        behaviour = self.behaviour(config.seed, POLICIES[config.effort].behaviour_samples)
+        num_samples = POLICIES[config.effort].behaviour_samples
         if name == "ranges":
+            behaviour = self.behaviour(config.seed, num_samples)
             reach = {tensor: np.maximum(abs(found.low), abs(found.high)) for tensor, found in behaviour.items()}
             return scale_channels(self.model, limit=_LIMIT, magnitudes=reach, **how)
-        scaled, report = scale_for_noise(self.model, behaviour, steps=steps_of(config), **how)
+        scaled, report = self.of_least_noise(config, num_samples, **how)
         if name == "noise":
             return scaled, report
         learned, more = learn_scales(scaled, self.batches, config, Learning(seed=config.seed), bounds=bounds)
         return learned, (*report, *more)
 
-    def behaviour(self, seed: int, num_samples: int) -> dict[str, Behaviour]:
+    def of_least_noise(
+        self, config: QuantizationConfig, num_samples: int, *, is_implied: bool = False, **how: Any
+    ) -> tuple[Model, Report]:
+        """Returns the model with scales of least predicted noise, and what that did.
+
+        Layers may read tensors through factors of their own (`forked`); where a factor costs a product, only if these
+        are predicted to gain clearly.
+
+        Args:
+            config: The settings.
+            num_samples: Samples that behaviour is measured on.
+            is_implied: Whether batch norms tell instead.
+            how: What `scale_for_noise` takes of bounds.
+
+        Raises:
+            ConfigError: See `scale_for_noise`.
+        """
+        found = self._scaled_for_noise(forked(self.model, config), config, num_samples, is_implied=is_implied, **how)
+        cheap = forked(self.model, config, at_any_cost=False)
+        if len(cheap.forks) < len(found[2].forks):
+            other = self._scaled_for_noise(cheap, config, num_samples, is_implied=is_implied, **how)
+            found = found if _predicted(found[1]) > _predicted(other[1]) + _CLEARLY else other
+        scaled, report, ready = found
+        return scaled, (*_fork_records(ready), *report)
+
+    def _scaled_for_noise(
+        self, ready: Forked, config: QuantizationConfig, num_samples: int, *, is_implied: bool, **how: Any
+    ) -> tuple[Model, Report, Forked]:
+        measured = None if is_implied else self.behaviour(config.seed, num_samples, ready.model)
+        behaviour = implied_behaviour(ready.model) if measured is None else measured
+        model, behaviour, centred = centre_channels(ready.model, find_ties(ready.model), behaviour)
+        scaled, report = scale_for_noise(model, behaviour, steps=steps_of(config), rounded=ready.rounded, **how)
+        return scaled, (*centred, *report), ready
+
+    def behaviour(self, seed: int, num_samples: int, model: Model | None = None) -> dict[str, Behaviour]:
         """Returns how channels behave on the first samples, a few at a time: a backward pass holds much.
 
         Of batches of unlike shapes, those of the two shapes that hold most of the first samples.
+
+        Args:
+            seed: Of the signs that are sent back.
+            num_samples: How many samples.
+            model: The model, or the same with forks; None: the model.
         """
-        if (seed, num_samples) not in self._behaviour:
+        model = self.model if model is None else model
+        key = seed, num_samples, model.graph
+        if key not in self._behaviour:
             found = first_samples(self.model.graph, self.batches, num_samples)
             if can_be_regrouped(self.model.graph, found):
                 samples = joined(found)
@@ -142,8 +190,8 @@ class Ways:
             else:
                 few = of_few_shapes(found, BEHAVIOUR_SHAPES)
                 self._left_out[num_samples], found = len(found) - len(few), few
-            self._behaviour[seed, num_samples] = observe_behaviour(self.model, found, seed=seed)
-        return self._behaviour[seed, num_samples]
+            self._behaviour[key] = observe_behaviour(model, found, seed=seed)
+        return self._behaviour[key]
 
     def left_out(self, num_samples: int) -> int:
         """Returns how many of the batches of the first samples `behaviour` did not look at, for their shapes."""
@@ -153,6 +201,26 @@ class Ways:
         if self._beyond is None:
             self._beyond = observe_shares_beyond(self.model, self.batches)
         return self._beyond
+
+
+def _predicted(report: Report) -> float:
+    """Returns the predicted signal-to-noise ratio after scaling, in dB; nan where nothing is predicted."""
+    return next((record.after[PREDICTED] for record in report if PREDICTED in record.after), float("nan"))
+
+
+def _fork_records(ready: Forked) -> Report:
+    return tuple(
+        Record(
+            transform="scale_channels",
+            done=True,
+            what="layers read it through a factor per channel",
+            where=(fork.tensor, fork.result, *(layer.weight for layer in fork.layers)),
+            reason="what makes it takes no scales"
+            if fork.merged is not None or ready.model.graph.num_readers(fork.tensor) <= 1
+            else "others read it, unrounded then",
+        )
+        for fork in ready.forks
+    )
 
 
 def without(left_out: int, num_shapes: int) -> str:

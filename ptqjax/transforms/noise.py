@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ def scale_for_noise(
     steps: Steps | None = None,
     bounds: str = "exact",
     beyond: Mapping[str, float] | None = None,
+    rounded: Container[str] | None = None,
 ) -> tuple[Model, Report]:
     """Returns the model with channels scaled for the least predicted output noise, function kept, and the report.
 
@@ -65,6 +66,7 @@ def scale_for_noise(
         steps: How fine the grids will be; None: 8 bits per tensor.
         bounds: See `relax_bounds`.
         beyond: See `relax_bounds`.
+        rounded: The activations that will be rounded; None: all whose behaviour is known.
 
     Returns:
         The model, a record of the prediction for the whole network, one for each tied set, and one for each layer that
@@ -77,7 +79,7 @@ def scale_for_noise(
     model, left, relaxed = relax_bounds(model, bounds=bounds, beyond=beyond)
     ties, known = find_ties(model, left=left), implied_behaviour(model) if behaviour is None else behaviour
     balance = weight_balance(model, ties)
-    terms = noise_terms(model, ties, known, per_channel=steps.per_channel)
+    terms = noise_terms(model, ties, known, per_channel=steps.per_channel, rounded=rounded)
     if not ties.sets:
         return model, (*relaxed, *scaling_report(ties, balance, None, []))
     if behaviour is not None and not (terms[0] and terms[1]):
@@ -107,7 +109,13 @@ def scale_for_noise(
 
 
 def noise_terms(
-    model: Model, ties: Ties, behaviour: Mapping[str, Behaviour], *, per_channel: bool = False, corrected: bool = True
+    model: Model,
+    ties: Ties,
+    behaviour: Mapping[str, Behaviour],
+    *,
+    per_channel: bool = False,
+    corrected: bool = True,
+    rounded: Container[str] | None = None,
 ) -> _Sources:
     """Returns the sources of noise in `model`, as `kernels.noise` takes them.
 
@@ -118,9 +126,11 @@ def noise_terms(
         per_channel: Whether each output channel of a weight has a step of its own.
         corrected: Whether biases will be corrected, so that a weight's error counts by the variance of what it
             multiplies and not by its mean square.
+        rounded: The activations that will be rounded; None: all in `behaviour`.
     """
     inside = inside_activations(model)
     seen = [name for name in behaviour if name not in inside and name in ties.channels]
+    seen = seen if rounded is None else [name for name in seen if name in rounded]
     activations = (_activation(ties, name, behaviour[name]) for name in seen if _fits(ties, name, behaviour[name]))
     weights = (
         _weight(model, ties, output, behaviour, per_channel=per_channel, corrected=corrected) for output in ties.layers

@@ -9,6 +9,7 @@ import numpy as np
 from ptqjax.ir import Model, Node, is_private, place_of, value_of
 from ptqjax.kernels.precision import is_traced
 from ptqjax.transforms.activations import commutes_with_scaling, is_activation
+from ptqjax.transforms.factors import normalization, vector_product
 from ptqjax.transforms.routes import ROUTED, ZEROS, Facts, Route, routes
 from ptqjax.transforms.scale_numbers import FIXED, Channels, Scales
 from ptqjax.transforms.sizes import ONE
@@ -38,14 +39,16 @@ _IMAGE = 3  # ranks from which there are positions behind the channels
 class Marks:
     """What is known of the channels while one pass goes over the nodes."""
 
-    def __init__(self, model: Model, left: frozenset[str]) -> None:
-        self.model, self.graph, self.left = model, model.graph, left
+    def __init__(self, model: Model, left: frozenset[str], anew: frozenset[str] = frozenset()) -> None:
+        self.model, self.graph, self.left, self.anew = model, model.graph, left, anew
         self.facts = Facts(model)
         self.ranks = self.facts.ranks
         self.scales = Scales()
         self.channels: dict[str, Channels] = {}
         self.limited: list[tuple[Node, np.ndarray, int]] = []
         self.shifts: list[tuple[str, int, np.ndarray]] = []
+        self.factors: dict[str, np.ndarray] = {}
+        self.passing: dict[str, str] = {}
 
     def fix(self, name: str, reason: str) -> None:
         """Fixes the scales of a tensor whose channels are known."""
@@ -171,6 +174,8 @@ def _shift(marks: Marks, node: Node, name: str, known: Channels, rank: int) -> s
 
 
 def _product(marks: Marks, node: Node) -> list[Channels | None] | str:
+    if (anew := vector_product(marks, node)) is not None:
+        return [anew]
     known = [name for name in node.inputs if name in marks.channels]
     if not known or (node.op_type == "Div" and node.inputs[1] in marks.channels):
         return [None] if not known else "it divides by them"
@@ -234,6 +239,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Relu", "LeakyRelu", "PRelu", "Clip", "Min", "Max"), _activation),
     **dict.fromkeys(("Add", "Sum", "Sub"), _sum),
     **dict.fromkeys(("Mul", "Div"), _product),
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), normalization),
     **dict.fromkeys(ROUTED, _routed),
     "Concat": _concat,
 }

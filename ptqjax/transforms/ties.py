@@ -3,8 +3,9 @@
 Each channel of a tensor gets the number of a scale. A linear layer divides its output channels by their scales and
 multiplies its input columns by theirs; everything between layers passes the numbers on (an activation, a pool, a
 Transpose), joins them (a residual sum needs one scale for what it adds), strings them together (Concat) or fixes them
-to one (a Softmax, a graph output, a shared weight). Number 0 is the fixed scale. So pairs, depthwise triples, chains
-and residual trunks are one thing: sets of channels that are tied.
+to one (a Softmax, a graph output, a shared weight). What multiplies channels by a parameter of its own, as a
+normalization does, divides this by scales as a layer does its weight. Number 0 is the fixed scale. So pairs, depthwise
+triples, chains and residual trunks are one thing: sets of channels that are tied.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Limited:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TiedSet:
-    """Scales that the outputs of the same layers have: what is scaled together, and reported as one place."""
+    """Scales that the outputs of the same layers, or of the same factors per channel, have: reported as one place."""
 
     scales: np.ndarray
     """Their numbers, sorted."""
@@ -80,6 +81,8 @@ class Ties:
     """Activations with bounds between scaled channels, in graph order."""
     shifts: tuple[tuple[str, int, np.ndarray], ...]
     """Parameters that are added: name, axis from the front of the parameter, and scales along it."""
+    factors: Mapping[str, np.ndarray]
+    """Tensors whose channels a parameter multiplies, and thereby scales -> the numbers of their scales."""
     reasons: Mapping[str, str]
     """For each layer all of whose output channels are fixed, why."""
 
@@ -91,16 +94,20 @@ def find_ties(model: Model, *, left: Iterable[str] = ()) -> Ties:
         model: The model.
         left: Tensors produced by activations with bounds that are to stay as they are: nothing is scaled there.
     """
-    finder = _Finder(model, frozenset(left))
-    finder.run()
-    return finder.result()
+    anew: frozenset[str] = frozenset()
+    while True:
+        finder = _Finder(model, frozenset(left), anew)
+        finder.run()
+        if not (found := finder.fixed_behind()):
+            return finder.result()
+        anew |= found
 
 
 class _Finder:
     """One pass over the nodes."""
 
-    def __init__(self, model: Model, left: frozenset[str]) -> None:
-        self.marks = Marks(model, left)
+    def __init__(self, model: Model, left: frozenset[str], anew: frozenset[str]) -> None:
+        self.marks = Marks(model, left, anew)
         self.layers = linear_layers(model)
         self.tied: dict[str, tuple[Linear, np.ndarray, np.ndarray]] = {}
 
@@ -158,6 +165,13 @@ class _Finder:
             return fixed
         return np.repeat(known.scales, layer.num_inputs // count)
 
+    def fixed_behind(self) -> frozenset[str]:
+        """Returns the products by a vector that passed scales on which a later node has fixed."""
+        channels, scales = self.marks.channels, self.marks.scales
+        return frozenset(
+            output for output, name in self.marks.passing.items() if scales.is_fixed(channels[name].scales)
+        )
+
     def result(self) -> Ties:
         final, count = self.marks.scales.compressed()
         channels = {
@@ -168,6 +182,7 @@ class _Finder:
             output: TiedLayer(layer=layer, inputs=final[inputs], outputs=final[outputs])
             for output, (layer, inputs, outputs) in self.tied.items()
         }
+        factors = {name: final[numbers] for name, numbers in self.marks.factors.items()}
         reasons = {
             output: self.marks.scales.reason(outputs)
             for output, (_, _, outputs) in self.tied.items()
@@ -177,7 +192,7 @@ class _Finder:
             num_scales=count,
             channels=channels,
             layers=layers,
-            sets=_sets(channels, layers, count),
+            sets=_sets(channels, layers, factors, count),
             limited=tuple(
                 Limited(node=node, scales=final[scales], kernel_rank=rank)
                 for node, scales, rank in self.marks.limited
@@ -186,20 +201,26 @@ class _Finder:
             shifts=tuple(
                 (name, axis, final[scales]) for name, axis, scales in self.marks.shifts if final[scales].any()
             ),
+            factors={name: numbers for name, numbers in factors.items() if numbers.any()},
             reasons=reasons,
         )
 
 
-def _sets(channels: Mapping[str, Channels], layers: Mapping[str, TiedLayer], count: int) -> tuple[TiedSet, ...]:
-    """Returns the scales grouped by the layers whose outputs have them, in the order of these layers."""
+def _sets(
+    channels: Mapping[str, Channels],
+    layers: Mapping[str, TiedLayer],
+    factors: Mapping[str, np.ndarray],
+    count: int,
+) -> tuple[TiedSet, ...]:
+    """Returns the scales grouped by what gives its results these scales: layers in their order, then factors."""
     groups = Scales()
     groups.new(count - 1)
-    for tied in layers.values():
-        free = np.unique(tied.outputs[tied.outputs != FIXED])
-        groups.tie(free[:-1], free[1:])
+    made = [*(tied.outputs for tied in layers.values()), *factors.values()]
     is_produced = np.zeros(count, bool)
-    for tied in layers.values():
-        is_produced[tied.outputs] = True
+    for numbers in made:
+        free = np.unique(numbers[numbers != FIXED])
+        groups.tie(free[:-1], free[1:])
+        is_produced[numbers] = True
     root_of = np.array([groups.root(number) if is_produced[number] else FIXED for number in range(count)])
     root_of[FIXED] = FIXED
 
@@ -209,7 +230,7 @@ def _sets(channels: Mapping[str, Channels], layers: Mapping[str, TiedLayer], cou
     producers = {output: roots(tied.outputs) for output, tied in layers.items()}
     consumers = {output: roots(tied.inputs) for output, tied in layers.items()}
     carriers = {name: roots(found.scales) for name, found in channels.items()}
-    order = dict.fromkeys(root for found in producers.values() for root in sorted(found))
+    order = dict.fromkeys(root for numbers in made for root in sorted(roots(numbers)))
     return tuple(
         TiedSet(
             scales=np.flatnonzero(root_of == root),
