@@ -6,6 +6,7 @@ from ptqjax.lowering.layout import Value, axis_in_layout, channels_last_value, i
 from ptqjax.lowering.program import apply, apply_few_times, compiled, precision
 from ptqjax.lowering.samples import interpret_by_samples
 from ptqjax.lowering.stretches import Stretch, stretches
+from ptqjax.lowering.two_parts import compiled_in_two_parts
 
 __all__ = [
     "Intercept",
@@ -17,6 +18,7 @@ __all__ = [
     "channels_last_value",
     "checked_inputs",
     "compiled",
+    "compiled_in_two_parts",
     "in_onnx_layout",
     "interpret",
     "interpret_by_samples",
