@@ -45,6 +45,7 @@ device_description_str: "NVIDIA H200"
 """
 _WIDTHS = {"64": 8, "32": 4, "16": 2}
 _FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"})
+_PARTS = frozenset({"slice", "dynamic-slice", "gather"})
 _INNER = {"while": "body", "call": "to_apply", "async-start": "calls", "call-start": "to_apply"}
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ((?:\((?:[^()]|\([^()]*\))*\))|(?:\S+)) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -57,7 +58,7 @@ class Counts:
     kernels: int
     """How many kernels are started."""
     num_bytes: int
-    """What they read and write: the operands and results of each, whole."""
+    """What they read and write: the operands and results of each; of an operand of which parts are taken, those."""
     flops: float
     """Operations on floating-point numbers, as XLA counts them."""
     temporary: int
@@ -146,8 +147,40 @@ def _kernels(name: str, computations: Mapping[str, list[str]], times: int = 1) -
         elif operation == "conditional":
             yield from _longest_branch(rest, computations, times)
         elif operation not in _FREE and not operation.endswith("-done"):
-            operands = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
-            yield _kind(result, operation, rest), sizes[result] + sum(sizes.get(each, 0) for each in operands), times
+            operands = [sizes.get(each, 0) for each in re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])]
+            called = re.search(r"calls=%?([\w.\-]+)", rest)
+            if called and operation == "fusion":
+                operands = _read(computations[called.group(1)], operands)
+            yield _kind(result, operation, rest), sizes[result] + sum(operands), times
+
+
+def _read(lines: list[str], operands: list[int]) -> list[int]:
+    """Returns how many bytes a fusion reads of each operand: of one that it only takes parts of, those parts."""
+    parameters: dict[str, int] = {}
+    parts: dict[str, list[int]] = collections.defaultdict(list)
+    whole: set[str] = set()
+    same: dict[str, str] = {}
+    for line in lines[1:]:
+        match = _INSTRUCTION.match(line)
+        if not match:
+            continue
+        _, result, shape, operation, rest = match.groups()
+        inner = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
+        inner = [same.get(each, each) for each in inner]
+        if operation == "parameter":
+            parameters[result] = int(rest.split(")", 1)[0])
+        elif operation == "bitcast":
+            same[result] = inner[0]
+        elif operation in _PARTS and inner:
+            parts[inner[0]].append(_size(shape))
+            whole.update(inner[1:])
+        else:
+            whole.update(inner)
+    read = list(operands)
+    for name, position in parameters.items():
+        if name not in whole and name in parts:
+            read[position] = min(operands[position], sum(parts[name]))
+    return read
 
 
 def _longest_branch(rest: str, computations: Mapping[str, list[str]], times: int) -> Iterator[tuple[str, int, int]]:

@@ -36,7 +36,8 @@ def least_bytes(model: Model, inputs: dict[str, Any]) -> int:
     outputs = {spec.name for spec in model.graph.outputs}
     written = ({name for name, _ in reads} | outputs) - {spec.name for spec in model.graph.inputs}
     weights = sum(np.asarray(value).nbytes for value in model.params.values())
-    return weights + sum(sizes[name] for name, _ in reads) + sum(sizes[name] for name in written)
+    moved = [name for name, _ in reads] + list(written)  # shapes are not among the sizes, and are little
+    return weights + sum(sizes.get(name, 0) for name in moved)
 
 
 def _is_cheap(node: Node, opset: int) -> bool:

@@ -70,7 +70,13 @@ class _Watched:
         names = settings.get("static_argnames", ())
         names = {names} if isinstance(names, str) else set(names)
 
+        is_wide = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+
         def lower(place: Callable[[Any], Any]) -> Any:
+            with jax.enable_x64(is_wide):
+                return lowered(place)
+
+        def lowered(place: Callable[[Any], Any]) -> Any:
             placed = [each if index in static else place(each) for index, each in enumerate(arguments)]
             also = {name: each if name in names else place(each) for name, each in named.items()}
             return _jit(self.__wrapped__, **settings).lower(*placed, **also)

@@ -115,7 +115,8 @@ def _columns(x: Integers, w: Integers, groups: int, *, strides: Any, padding: An
         seen_by_tap(padded, tap, counts=counts, strides=strides, dilations=dilations)
         for tap in product(*map(range, kernel))
     ]
-    columns = seen[0] if len(seen) == 1 else jnp.stack(seen, axis=-2)  # [n, *out, taps, c]
+    # [n, *out, taps, c]; XLA's kernels of products fail on int8 that they would have to gather themselves
+    columns = seen[0] if len(seen) == 1 else lax.optimization_barrier(jnp.stack(seen, axis=-2))
     shape = (-1, groups, len(seen) * num_inputs, num_outputs // groups)
     if groups == 1:
         missing = -shape[2] % _ALIGNMENT

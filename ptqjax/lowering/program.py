@@ -20,6 +20,7 @@ from ptqjax.lowering.inputs import check_params, checked_inputs
 from ptqjax.lowering.interpreter import interpret
 from ptqjax.lowering.partition import cut_before
 from ptqjax.lowering.samples import interpret_by_samples
+from ptqjax.lowering.two_parts import for_gpus_in_two_parts
 from ptqjax.ops import is_concrete, revision
 from ptqjax.ops.values import Empty, TensorSequence
 
@@ -118,6 +119,11 @@ def compiled(
     return run
 
 
+def compiled_in_two_parts(program: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `program(static, *fixed, inputs)` as `compiled` does; for GPUs in two, see `lowering.two_parts`."""
+    return for_gpus_in_two_parts(program, compiled(program))
+
+
 def _meaning() -> tuple[int, Target | None]:
     """Returns what tells two programs of one graph apart: which operators were registered, and what they are for."""
     return revision(), told()
@@ -159,7 +165,7 @@ def _outputs(
     key = (_meaning(), graph, _shapes(inputs))
     if key not in _cuts or not is_concrete(params, inputs):
         try:
-            return program(_meaning(), graph, params, inputs)
+            return program(graph, params, inputs)
         except DataDependentError as error:
             if not is_concrete(params, inputs):
                 raise
@@ -168,7 +174,7 @@ def _outputs(
         while True:
             first, second = cut_before(graph, _cuts[key])
             try:
-                reached = program(_meaning(), first, {name: params[name] for name in first.parameters}, inputs)
+                reached = program(first, {name: params[name] for name in first.parameters}, inputs)
             except DataDependentError as error:
                 if error.tensor in _cuts[key]:
                     raise  # by our own fault: without that node the graph cannot fail at it
@@ -181,8 +187,13 @@ def _interpret_whole(graph: Graph, params: dict[str, Any], inputs: dict[str, Any
     return interpret(graph, params, inputs)[0]
 
 
-_program = _jitted(interpret_by_samples, num_static=1)
-_plain_program = _jitted(_interpret_whole, num_static=1)
+def _for_each_meaning(program: Callable[..., Any]) -> Callable[..., Any]:
+    jitted = _jitted(program, num_static=1)
+    return lambda *arguments: jitted(_meaning(), *arguments)
+
+
+_program = for_gpus_in_two_parts(interpret_by_samples, _for_each_meaning(interpret_by_samples))
+_plain_program = _for_each_meaning(_interpret_whole)
 
 
 @contextmanager

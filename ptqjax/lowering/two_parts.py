@@ -16,19 +16,18 @@ import numpy as np
 from ptqjax.errors import DataDependentError
 from ptqjax.kernels.fixed_part import in_two_parts
 from ptqjax.kernels.platforms import Target, current, told
-from ptqjax.lowering.program import compiled
 from ptqjax.ops import is_concrete, revision
 
 _MOST_PROGRAMS = 64  # that are kept traced
 
 
-def compiled_in_two_parts(program: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `program(static, *fixed, inputs)` compiled: for GPUs what `fixed` decides, and then the rest.
+def for_gpus_in_two_parts(program: Callable[..., Any], whole: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `program(static, *fixed, inputs)` for GPUs as what `fixed` decides, and then the rest; else `whole`.
 
     What the last `fixed` decided is kept, for calls with the same arrays: they must be JAX's, which cannot change. On
-    other devices, and under a caller's transformation, it is one program: see `compiled`.
+    other devices, and under a caller's transformation, it is one program, that of `whole` with the same arguments.
     """
-    whole, last = compiled(program), _Last()
+    last = _Last()
 
     @wraps(program)
     def run(static: Any, *arguments: Any) -> Any:
@@ -36,12 +35,17 @@ def compiled_in_two_parts(program: Callable[..., Any]) -> Callable[..., Any]:
             return whole(static, *arguments)
         *fixed, inputs = arguments
         try:
-            prepare, finish = _parts(program, static, (revision(), told()), _described(fixed), _described(inputs))
+            prepare, finish = _parts(program, static, _meaning(), _described(fixed), _described(inputs))
         except DataDependentError:
             return whole(static, *arguments)
         return finish(last.prepared(prepare, fixed), inputs)
 
     return run
+
+
+def _meaning() -> tuple[int, Target | None, bool]:
+    """Returns what tells two programs of one graph apart beside their shapes."""
+    return revision(), told(), bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Last:
@@ -64,7 +68,7 @@ class _Last:
 
 @lru_cache(_MOST_PROGRAMS)
 def _parts(
-    program: Callable[..., Any], static: Any, meaning: tuple[int, Target | None], fixed: Any, inputs: Any
+    program: Callable[..., Any], static: Any, meaning: tuple[int, Target | None, bool], fixed: Any, inputs: Any
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     del meaning  # two programs may differ in it alone
 
