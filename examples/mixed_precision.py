@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import ptqjax
-from ptqjax.pipeline import Result
+from ptqjax.drafts import Result
 
 HERE = Path(__file__).parent
 CONFIG = ptqjax.QuantizationConfig(weights="int3", scaling="noise")

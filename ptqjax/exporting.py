@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ptqjax import onnx_io
+from ptqjax.config import load_target
 from ptqjax.encoding_files import encodings_json
 from ptqjax.encodings.encoding import Encodings, concrete
 from ptqjax.errors import ConfigError, ModelError
@@ -29,6 +30,7 @@ from ptqjax.qdq.runtime_precision import keep_precision
 from ptqjax.qdq.stored_grids import MICROSOFT, check_writable, lowest_opset, lowest_opset_of, needs_opset, stored_grids
 from ptqjax.qdq.stored_once import store_once
 from ptqjax.qdq.table_codes import gather_codes
+from ptqjax.qdq.taken import check_taken
 from ptqjax.versions import versions
 
 __all__ = ["encodings_json", "export", "insert_qdq", "quantized_model"]
@@ -46,7 +48,8 @@ def export(
     *,
     settings: Mapping[str, Any] | None = None,
     encodings_version: str | None = None,
-    weights: str = "integer",
+    target: str | None = None,
+    weights: str | None = None,
 ) -> None:
     """Writes NAME.onnx, the QDQ model, and NAME.encodings into `directory`, which is made if it is missing.
 
@@ -61,10 +64,12 @@ def export(
         settings: What else to state, such as the configuration; plain data.
         encodings_version: The version of AIMET's schema that NAME.encodings has, see `write_encodings`; None: 1.0.0, or
             2.0.0 where that alone has all of the grids.
-        weights: How weights are written, see `quantized_model`; what a target wants is in its
-            `load_target(config.target).exported_weights`, and has to be given here.
+        target: The runtime that the file is for, as `QuantizationConfig.target` names it: decides how weights are
+            written, and which grids are refused. None: ONNX Runtime, nothing refused.
+        weights: How weights are written, see `quantized_model`; None: as `target` wants them.
 
     Raises:
+        ConfigError: The target does not take a grid; the message names the tensor.
         OutputError: `directory` cannot be made or written; then it is as it was.
         ConfigError: `name` is not a file's name, an encoding cannot be written (`quantized_model`), or
             `encodings_version` is unknown or lacks a kind of grid.
@@ -72,7 +77,12 @@ def export(
     """
     if not name or Path(name).name != name:
         raise ConfigError(f"name={name!r} is not the name of a file; expected one without folders, such as 'model'")
-    quantized = with_provenance(quantized_model(model, encodings, weights=weights), model, encodings, settings or {})
+    form = weights or "integer"
+    if target is not None:
+        found = load_target(target)
+        check_taken(model, encodings, found)
+        form = weights or found.exported_weights
+    quantized = with_provenance(quantized_model(model, encodings, weights=form), model, encodings, settings or {})
     text = json.dumps(encodings_json(model, encodings, encodings_version), indent=1) + "\n"
     files = f"{name}.onnx", f"{name}.encodings"
     with published(Path(directory), files) as folder:

@@ -61,6 +61,34 @@ def simulate(model: Model, encodings: Encodings, *, arithmetic: str = "float") -
     raise ConfigError(f"arithmetic={arithmetic!r} is unknown; expected float or integer")
 
 
+def apply_quantized(
+    graph: Graph,
+    params: Mapping[str, Any],
+    encodings: Encodings,
+    inputs: Mapping[str, Any],
+    *,
+    arithmetic: str = "float",
+) -> dict[str, jax.Array]:
+    """Returns the outputs of the quantized model by name: `apply` with the roundings of `encodings`.
+
+    Pure: `jit`, `vmap` and `grad` work through it (with "integer" arithmetic, parameters and encodings are concrete).
+    Compiled once for a graph and shapes.
+
+    Args:
+        graph: The float model's graph.
+        params: Its parameters by name.
+        encodings: The grids by tensor.
+        inputs: The inputs by name, in ONNX's layout.
+        arithmetic: "float" or "integer", as `simulate` takes it.
+
+    Raises:
+        ConfigError: `arithmetic` is neither, or an encoding is for a tensor that the model has not.
+        DataError: An input is missing, unknown, or of another type or shape than the graph declares.
+    """
+    model = Model(graph=graph, params=dict(params))
+    return simulate(model, encodings, arithmetic=arithmetic)(params, encodings, inputs)
+
+
 def fake_quantization(model: Model, encodings: Encodings) -> Intercept:
     """Returns what `interpret` calls to run `model` as the float program: each tensor and bias rounded to its grid.
 

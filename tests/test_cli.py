@@ -491,7 +491,7 @@ def test_what_the_time_went_into_is_told_and_in_the_report(place, quantized):
     assert quantized.stderr.startswith(f"reading {place / 'net.onnx'} and {place / 'data.npz'}\n")
     seconds = json.loads((place / "q" / "report.json").read_text())["seconds"]
     stages = [each["stage"] for each in seconds]
-    assert stages == ["start", "read", "transform", "calibrate", "correct", "export", "report"]
+    assert stages == ["start", "read", "fold", "equalize", "calibrate", "correct", "export", "report"]
     assert all(0 <= each["compiling_seconds"] <= each["seconds"] + 0.001 for each in seconds)
     assert sum(each["num_compiled"] + each["num_found"] for each in seconds) > 10
     assert "Where the time went" in (place / "q" / "report.html").read_text()

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import onnx
 import onnx.helper as oh
@@ -13,6 +14,7 @@ import pytest
 import ptqjax
 from ptqjax.errors import ConfigError, DataError, ModelError
 from ptqjax.fit import Learning, learn_scales
+from ptqjax.fit.ways import steps_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RNG = np.random.default_rng(0)
@@ -243,5 +245,36 @@ def test_the_parts_of_the_work_are_entered_in_order_by_their_names(model):
     config = ptqjax.QuantizationConfig(scaling="off", correct="none", ranges="min-max")
     ptqjax.quantize(model, [{"x": X}], config, stage=stage)
     names = [name for name in entered if not name.endswith(" ends")]
-    assert list(dict.fromkeys(names)) == ["transform", "calibrate", "correct"]
+    assert list(dict.fromkeys(names)) == ["fold", "equalize", "calibrate", "correct"]
     assert entered == [each for name in names for each in (name, f"{name} ends")]  # none in another
+
+
+@pytest.mark.parametrize("scaling", ["off", "weights", "ranges", "noise"])
+@pytest.mark.parametrize("has_data", [True, False])
+def test_public_steps_composed_by_hand_give_the_bits_of_quantize(model, scaling, has_data):
+    batches = [{"x": X[:8]}, {"x": X[8:]}] if has_data else None
+    config = ptqjax.QuantizationConfig(scaling=scaling, granularity="tensor", rounding="nearest", headroom=1.1)
+    result = ptqjax.quantize(model, batches, config)
+    prepared, _ = ptqjax.prepare(ptqjax.fold_batch_norms(model)[0], config.absorb)
+    scaled = ptqjax.scale_as_configured(prepared, batches, config).model
+    encodings = ptqjax.calibrate(scaled, batches, config)
+    adapted = ptqjax.adapt(scaled, encodings, batches, config)
+    assert_same_bits(adapted, result)
+
+
+def assert_same_bits(adapted, result):
+    assert adapted.model.graph == result.model.graph
+    assert adapted.encodings.keys() == result.encodings.keys()
+    for found, expected in ((adapted.model.params, result.model.params), (adapted.encodings, result.encodings)):
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("scaling", ["off", "weights", "noise"])
+def test_equalize_by_itself_scales_as_quantize_without_data(model, scaling):
+    config = ptqjax.QuantizationConfig(scaling=scaling, granularity="tensor")
+    by_hand, _ = ptqjax.equalize(model, config.absorb, scaling=scaling, steps=steps_of(config))
+    scaled = next(stage.model for stage in ptqjax.quantize(model, None, config).stages if stage.name == "equalize")
+    assert by_hand.graph == scaled.graph
+    for name, value in by_hand.params.items():
+        np.testing.assert_array_equal(value, scaled.params[name])

@@ -23,7 +23,7 @@ PER_CHANNEL = QuantizationConfig(granularity="channel")
 @pytest.fixture(scope="module")
 def unequal():
     """The network of the quickstart, whose channels differ by orders of magnitude: 27 dB are predicted to be won."""
-    return prepare(ptqjax.read(EXAMPLES / "digits.onnx"))[0]
+    return prepare(ptqjax.fold_batch_norms(ptqjax.read(EXAMPLES / "digits.onnx"))[0])[0]
 
 
 @pytest.fixture(scope="module")

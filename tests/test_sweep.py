@@ -16,10 +16,10 @@ import ptqjax
 from ptqjax import pipeline
 from ptqjax.errors import ConfigError, DataError, OutputError
 from ptqjax.experiments import sweeping as module
+from ptqjax.experiments.many import middle_ones, quantize_each
 from ptqjax.experiments.metrics import Metric
 from ptqjax.experiments.table import SweepRow, SweepTable
 from ptqjax.fit import selection
-from ptqjax.pipeline import middle_ones, quantize_each
 
 from .models import Chain
 

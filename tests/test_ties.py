@@ -255,6 +255,12 @@ def squeeze_and_excite(net: Net) -> None:
     net.add("Mul", trunk[0]).at((net.tensor, 4))
 
 
+def gate_of_matrices(net: Net) -> None:  # as EfficientNets are exported from channels-last code
+    trunk = net.conv(4).add("Relu").here
+    net.add("GlobalAveragePool").add("Flatten").gemm(4, 2).add("Relu").gemm(2, 4).add("Sigmoid")
+    net.add("Reshape", net.ints(-1, 4, *(1,) * net.rank)).add("Mul", trunk[0]).at((net.tensor, 4))
+
+
 def product_of_branches(net: Net) -> None:
     start = net.here
     first = net.conv(4).add("LeakyRelu", alpha=0.1).tensor
@@ -344,6 +350,7 @@ BLOCKS: dict[str, Block] = {
     "Split in halves": split_in_halves,
     "Slice": sliced,
     "gate": squeeze_and_excite,
+    "gate of matrices": gate_of_matrices,
     "Mul of branches": product_of_branches,
     "hard gate": hard_gate,
     "MaxPool": lambda net: net.pool("MaxPool", 2),
@@ -850,3 +857,18 @@ def test_a_clip_that_does_not_begin_at_zero_is_no_relu() -> None:
 def test_unknown_bounds_are_refused() -> None:
     with pytest.raises(ConfigError, match="expected one of exact"):
         scale_channels(bounded(1.0), bounds="off")
+
+
+def test_a_gate_through_matrices_leaves_the_trunk_its_scales():
+    net = Net()
+    gate_of_matrices(net)
+    ties = assert_free(net.conv(3).build())
+    trunk = net.nodes[0].output
+    assert trunk not in ties.reasons
+    assert any(trunk in found.producers for found in ties.sets)
+
+
+def test_an_activation_behind_a_flatten_of_single_places_passes_scales_on():
+    net = Net()
+    ties = assert_free(net.conv(4).add("GlobalAveragePool").add("Flatten").add("Relu").gemm(4, 3).build())
+    assert net.nodes[0].output not in ties.reasons

@@ -21,9 +21,9 @@ from ptqjax.stopwatch import Stopwatch, summary
 
 if TYPE_CHECKING:
     from ptqjax.config import QuantizationConfig
+    from ptqjax.drafts import Result
     from ptqjax.encodings.encoding import Encodings
     from ptqjax.ir import Model
-    from ptqjax.pipeline import Result
 
 NO_REPORT = "none"
 """What `--report` says where none is wanted."""
@@ -138,10 +138,10 @@ def _saturation(result: Result, config: QuantizationConfig) -> str:
 def _exported(job: Job, result: Result, folder: Path) -> tuple[str, ...]:
     """Puts the model into `job.out`; returns the new names of reports that were there, where none follows."""
     import ptqjax
-    from ptqjax.config import load_target
 
-    written = load_target(job.config.target).exported_weights
-    ptqjax.export(result.model, result.encodings, folder, "model", settings=asdict(job.config), weights=written)
+    ptqjax.export(
+        result.model, result.encodings, folder, "model", settings=asdict(job.config), target=job.config.target
+    )
     aside = _set_aside(job.out, folder) if job.details == NO_REPORT else ()
     publish(folder, job.out, stale=REPORT, option="--out")
     return aside

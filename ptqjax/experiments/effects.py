@@ -28,6 +28,8 @@ class Effects:
     """Power of the noise in an output over the output's power, the mean over all outputs."""
     loss: np.ndarray | None
     """Mean rise of the task's loss; None without labels."""
+    change: np.ndarray | None = None
+    """Change of a metric that was given; None without one."""
 
 
 def checked_labels_of(labels: Any) -> Labels:

@@ -26,6 +26,7 @@ def measure_effects(
     *,
     is_alone: bool,
     labels: Labels = None,
+    metric: Metric | None = None,
     follow: Follow | None = None,
 ) -> Effects:
     """Returns exactly what each group does to the outputs of these samples; a run of the simulated model for each.
@@ -40,6 +41,7 @@ def measure_effects(
         groups: What is switched. The other encodings are off, where `is_alone`, else on.
         is_alone: Whether each group is rounded alone, or all are but the group.
         labels: Which task's loss is measured.
+        metric: What else is measured, and told as a change: with the group's rounding less without it.
         follow: Shows how far the pass is.
 
     Raises:
@@ -52,7 +54,7 @@ def measure_effects(
         for group, of in zip(groups, named, strict=True)
     ]
     base = switched(encodings, lambda _: not is_alone)
-    metrics = [_noise()] if labels is None else [_noise(), _loss()]
+    metrics = [_noise(), *([] if labels is None else [_loss()]), *([] if metric is None else [metric])]
     values = evaluate_variants(
         model,
         [Variant(name="all the others", encodings=base), *variants],
@@ -63,7 +65,8 @@ def measure_effects(
     ).values
     sign = 1 if is_alone else -1
     found = {name: sign * np.array([value[name] - values[0][name] for value in values[1:]]) for name in values[0]}
-    return Effects(noise=found["noise"], loss=found.get("loss"))
+    change = None if metric is None else found[metric.name]
+    return Effects(noise=found["noise"], loss=found.get("loss"), change=change)
 
 
 _Energies: TypeAlias = Mapping[str, tuple[float, float]]

@@ -15,6 +15,7 @@ from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import ConfigError, ModelError
 from ptqjax.experiments.effects import Effects, checked_labels_of
 from ptqjax.experiments.exact import measure_effects
+from ptqjax.experiments.metrics import Metric
 from ptqjax.experiments.one_pass import estimate_effects
 from ptqjax.experiments.tied_tensors import Group, Kind, groups_of
 from ptqjax.ir import Model
@@ -45,6 +46,8 @@ class Sensitivity:
     """
     method: str
     """How it was found, one of `METHODS`."""
+    change: float | None = None
+    """Change of the metric that was asked for: with the group's rounding less without it; None without a metric."""
 
     @property
     def sqnr_db(self) -> float:
@@ -60,6 +63,7 @@ def sensitivity(
     method: str = "one-pass",
     groups: Sequence[Group] | None = None,
     labels: np.ndarray | str | None = None,
+    metric: Metric | None = None,
     seed: int = 0,
     follow: Follow | None = None,
 ) -> tuple[Sensitivity, ...]:
@@ -81,12 +85,13 @@ def sensitivity(
         groups: What is asked for; None: all, as `groups_of` finds them.
         labels: For the loss: the index of the class of each sample, in the order of the batches, or "predicted": the
             class that the float model names. The first floating output is taken as logits.
+        metric: A figure of your own, see `Metric`; its change is measured by the methods "on-only" and "off-only".
         seed: Of the random signs of "one-pass".
         follow: Shows how far the pass over the batches is.
 
     Raises:
-        ConfigError: The method or labels are unknown, there is an encoding or group for what the model has not, or
-            two groups have a tensor in common.
+        ConfigError: The method or labels are unknown, a metric is asked for of a method that estimates, there is an
+            encoding or group for what the model has not, or two groups have a tensor in common.
         DataError: The batches do not fit the model, there are none, or not as many labels as samples.
         ModelError: No output holds floating numbers, or one is not finite.
     """
@@ -96,8 +101,19 @@ def sensitivity(
     _check_groups(groups, encodings)
     if not groups:
         return ()
-    effects = _way(method, seed)(model, batches, encodings, groups, labels=checked_labels_of(labels), follow=follow)
+    given = {"labels": checked_labels_of(labels), "follow": follow, **_checked_metric(metric, method)}
+    effects = _way(method, seed)(model, batches, encodings, groups, **given)
     return _as_records(groups, effects, method)
+
+
+def _checked_metric(metric: Metric | None, method: str) -> dict[str, Metric]:
+    if metric is None:
+        return {}
+    if method.startswith("one-pass"):
+        raise ConfigError(
+            f"metric={metric.name!r} cannot be estimated by method={method!r}; measure it with 'on-only' or 'off-only'"
+        )
+    return {"metric": metric}
 
 
 def ranking(sensitivities: Iterable[Sensitivity], *, by: str = "noise") -> tuple[Sensitivity, ...]:
@@ -121,15 +137,24 @@ def _way(method: str, seed: int) -> Callable[..., Effects]:
 
 
 def _as_records(groups: Sequence[Group], effects: Effects, method: str) -> tuple[Sensitivity, ...]:
-    losses = [None] * len(groups) if effects.loss is None else [float(loss) for loss in effects.loss]
+    losses, changes = (
+        [None] * len(groups) if each is None else [float(value) for value in each]
+        for each in (effects.loss, effects.change)
+    )
     if not np.all(np.isfinite(effects.noise)):
         at = groups[int(np.argmin(np.isfinite(effects.noise)))].name
         raise ModelError(f"the effect of '{at}' is not finite; expected outputs that are, and not 0 everywhere")
     return tuple(
         Sensitivity(
-            name=group.name, kind=group.kind, tensors=group.tensors, noise=float(noise), loss=loss, method=method
+            name=group.name,
+            kind=group.kind,
+            tensors=group.tensors,
+            noise=float(noise),
+            loss=loss,
+            method=method,
+            change=change,
         )
-        for group, noise, loss in zip(groups, effects.noise, losses, strict=True)
+        for group, noise, loss, change in zip(groups, effects.noise, losses, changes, strict=True)
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ptqjax import pipeline
 from ptqjax.config import QuantizationConfig
+from ptqjax.drafts import drafted
 from ptqjax.encodings.biases import guard_biases, sums_in_fixed_point
 from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import ConfigError
@@ -18,13 +20,11 @@ from ptqjax.experiments.costs import CostModel, cost_model
 from ptqjax.experiments.engine import Variant, evaluate_variants
 from ptqjax.experiments.tied_tensors import Group, Kind
 from ptqjax.experiments.widths import Widths, adjustable_groups, by_name, picked, with_widths
-from ptqjax.fit import scale_as_configured
 from ptqjax.fit.bias_correction import correct_each
 from ptqjax.ir import Model
 from ptqjax.progress import Follow
 from ptqjax.ranges.calibrate import calibrate_each
 from ptqjax.ranges.headroom import widened
-from ptqjax.transforms import fold_batch_norms, prepare
 
 Candidates = Mapping[Kind, tuple[int, ...]]
 """Widths to choose from, by kind of group; of a kind that is not there, nothing is chosen."""
@@ -148,13 +148,9 @@ def prepared_as_configured(
     model: Model, batches: Iterable[Mapping[str, Any]], config: QuantizationConfig
 ) -> tuple[Model, QuantizationConfig, float]:
     """Returns the model before it is calibrated, the settings with what was chosen on the way, and the headroom."""
-    folded, _ = fold_batch_norms(model)
-    prepared = prepare(folded, config.absorb)[0] if config.equalize else folded
-    choice = scale_as_configured(prepared, batches, config)
-    if choice.scaling is not None:
-        config = replace(config, scaling=choice.scaling)
-    config = replace(config, headroom=choice.headroom, correct=choice.correct)
-    return choice.model, config, choice.headroom
+    (folded,) = pipeline.folded([drafted(model, config, has_data=True)], batches)
+    (draft,) = pipeline.equalized([folded], batches)
+    return draft.model, replace(draft.config_as_chosen, headroom=draft.headroom, correct=draft.correct), draft.headroom
 
 
 def rules_for(study: Study, widths: Widths) -> QuantizationConfig:

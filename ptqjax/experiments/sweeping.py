@@ -16,17 +16,18 @@ import numpy as np
 from ptqjax.config import QuantizationConfig, load_target
 from ptqjax.config.checks import check_choice
 from ptqjax.data.batches import checked_part, checked_parts
+from ptqjax.drafts import Result
 from ptqjax.encodings.alignment import aligned
 from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.experiments.costs import CostModel, cost_model
 from ptqjax.experiments.engine import BATCHINGS, Variant, evaluate_variants
 from ptqjax.experiments.journal import append_rows, keys, read_rows
+from ptqjax.experiments.many import CHOICES, middle_ones, quantize_in_parts
 from ptqjax.experiments.metrics import Metric, find_metrics
 from ptqjax.experiments.table import SweepRow, SweepTable, check_columns
 from ptqjax.exporting import fingerprint
 from ptqjax.ir import Graph, Model
-from ptqjax.pipeline import CHOICES, Result, middle_ones, quantize_in_parts
 from ptqjax.progress import Follow
 
 _TOGETHER = 16  # rows that are made, measured and written to a journal before the next ones: each group has its passes

@@ -79,8 +79,8 @@ class SweepTable:
     higher_is_better: Mapping[str, bool]
     """Of each metric, which way is good."""
     seconds: Mapping[str, float]
-    """What this run took: "transform", "calibrate", "correct", "compile", "evaluate" (and "costs"); rows that a journal
-    had took nothing."""
+    """What this run took, by stage: those of `pipeline.STAGES`, "compile", "evaluate" (and "costs"). Rows that a
+    journal had took nothing."""
     batching: tuple[Batching, ...]
     """How the programs ran, see `Evaluated.batching`."""
 

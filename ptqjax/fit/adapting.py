@@ -35,6 +35,36 @@ class Adapted(NamedTuple):
     """What was done."""
 
 
+def adapt(
+    model: Model,
+    encodings: Encodings,
+    batches: Iterable[Mapping[str, Any]] | None,
+    config: QuantizationConfig | None = None,
+    *,
+    frozen: Collection[str] = (),
+) -> Adapted:
+    """Returns the model with weights and biases adapted to the rounding as `config` says, its encodings, and a report.
+
+    What the stage "correct" of `quantize` does: weights are kept from saturating 16-bit sums where the target has
+    such, rounded as `config.rounding` says, biases corrected as `config.correct` says ("empirical" becomes "analytic"
+    without data), and scales raised where a bias would not fit into int32.
+
+    Args:
+        model: The float model, scaled and calibrated.
+        encodings: Its encodings.
+        batches: Calibration data; None where there are none.
+        config: The settings; None: the defaults.
+        frozen: Tensors whose encodings were given: their integers stay what they are.
+
+    Raises:
+        PtqjaxError: As `solve_rounding` and `correct_biases` do.
+        ConfigError: Weights are to be solved for, and there are no data.
+    """
+    config = config or QuantizationConfig()
+    method = "analytic" if config.correct == "empirical" and batches is None else config.correct
+    return adapt_each(model, [encodings], [config], batches, method=method, frozen=frozen)[0]
+
+
 def adapt_each(
     model: Model,
     variants: Sequence[Encodings],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -46,6 +46,8 @@ class Choice:
     """Whether the model is the prepared one; False: the one that `plain` gave, whose biases were not absorbed."""
     scaling: str | None = None
     """The value of `QuantizationConfig.scaling` that gives the same model again, where one was chosen and does."""
+    key: Hashable = None
+    """Choices of one prepared model with equal keys have the same scaled model."""
 
 
 def scale_as_configured(
@@ -89,7 +91,7 @@ def scale_each(
 ) -> Iterator[Choice]:
     """Yields what `scale_as_configured` returns for each configuration, in order, each made when it is asked for.
 
-    What several ask for is made once: configurations that ask for the same scaling share one model, the same object.
+    What several ask for is made once: configurations that ask for the same scaling share one model, and one `key`.
 
     Args:
         model: The model, prepared.
@@ -115,7 +117,7 @@ def scale_each(
                     raise
                 raise ConfigError(f"{label}{error}") from error
         own = {} if _is_chosen(config) else _as_asked(config, has_data=batches is not None)
-        yield replace(made[key], **own)
+        yield replace(made[key], **own, key=key)
 
 
 def _check_names(model: Model, config: QuantizationConfig) -> None:
@@ -141,7 +143,7 @@ def _is_chosen(config: QuantizationConfig) -> bool:
     return config.scaling in {"auto", "learned"}
 
 
-def _dependence(config: QuantizationConfig) -> Any:
+def _dependence(config: QuantizationConfig) -> Hashable:
     """Returns what the scaled model depends on."""
     if _is_chosen(config):
         return config

@@ -19,6 +19,7 @@ from ptqjax.placement.sites import scheme_of
 from ptqjax.placement.tables import as_shared
 from ptqjax.placement.unlike import Joints, find_joints, give_up
 from ptqjax.ranges.data_free import encode_from_statistics
+from ptqjax.ranges.headroom import widened
 from ptqjax.ranges.observers import Extremes, RangeScheme
 from ptqjax.ranges.observing import Axes, Means, Observed, Wanted, Watched, observe
 from ptqjax.ranges.schemes import MIN_MAX, find_scheme
@@ -64,7 +65,7 @@ def calibrate_and_report(
     Args:
         model: The model; nothing in it changes.
         batches: An iterable of {input name: array}, first axis samples; None where there is no data.
-        config: Types, granularity, scheme, target; None: the defaults.
+        config: Types, granularity, scheme, headroom, target; None: the defaults.
         frozen: Encodings that are kept as they are, by tensor, and shared by the tensors that are tied to it. A tensor
             with an encoding of its own keeps that, whatever it is tied to.
 
@@ -78,7 +79,9 @@ def calibrate_and_report(
         UnsupportedOperatorError: A node has no lowering.
     """
     config = QuantizationConfig() if config is None else config
-    return _calibrated(model, batches, [_task(model, config, frozen or {})]).each[0]
+    encodings, report = _calibrated(model, batches, [_task(model, config, frozen or {})]).each[0]
+    wide = widened(model, encodings, config.headroom or 1.0, config)
+    return wide | {name: encodings[name] for name in frozen or {}}, report
 
 
 def calibrate_each(

@@ -1,1 +1,8 @@
-"""Runs whole pipelines from a file, keeps each stage in a store, and repeats them to the bit."""
+"""Runs whole pipelines from a file, keeps each stage in a store, and repeats them to the bit.
+
+The names are those of the stub beside this file, and also those of `ptqjax` itself.
+"""
+
+from ptqjax.lazy import lazy_names
+
+__all__, __getattr__, __dir__ = lazy_names(__name__, __file__)

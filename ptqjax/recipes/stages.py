@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,27 +17,20 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from ptqjax import onnx_io, report
-from ptqjax.config import load_target
+from ptqjax import onnx_io, pipeline, report
+from ptqjax.drafts import Draft, Result, Stage, drafted
 from ptqjax.encoding_files import write_whole
 from ptqjax.encoding_files.tensors import encodings_of_tensors, tensors_of_encodings
 from ptqjax.encodings.encoding import Encodings, concrete
 from ptqjax.evaluation import Evaluation, evaluate
 from ptqjax.exporting import export, fingerprint
-from ptqjax.fit import scale_as_configured
-from ptqjax.fit.adapting import adapt_each
 from ptqjax.ir import Model, Record, Report
 from ptqjax.ir.graph import Statistics
-from ptqjax.pipeline import Result, Stage
-from ptqjax.placement.tensors import check_not_quantized
 from ptqjax.progress import Follow
 from ptqjax.publish import write_text
-from ptqjax.ranges.calibrate import calibrate_and_report
-from ptqjax.ranges.headroom import widened
 from ptqjax.recipes.data import Data
 from ptqjax.recipes.recipe import Recipe
 from ptqjax.report.explanation import explain
-from ptqjax.transforms import fold_batch_norms, prepare, without_absorption
 
 _MODEL, _STATISTICS, _ENCODINGS = "float.onnx", "statistics.safetensors", "encodings.safetensors"
 _RECORDS, _CHOICE, _CHANGED, _METRICS = "records.json", "choice.json", "changed.json", "metrics.json"
@@ -79,45 +72,46 @@ class Task:
         return settings | {"target": Path(target).name if target.endswith(".toml") else target}
 
 
+def _drafted(task: Task, model: Model) -> Draft:
+    return drafted(model, task.recipe.config, has_data=task.calibration is not None)
+
+
 def _fold(task: Task, _: Path, folder: Path) -> None:
-    check_not_quantized(task.model)
-    model, records = fold_batch_norms(task.model)
-    write_model(folder, model)
-    _write_records(folder, records)
+    (draft,) = pipeline.folded([_drafted(task, task.model)], None)
+    write_model(folder, draft.model)
+    _write_records(folder, draft.reports["fold"])
 
 
 def _equalize(task: Task, root: Path, folder: Path) -> None:
-    config, folded = task.recipe.config, read_model(root / "fold")
-    prepared, records = prepare(folded, config.absorb) if config.equalize else (folded, ())
-    plain = without_absorption(folded, records)
-    choice = scale_as_configured(prepared, task.batches("equalize"), config, plain=plain and plain[0])
-    records = records if choice.absorbs or plain is None else plain[1]
-    write_model(folder, choice.model)
-    _write_records(folder, (*records, *choice.report))
-    _write_json(folder / _CHOICE, {"headroom": choice.headroom, "correct": choice.correct})
+    (draft,) = pipeline.equalized([_drafted(task, read_model(root / "fold"))], task.batches("equalize"))
+    write_model(folder, draft.model)
+    _write_records(folder, draft.reports.get("equalize", ()))
+    _write_json(folder / _CHOICE, {"headroom": draft.headroom, "correct": draft.correct})
+
+
+def _scaled(task: Task, root: Path) -> Draft:
+    """Returns the draft as the stage "equalize" left it."""
+    return replace(_drafted(task, read_model(root / "equalize")), **_read_json(root / "equalize" / _CHOICE))
 
 
 def _calibrate(task: Task, root: Path, folder: Path) -> None:
-    config, model, choice = task.recipe.config, read_model(root / "equalize"), _read_json(root / "equalize" / _CHOICE)
-    calibrated, records = calibrate_and_report(model, task.placed("calibrate"), config)
-    _write_encodings(folder, widened(model, calibrated, choice["headroom"], config))
-    _write_records(folder, records)
+    (draft,) = pipeline.calibrated([_scaled(task, root)], task.placed("calibrate"))
+    _write_encodings(folder, draft.encodings)
+    _write_records(folder, draft.reports["calibrate"])
 
 
 def _correct(task: Task, root: Path, folder: Path) -> None:
-    model, encodings = read_model(root / "equalize"), read_encodings(root / "calibrate")
-    correct = _read_json(root / "equalize" / _CHOICE)["correct"]
-    (adapted,) = adapt_each(model, [encodings], [task.recipe.config], task.placed("correct"), method=correct)
-    write_model(folder, adapted.model)
-    _write_encodings(folder, adapted.encodings)
-    _write_records(folder, adapted.report)
-    _write_json(folder / _CHANGED, adapted.model is not model)
+    draft = replace(_scaled(task, root), encodings=read_encodings(root / "calibrate"))
+    (after,) = pipeline.corrected([draft], task.placed("correct"))
+    write_model(folder, after.model)
+    _write_encodings(folder, after.encodings)
+    _write_records(folder, after.reports.get("correct", ()))
+    _write_json(folder / _CHANGED, bool(after.stages))
 
 
 def _export(task: Task, root: Path, folder: Path) -> None:
     model, encodings = read_model(root / "correct"), read_encodings(root / "correct")
-    weights = load_target(task.recipe.config.target).exported_weights
-    export(model, encodings, folder, "model", settings=task.settings, weights=weights)
+    export(model, encodings, folder, "model", settings=task.settings, target=task.recipe.config.target)
 
 
 def _evaluate(task: Task, root: Path, folder: Path) -> None:

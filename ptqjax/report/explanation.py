@@ -15,12 +15,12 @@ from ptqjax import onnx_io, report
 from ptqjax.agreement import Group, Validation, decibels, execution, saturates_here, validate
 from ptqjax.config import QuantizationConfig, load_target
 from ptqjax.data.batches import num_samples
+from ptqjax.drafts import Result
 from ptqjax.encodings.encoding import Encodings
 from ptqjax.errors import ConfigError, DataDependentError, DataError, ModelError, UnsupportedOperatorError
 from ptqjax.experiments.sensitivities import sensitivity
 from ptqjax.exporting import export
 from ptqjax.ir import Graph, Model
-from ptqjax.pipeline import Result
 from ptqjax.placement.names import matches_name, nodes_named
 from ptqjax.progress import Follow
 from ptqjax.ranges.calibrate import calibrate
@@ -236,8 +236,7 @@ def _runtime_facts(
     with tempfile.TemporaryDirectory() as folder:
         try:
             if file is None:
-                written = load_target(config.target).exported_weights
-                export(result.model, result.encodings, folder, "model", weights=written)
+                export(result.model, result.encodings, folder, "model", target=config.target)
             return _compared(validate(file or Path(folder) / "model.onnx", chosen, in_float=False))
         except _CANNOT as error:
             return {"compared": False, "reason": str(error)}

@@ -10,7 +10,8 @@ from ptqjax.kernels.intervals import UNBOUNDED, linear_interval
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.transforms.activations import activated_interval, is_activation
 from ptqjax.transforms.linear import Linear, bias_of, weight_view
-from ptqjax.transforms.rank import ranks_of
+from ptqjax.transforms.routes import ROUTED, Facts, Lying, routes
+from ptqjax.transforms.sizes import ONE
 
 Bounds: TypeAlias = "tuple[Any, Any]"
 """Least and largest value per channel, `UNBOUNDED` where nothing is known."""
@@ -18,7 +19,7 @@ Bounds: TypeAlias = "tuple[Any, Any]"
 LARGEST_INPUT = 65504.0
 """No input of the graph is assumed to be larger in magnitude: float16's largest number, far above any real input."""
 
-_SAME_RANGE = frozenset({"MaxPool", "GlobalMaxPool", "GlobalAveragePool", "Identity"})
+_SAME_RANGE = frozenset({"MaxPool", "GlobalMaxPool", "GlobalAveragePool"})
 
 
 def channel_bounds(model: Model, layers: Mapping[str, Linear]) -> dict[str, Bounds]:
@@ -28,11 +29,14 @@ def channel_bounds(model: Model, layers: Mapping[str, Linear]) -> dict[str, Boun
     since channels are taken to vary on their own. A graph input is taken to lie within +-`LARGEST_INPUT`.
     """
     by_node = {id(layer.bias_node or layer.node): layer for layer in layers.values()}
-    ranks = ranks_of(model)
+    facts = Facts(model)
     bounds: dict[str, Bounds] = {}
     for node in model.graph.nodes:
+        if node.op_type in ROUTED and not node.domain:
+            bounds |= _moved_bounds(facts, node, bounds)
+            continue
         layer = by_node.get(id(node))
-        found = _linear_bounds(model, layer, bounds) if layer else _other_bounds(model, node, ranks, bounds)
+        found = _linear_bounds(model, layer, bounds) if layer else _other_bounds(model, node, facts.ranks, bounds)
         if found is not None:
             bounds[node.output] = found
     return bounds
@@ -69,3 +73,17 @@ def _other_bounds(model: Model, node: Node, ranks: Mapping[str, int], bounds: Ma
     if tensor in ranks and is_activation(model, node, tensor, low.size, ranks[tensor] - 2):
         return activated_interval(model, node, low, high)
     return None
+
+
+def _moved_bounds(facts: Facts, node: Node, bounds: Mapping[str, Bounds]) -> dict[str, Bounds]:
+    """Returns the bounds of what only moves values, where its channels are still along axis 1."""
+    known = [bounds.get(name) for name in node.inputs]
+    found = routes(facts, node, [None if each is None else Lying(1, each[0].size) for each in known])
+    moved: dict[str, Bounds] = {}
+    for name, route in zip(node.outputs, found if isinstance(found, list) else [], strict=False):
+        if not name or route is None or (route.axis, route.repeats) != (1, ONE):
+            continue
+        xp = array_namespace(*(each[0] for each in known if each is not None))
+        low, high = (route.gather([each and each[end] for each in known], xp) for end in (0, 1))
+        moved[name] = (xp.minimum(low, 0), xp.maximum(high, 0)) if route.fills else (low, high)
+    return moved

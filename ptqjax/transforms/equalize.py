@@ -55,6 +55,7 @@ def equalize(
         ModelError: See `fold_batch_norms`.
     """
     _check(absorb, scaling)
+    model, folded = fold_batch_norms(model)
     model, prepared = prepare(model, absorb)
     if scaling in {"ranges", "noise"}:
         _warn_without_statistics(model, magnitudes or {})
@@ -65,15 +66,14 @@ def equalize(
     else:
         bound = limit if scaling == "ranges" else None
         model, scaled = scale_channels(model, limit=bound, magnitudes=magnitudes, bounds=bounds)
-    return model, (*prepared, *scaled)
+    return model, (*folded, *prepared, *scaled)
 
 
 def prepare(model: Model, absorb: str = "exact") -> tuple[Model, Report]:
-    """Returns the model folded, without constant channels and with biases absorbed: all but scaling, see `equalize`."""
-    model, folded = fold_batch_norms(model)
+    """Returns a folded model without constant channels and with biases absorbed, as `equalize` makes it to scale it."""
     model, removed = remove_constant_channels(model)
     model, absorbed = absorb_biases(model, by=absorb) if absorb != "off" else (model, ())
-    return model, (*folded, *removed, *absorbed)
+    return model, (*removed, *absorbed)
 
 
 def without_absorption(folded: Model, prepared: Report) -> tuple[Model, Report] | None:

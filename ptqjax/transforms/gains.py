@@ -25,6 +25,7 @@ from ptqjax.transforms.activations import limits_of
 from ptqjax.transforms.linear import Linear, linear_layers, weight_view
 from ptqjax.transforms.moments import Distribution, Known
 from ptqjax.transforms.rank import ranks_of
+from ptqjax.transforms.routes import Facts, Route, routes
 
 _INPUT_SIDE = 224  # places along an axis of an input that declares none: the pictures of ImageNet, 49 places at the end
 _SIDE = 7  # the same for tensors whose size cannot be followed
@@ -173,6 +174,7 @@ class _Sweep:
     def __init__(self, model: Model, known: Known) -> None:
         self.model, self.known = model, known
         self.places = places_of(model)
+        self.facts = Facts(model)
         self.layers = {layer.output: layer for layer in linear_layers(model).values()}
         self.products = {layer.node.output for layer in self.layers.values() if layer.bias_node is not None}
         self.num_directions = _PROBES
@@ -340,30 +342,26 @@ class _Sweep:
 
     # --- what moves channels
 
-    def concat(self, node: Node, gains: Mapping[str, Gain]) -> dict[str, Gain] | None:
-        gain, found = gains[node.output], [self.channels(name) for name in node.inputs]
-        sizes = [size for size in found if size is not None]
-        if all(size == len(gain.rest) for size in found):
-            return dict.fromkeys(node.inputs, gain)
-        if len(sizes) < len(found) or sum(sizes) != len(gain.rest):
-            return None
-        ends = [0, *np.cumsum(sizes).tolist()]
-        return {
-            name: gain.mapped(lambda values, i=i: values[..., ends[i] : ends[i + 1]])
-            for i, name in enumerate(node.inputs)
-        }
+    def moved(self, node: Node, gains: Mapping[str, Gain]) -> dict[str, Gain] | None:
+        """What a Concat or Split moves, back to where it came from."""
+        known = [self.known.get(name) for name in node.inputs]
+        found = routes(self.facts, node, [each and each.lying for each in known])
+        if not isinstance(found, list):
+            return self.joined(node, gains)
+        ways = zip(node.outputs, found, strict=True)
+        reached = [(route, gains[out]) for out, route in ways if route is not None and out in gains]
+        sent: dict[str, Gain] = {}
+        for position, (name, each) in enumerate(zip(node.inputs, known, strict=True)):
+            if each is not None and reached:
+                parts = [_back(route, gain, position, each.lying.count) for route, gain in reached]
+                sent[name] = reduce(Gain.__add__, [*parts, *([sent[name]] if name in sent else [])])
+        return sent
 
-    def split(self, node: Node, gains: Mapping[str, Gain]) -> dict[str, Gain] | None:
-        names = [name for name in node.outputs if name]
-        count, found = self.channels(node.inputs[0]), [self.channels(name) for name in names]
-        sizes = [size for size in found if size is not None]
-        if count is None or len(sizes) < len(found):
-            return None
-        parts = [gains.get(name) or self.rest_only(np.zeros(size)) for name, size in zip(names, sizes, strict=True)]
-        if all(size == count for size in sizes):
-            return {node.inputs[0]: reduce(Gain.__add__, parts)}
-        mean, rest = (np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in ("mean", "rest"))
-        return {node.inputs[0]: Gain(mean=mean, rest=rest)} if len(rest) == count else None
+    def joined(self, node: Node, gains: Mapping[str, Gain]) -> dict[str, Gain] | None:
+        """What tensors of the same channels that are joined along another axis get."""
+        gain = gains[node.output]
+        is_alike = all(self.channels(name) == len(gain.rest) for name in node.inputs)
+        return dict.fromkeys(node.inputs, gain) if is_alike else None
 
     def cut(self, node: Node, gains: Mapping[str, Gain]) -> dict[str, Gain] | None:
         """What a Pad or Slice leaves in place."""
@@ -380,6 +378,14 @@ class _Sweep:
         mean, rest = gain.mean @ taken, gain.rest @ taken
         whole = ((mean**2).sum(axis=0) + rest) * seen / max(behind, 1)
         return {node.inputs[0]: gain_of(mean * seen / np.sqrt(max(behind * prod(sizes), 1)), whole)}
+
+
+def _back(route: Route, gain: Gain, position: int, count: int) -> Gain:
+    """Returns what of a gain goes back along a route to the channels of one input, of which there are `count`."""
+    own = route.source == position
+    taken = np.zeros((len(gain.rest), count), gain.rest.dtype)
+    taken[np.flatnonzero(own), route.index[own]] = 1
+    return gain.mapped(lambda values: values @ taken)
 
 
 def _directions(count: int, outputs: int) -> np.ndarray:
@@ -426,6 +432,5 @@ _RULES: Mapping[str, _Rule] = {
     **dict.fromkeys(("Mul", "Div"), _Sweep.product),
     **dict.fromkeys(("Pad", "Slice"), _Sweep.cut),
     "AveragePool": _Sweep.average,
-    "Concat": _Sweep.concat,
-    "Split": _Sweep.split,
+    **dict.fromkeys(("Concat", "Split"), _Sweep.moved),
 }

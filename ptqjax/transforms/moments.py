@@ -8,7 +8,7 @@ unknown. Zeros of padding are left out: all is as in the interior.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,9 +22,9 @@ from ptqjax.pytrees import PyTreeNode, static_field
 from ptqjax.transforms.activations import is_activation, limits_of
 from ptqjax.transforms.bounds import channel_bounds
 from ptqjax.transforms.linear import Linear, bias_of, linear_layers, weight_view
-from ptqjax.transforms.rank import ranks_of
+from ptqjax.transforms.routes import ROUTED, Facts, Lying, Route, routes
+from ptqjax.transforms.sizes import ONE, Size
 
-_SAME = frozenset({"Identity", "Dropout", "MaxPool", "Squeeze"})
 _POOLS = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 _SUMS = frozenset({"Add", "Sub", "Sum"})
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
@@ -47,8 +47,13 @@ class Distribution(PyTreeNode):
     """Of f below zero, [c]; not negative, one where there is no such kink."""
     axis: int = static_field(default=1)
     """The axis that counts the channels."""
-    repeats: bool = static_field(default=False)
-    """Whether each channel stands for several neighbours on the axis, as behind a Flatten."""
+    repeats: Size = static_field(default=ONE)
+    """How many neighbours on the axis belong to one channel, as behind a Flatten."""
+
+    @property
+    def lying(self) -> Lying:
+        """How the channels lie."""
+        return Lying(self.axis, self.mean.shape[0], self.repeats)
 
     @property
     def moments(self) -> Statistics:
@@ -75,10 +80,10 @@ class Distribution(PyTreeNode):
         """Returns the distribution of so many channels, which may stand behind a Flatten; None if they do not fit."""
         size = self.mean.shape[0]
         if size == num_channels:
-            return self.replace(repeats=False)
-        if not self.repeats or num_channels % size:
+            return self.replace(repeats=ONE)
+        if self.repeats == ONE or num_channels % size:
             return None
-        return self.mapped(lambda values: values.repeat(num_channels // size), repeats=False)
+        return self.mapped(lambda values: values.repeat(num_channels // size), repeats=ONE)
 
     def mapped(self, function: Callable[[Any], Any], **static: Any) -> Distribution:
         """Returns the distribution with `function` of each array, and other static fields."""
@@ -193,7 +198,8 @@ class _Finder:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.ranks = ranks_of(model)
+        self.facts = Facts(model)
+        self.ranks = self.facts.ranks
         self.layers = {id(layer.bias_node or layer.node): layer for layer in linear_layers(model).values()}
         self.inside = {layer.node.output for layer in linear_layers(model).values() if layer.bias_node is not None}
         self.known: Known = {}
@@ -209,8 +215,8 @@ class _Finder:
                 self.known[name] = found[name]
 
     def _followed(self, node: Node) -> Known:
-        if node.op_type == "Split":
-            return self._split(node)
+        if node.op_type in ROUTED:
+            return self._moved(node)
         layer = self.layers.get(id(node))
         found = self._linear(layer) if layer is not None else self._single(node)
         return {} if found is None else {node.output: found}
@@ -222,8 +228,6 @@ class _Finder:
         known = self.known[tensor]
         if node.op_type in _SUMS and sum(name in self.known for name in node.inputs) > 1:
             return self._sum(node)
-        if node.op_type == "Concat":
-            return self._concatenated(node)
         if node.op_type in _ARITHMETIC:
             return self._with_constant(node, tensor, known)
         if self._is_activation(node, tensor, known):
@@ -235,7 +239,7 @@ class _Finder:
         if node.op_type in {"Relu", "LeakyRelu"}:
             return True
         size, rank = known.mean.shape[0], self.ranks.get(tensor)
-        is_usual = known.axis == 1 and rank is not None and not known.repeats
+        is_usual = known.axis == 1 and rank is not None and known.repeats == ONE
         return is_usual and is_activation(self.model, node, tensor, size, (rank or _MATRIX) - 2)
 
     def _linear(self, layer: Linear) -> Distribution | None:
@@ -295,7 +299,7 @@ class _Finder:
         other = next((name for name in node.inputs if name != tensor), "")
         value = value_of(self.model, other) if len(node.inputs) == _MATRIX else None
         constant = None if value is None else self._per_channel(value, tensor, known)
-        if constant is None or known.repeats or (node.op_type == "Div" and node.inputs[0] != tensor):
+        if constant is None or known.repeats != ONE or (node.op_type == "Div" and node.inputs[0] != tensor):
             return None
         factor, shift = {
             "Add": lambda: (1.0, constant),
@@ -316,46 +320,22 @@ class _Finder:
         wanted = tuple(size if axis == known.axis else 1 for axis in range(rank))
         return widened(value).reshape(-1) if (1,) * (rank - len(shape)) + shape == wanted else None
 
-    def axis_of(self, node: Node, axis: int) -> int | None:
-        """Returns an axis of the node's first input, counted from the front; None where its rank is unknown."""
-        rank = self.ranks.get(node.inputs[0])
-        return axis if axis >= 0 else None if rank is None else axis + rank
-
-    def _concatenated(self, node: Node) -> Distribution | None:
-        parts = [self.known.get(name) for name in node.inputs]
-        if any(part is None or part.repeats for part in parts):
-            return None
-        first = parts[0]
-        axes = {part.axis for part in parts if part is not None}
-        if first is None or axes != {self.axis_of(node, node.attribute("axis", 1))}:
-            return None
-        xp = array_namespace(first.mean)
-        fields = ("mean", "std", "low", "high", "slope")
-        return first.replace(**{name: xp.concatenate([getattr(part, name) for part in parts]) for name in fields})
-
-    def _split(self, node: Node) -> Known:
-        known = self.known.get(node.inputs[0])
-        if known is None or known.repeats:
-            return {}
-        if self.axis_of(node, node.attribute("axis", 0)) != known.axis:
-            return dict.fromkeys(filter(None, node.outputs), known)
-        sizes = value_of(self.model, node.inputs[1]) if len(node.inputs) > 1 else node.attribute("split")
-        count = len(node.outputs)
-        if sizes is None:
-            each = -(-known.mean.shape[0] // count)
-            sizes = [each] * (count - 1)
-        ends = [0, *np.cumsum(np.asarray(sizes)[: count - 1]).tolist(), known.mean.shape[0]]
-        return {
-            name: known.mapped(lambda values, i=i: values[ends[i] : ends[i + 1]])
-            for i, name in enumerate(node.outputs)
-            if name
-        }
+    def _moved(self, node: Node) -> Known:
+        """Returns the distributions of what only moves values; zeros of padding are left out."""
+        known = [self.known.get(name) for name in node.inputs]
+        found = routes(self.facts, node, [each and each.lying for each in known])
+        names = zip(node.outputs, found if isinstance(found, list) else [], strict=False)
+        return {name: _along(route, known) for name, route in names if name and route is not None}
 
 
-def _setting(finder: _Finder, node: Node, index: int, attribute: str) -> Any | None:
-    """Returns a setting: an input since some operator set, an attribute before; None where it is computed."""
-    name = dict(enumerate(node.inputs)).get(index, "")
-    return value_of(finder.model, name) if name else node.attribute(attribute)
+def _along(route: Route, known: Sequence[Distribution | None]) -> Distribution:
+    first = next(each for each in known if each is not None)
+    xp = array_namespace(first.mean)
+    fields = {
+        name: route.gather([each and getattr(each, name) for each in known], xp, zero=float(name == "slope"))
+        for name in ("mean", "std", "low", "high", "slope")
+    }
+    return first.replace(**fields, axis=route.axis, repeats=route.repeats)
 
 
 def _affine(known: Distribution, factor: Any, shift: Any) -> Distribution:
@@ -386,12 +366,13 @@ def _root(variance: Any) -> Any:
 
 
 def _same(finder: _Finder, node: Node, known: Distribution) -> Distribution | None:
-    return None if node.op_type == "Squeeze" and not _is_behind_channels(finder, node, known) else known
+    del finder, node
+    return known
 
 
 def _is_behind_channels(finder: _Finder, node: Node, known: Distribution) -> bool:
-    """Tells whether all axes that a Squeeze or a reduction takes away are known and lie behind the channels'."""
-    axes, rank = _setting(finder, node, 1, "axes"), finder.ranks.get(node.inputs[0])
+    """Tells whether all axes that a reduction takes away are known and lie behind the channels'."""
+    axes, rank = finder.facts.setting(node, 1, "axes"), finder.ranks.get(node.inputs[0])
     return axes is not None and rank is not None and all(int(axis) % rank > known.axis for axis in np.ravel(axes))
 
 
@@ -407,72 +388,10 @@ def _pooled(finder: _Finder, node: Node, known: Distribution) -> Distribution | 
     return normal(moments.mean, moments.std, axis=known.axis)
 
 
-def _flattened(finder: _Finder, node: Node, known: Distribution) -> Distribution | None:
-    if known.axis != 1 or finder.axis_of(node, node.attribute("axis", 1)) != 1:
-        return None
-    return known.replace(repeats=True)
-
-
-def _reshaped(finder: _Finder, node: Node, known: Distribution) -> Distribution | None:
-    """Returns the distribution behind a Reshape to a matrix with a row for each sample."""
-    shape = value_of(finder.model, node.inputs[1])
-    if shape is None or np.size(shape) != _MATRIX or known.axis != 1:
-        return None
-    wanted = int(np.asarray(shape)[1])
-    return known.replace(repeats=True) if wanted == -1 or wanted % known.mean.shape[0] == 0 else None
-
-
-def _transposed(finder: _Finder, node: Node, known: Distribution) -> Distribution | None:
-    del finder
-    order = node.attribute("perm")
-    return None if order is None or known.repeats else known.replace(axis=tuple(order).index(known.axis))
-
-
-def _padded(finder: _Finder, node: Node, known: Distribution) -> Distribution | None:
-    """Returns the distribution with channels of zeros where a Pad adds channels; other axes are as in the interior."""
-    pads = _setting(finder, node, 1, "pads")
-    value = _setting(finder, node, 2, "value")
-    is_zero = not any(node.inputs[2:3]) if value is None else not np.any(value)
-    if pads is None or known.repeats or not is_zero or any(node.inputs[3:]):
-        return None
-    before, after = np.asarray(pads).reshape(2, -1)[:, known.axis].tolist()
-    if before == after == 0:
-        return known
-    if before < 0 or after < 0 or node.attribute("mode", "constant") != "constant":
-        return None
-    xp = array_namespace(known.mean)
-    return known.mapped(lambda values: xp.pad(values, (before, after))).replace(
-        slope=xp.pad(known.slope, (before, after), constant_values=1.0)
-    )
-
-
-def _sliced(finder: _Finder, node: Node, known: Distribution) -> Distribution | None:
-    inputs = [value_of(finder.model, name) for name in node.inputs[1:]]
-    names = ("starts", "ends", "axes", "steps")
-    given = dict(zip(names, inputs, strict=False)) if inputs else {name: node.attribute(name) for name in names}
-    if given["starts"] is None or given["ends"] is None or known.repeats:
-        return None
-    starts, ends = (np.asarray(given[name]).tolist() for name in ("starts", "ends"))
-    axes = list(range(len(starts))) if given.get("axes") is None else np.asarray(given["axes"]).tolist()
-    steps = [1] * len(starts) if given.get("steps") is None else np.asarray(given["steps"]).tolist()
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        if finder.axis_of(node, axis) is None:
-            return None
-        if finder.axis_of(node, axis) == known.axis:
-            stop = None if step < 0 and end < -known.mean.shape[0] else end
-            known = known.mapped(lambda values, s=slice(start, stop, step): values[s])
-    return known
-
-
 _RULES: Mapping[str, Callable[[_Finder, Node, Distribution], Distribution | None]] = {
-    **dict.fromkeys(_SAME, _same),
+    "MaxPool": _same,
     **dict.fromkeys(_POOLS, _pooled),
     "Neg": _negated,
-    "Flatten": _flattened,
-    "Reshape": _reshaped,
-    "Transpose": _transposed,
-    "Pad": _padded,
-    "Slice": _sliced,
 }
 
 

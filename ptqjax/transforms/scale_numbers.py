@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ptqjax.transforms.routes import Lying
+from ptqjax.transforms.sizes import ONE, Size
+
 FIXED = 0
 """The number of the scale that is one."""
 
@@ -18,8 +21,13 @@ class Channels:
     """The axis that counts them, from the front."""
     scales: np.ndarray
     """The number of each channel's scale; `FIXED` where it is one."""
-    repeats: bool = False
-    """Whether each stands for several neighbours on the axis: behind a Flatten, until a layer tells how many."""
+    repeats: Size = ONE
+    """How many neighbours on the axis belong to one channel, as behind a Flatten."""
+
+    @property
+    def lying(self) -> Lying:
+        """How they lie."""
+        return Lying(self.axis, len(self.scales), self.repeats)
 
 
 class Scales:

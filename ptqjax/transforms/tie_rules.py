@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ptqjax.ir import Model, Node, is_private, place_of, value_of
 from ptqjax.kernels.precision import is_traced
 from ptqjax.transforms.activations import commutes_with_scaling, is_activation
-from ptqjax.transforms.rank import ranks_of
-from ptqjax.transforms.scale_numbers import Channels, Scales
+from ptqjax.transforms.routes import ROUTED, ZEROS, Facts, Route, routes
+from ptqjax.transforms.scale_numbers import FIXED, Channels, Scales
+from ptqjax.transforms.sizes import ONE
 
-_SAME = frozenset({"Identity", "Dropout", "Neg"})
 _POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
 _REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"})
 _ELEMENTWISE = frozenset(
@@ -40,7 +40,8 @@ class Marks:
 
     def __init__(self, model: Model, left: frozenset[str]) -> None:
         self.model, self.graph, self.left = model, model.graph, left
-        self.ranks = ranks_of(model)
+        self.facts = Facts(model)
+        self.ranks = self.facts.ranks
         self.scales = Scales()
         self.channels: dict[str, Channels] = {}
         self.limited: list[tuple[Node, np.ndarray, int]] = []
@@ -89,7 +90,7 @@ def _activation(marks: Marks, node: Node) -> list[Channels | None] | str:
     if known is None:
         return [None]
     rank = marks.ranks.get(name)
-    if rank is None or known.repeats:
+    if rank is None or (known.repeats != ONE and node.op_type not in {"Relu", "LeakyRelu"}):
         return "the number of its channels is not known"
     if marks.ranks.get(node.output) != rank:
         return "it adds axes in front"
@@ -118,7 +119,7 @@ def _reduction(marks: Marks, node: Node) -> list[Channels | None] | str:
     if known is None:
         return [None]
     axes = value_of(marks.model, node.inputs[1]) if len(node.inputs) > 1 else node.attribute("axes")
-    if rank is None or axes is None or np.size(axes) == 0 or known.repeats:
+    if rank is None or axes is None or np.size(axes) == 0 or known.repeats != ONE:
         return "its axes are not known"
     reduced = {int(axis) % rank for axis in np.ravel(axes)}
     if known.axis in reduced:
@@ -159,7 +160,7 @@ def _shift(marks: Marks, node: Node, name: str, known: Channels, rank: int) -> s
     if not is_traced(value) and not np.any(np.asarray(value)):
         return ""
     axis = value.ndim - (rank - known.axis)
-    if axis < 0 or value.ndim > rank or value.shape[axis] != len(known.scales) or known.repeats:
+    if axis < 0 or value.ndim > rank or value.shape[axis] != len(known.scales) or known.repeats != ONE:
         return f"'{name}' is not one number for each channel"
     if node.op_type == "Sub" and node.inputs[0] == name:
         return "it subtracts from a constant"
@@ -177,7 +178,7 @@ def _product(marks: Marks, node: Node) -> list[Channels | None] | str:
     channels, rank = marks.channels[tensor], marks.ranks.get(tensor)
     other = next((name for name in node.inputs if name != tensor), tensor)
     other_rank = marks.ranks.get(other)
-    if rank is None or other_rank is None or other_rank > rank or other == tensor or channels.repeats:
+    if rank is None or other_rank is None or other_rank > rank or other == tensor or channels.repeats != ONE:
         return "what it multiplies is not known to keep the channels"
     if other in marks.model.params:
         axis = marks.model.params[other].ndim - (rank - channels.axis)
@@ -189,160 +190,43 @@ def _product(marks: Marks, node: Node) -> list[Channels | None] | str:
     return [channels]
 
 
-def _transpose(marks: Marks, node: Node) -> list[Channels | None] | str:
-    known, rank = marks.of(node.inputs[0]), marks.ranks.get(node.inputs[0])
-    if known is None:
-        return [None]
-    if rank is None:
-        return "its rank is not known"
-    order = tuple(node.attribute("perm", tuple(reversed(range(rank)))))
-    return [Channels(axis=order.index(known.axis), scales=known.scales, repeats=known.repeats)]
+def _routed(marks: Marks, node: Node) -> list[Channels | None] | str:
+    """The rule of what only moves values."""
+    known = [marks.of(name) for name in node.inputs]
+    found = routes(marks.facts, node, [channels and channels.lying for channels in known])
+    if found is None or isinstance(found, str):
+        return found or "what it does to the channels is not known"
+    return [route and _along(marks, route, known) for route in found]
 
 
-def _flatten(marks: Marks, node: Node) -> list[Channels | None] | str:
-    known = marks.of(node.inputs[0])
-    if known is None:
-        return [None]
-    if node.attribute("axis", 1) != 1 or known.axis != 1:
-        return "it does not flatten each sample from its channels on"
-    return [Channels(axis=1, scales=known.scales, repeats=True)]
-
-
-def _reshape(marks: Marks, node: Node) -> list[Channels | None] | str:
-    known = marks.of(node.inputs[0])
-    if known is None:
-        return [None]
-    shape = marks.graph.constant_values.get(node.inputs[1])
-    sizes = [] if shape is None else shape.tolist()
-    one_sample = all(spec.shape is not None and spec.shape[:1] == (1,) for spec in marks.graph.inputs)
-    keeps_samples = len(sizes) == 2 and (sizes[0] == 0 or (sizes[0] == 1 and one_sample))  # noqa: PLR2004
-    if known.axis != 1 or node.attribute("allowzero", 0) or not keeps_samples or sizes[1] == 0:
-        return "it is not known to flatten each sample from its channels on"
-    return [Channels(axis=1, scales=known.scales, repeats=True)]
-
-
-def _squeeze(marks: Marks, node: Node) -> list[Channels | None] | str:
-    known, rank = marks.of(node.inputs[0]), marks.ranks.get(node.inputs[0])
-    if known is None:
-        return [None]
-    axes = value_of(marks.model, node.inputs[1]) if len(node.inputs) > 1 else node.attribute("axes")
-    if rank is None or axes is None or known.repeats:
-        return "its axes are not known"
-    new_rank = rank + np.size(axes) if node.op_type == "Unsqueeze" else rank
-    places = sorted(int(axis) % new_rank for axis in np.ravel(axes))
-    if node.op_type == "Squeeze":
-        if known.axis in places:
-            return "it drops the channels"
-        return [Channels(axis=known.axis - sum(place < known.axis for place in places), scales=known.scales)]
-    kept = [axis for axis in range(new_rank) if axis not in places]
-    return [Channels(axis=kept[known.axis], scales=known.scales)]
+def _along(marks: Marks, route: Route, known: Sequence[Channels | None]) -> Channels:
+    scales = route.gather([None if each is None else each.scales for each in known], np, zero=FIXED)
+    zeros = route.source == ZEROS
+    scales = np.where(zeros, np.cumsum(zeros) - 1 + marks.scales.new(int(zeros.sum())).min(initial=0), scales)
+    return Channels(axis=route.axis, scales=scales.astype(int), repeats=route.repeats)
 
 
 def _concat(marks: Marks, node: Node) -> list[Channels | None] | str:
-    found = [marks.of(name) for name in node.inputs]
-    known = next((channels for channels in found if channels is not None), None)
+    """The rule of what strings channels together, or joins tensors of the same channels along another axis."""
+    parts = [marks.of(name) for name in node.inputs]
     rank = next((marks.ranks[name] for name in node.inputs if name in marks.ranks), None)
-    if known is None:
-        return [None]
-    if rank is None or any(channels is None or channels.axis != known.axis for channels in found):
-        return "the channels of some of its inputs are not known"
-    parts = [channels for channels in found if channels is not None]
-    if any(part.repeats for part in parts):
-        return "how many numbers a channel has is not known"
-    if int(node.attribute("axis", 1)) % rank == known.axis:
-        return [Channels(axis=known.axis, scales=np.concatenate([part.scales for part in parts]))]
-    for part in parts[1:]:
-        if len(part.scales) != len(known.scales):
+    first = next((part for part in parts if part is not None), None)
+    if first is None or rank is None or int(node.attribute("axis", 1)) % rank == first.axis:
+        return _routed(marks, node)
+    for part in parts:
+        if part is None or part.axis != first.axis:
+            return "the channels of some of its inputs are not known"
+        if len(part.scales) != len(first.scales) or part.repeats != first.repeats:
             return "the channels that it joins do not match"
-        marks.scales.tie(known.scales, part.scales, f"{place_of(node)} joins it with a tensor whose scale is fixed")
-    return [known]
-
-
-def _split(marks: Marks, node: Node) -> list[Channels | None] | str:
-    known, rank = marks.of(node.inputs[0]), marks.ranks.get(node.inputs[0])
-    if known is None:
-        return [None]
-    if rank is None or known.repeats:
-        return "its rank is not known"
-    if int(node.attribute("axis", 0)) % rank != known.axis:
-        return [known for _ in node.outputs]
-    second = value_of(marks.model, node.inputs[1]) if len(node.inputs) > 1 else node.attribute("split")
-    if second is None and any(node.inputs[1:]):
-        return "the sizes of its parts are not known"
-    count, size = len(node.outputs), len(known.scales)
-    sizes = [int(part) for part in np.ravel(second)] if second is not None else [-(-size // count)] * (count - 1)
-    ends = np.cumsum(sizes)[: count - 1]
-    return [Channels(axis=known.axis, scales=part) for part in np.split(known.scales, ends)]
-
-
-def _slice(marks: Marks, node: Node) -> list[Channels | None] | str:
-    known, rank = marks.of(node.inputs[0]), marks.ranks.get(node.inputs[0])
-    if known is None:
-        return [None]
-    ends = _slice_ends(marks, node)
-    if rank is None or ends is None or known.repeats:
-        return "where it starts and ends is not known"
-    scales = known.scales
-    for start, stop, axis, step in ends:
-        if axis % rank == known.axis:
-            whole = range(len(scales))
-            scales = scales[list(whole[slice(start, None if stop < -len(scales) else stop, step)])]
-    return [Channels(axis=known.axis, scales=scales)]
-
-
-def _slice_ends(marks: Marks, node: Node) -> list[tuple[int, int, int, int]] | None:
-    if len(node.inputs) == 1:
-        starts, stops = node.attribute("starts"), node.attribute("ends")
-        axes, steps = node.attribute("axes", range(len(starts))), [1] * len(starts)
-    else:
-        values = [value_of(marks.model, name) if name else None for name in node.inputs[1:]]
-        values += [None] * (4 - len(values))
-        if values[0] is None or values[1] is None:
-            return None
-        starts, stops = values[0].tolist(), values[1].tolist()
-        if any(name and value is None for name, value in zip(node.inputs[1:], values, strict=False)):
-            return None
-        axes = range(len(starts)) if values[2] is None else values[2].tolist()
-        steps = [1] * len(starts) if values[3] is None else values[3].tolist()
-    return [(int(a), int(b), int(c), int(d)) for a, b, c, d in zip(starts, stops, axes, steps, strict=True)]
-
-
-def _pad(marks: Marks, node: Node) -> list[Channels | None] | str:
-    known, rank = marks.of(node.inputs[0]), marks.ranks.get(node.inputs[0])
-    if known is None:
-        return [None]
-    pads = value_of(marks.model, node.inputs[1]) if len(node.inputs) > 1 else node.attribute("pads")
-    if rank is None or pads is None or known.repeats or (len(node.inputs) > 3 and node.inputs[3]):  # noqa: PLR2004
-        return "how much it pads is not known"
-    before, after = (int(pads[known.axis + offset]) for offset in (0, rank))
-    if not before and not after and node.attribute("mode", "constant") != "constant":
-        return [known]
-    filling = node.inputs[2] if len(node.inputs) > 2 else ""  # noqa: PLR2004
-    value = value_of(marks.model, filling) if filling else node.attribute("value", 0.0)
-    if node.attribute("mode", "constant") != "constant" or value is None or is_traced(value) or np.any(value):
-        return "it pads with something other than zeros"
-    if before < 0 or after < 0:
-        return "it cuts channels off"
-    scales = np.concatenate([marks.scales.new(before), known.scales, marks.scales.new(after)])
-    return [Channels(axis=known.axis, scales=scales)]
-
-
-def _resize(marks: Marks, node: Node) -> list[Channels | None] | str:
-    known, rank = marks.of(node.inputs[0]), marks.ranks.get(node.inputs[0])
-    if known is None:
-        return [None]
-    factors = value_of(marks.model, node.inputs[-1]) if len(node.inputs) in {2, 3} else node.attribute("scales")
-    is_plain = node.attribute("coordinate_transformation_mode", "half_pixel") != "tf_crop_and_resize"
-    if rank is None or factors is None or np.size(factors) != rank or not is_plain or known.repeats:
-        return "what it does to the channels is not known"
-    return [known] if float(np.ravel(factors)[known.axis]) == 1.0 else "it resizes along the channels"
+        marks.scales.tie(first.scales, part.scales, f"{place_of(node)} joins it with a tensor whose scale is fixed")
+    return [first]
 
 
 Rule = Callable[[Marks, Node], "list[Channels | None] | str"]
 """Returns the channels of a node's outputs, or the reason why there are none."""
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_SAME, _same),
+    "Neg": _same,
     **dict.fromkeys(("Shape", "Size"), _nothing),
     **dict.fromkeys(_ELEMENTWISE, _function),
     **dict.fromkeys(_POOLS, _pool),
@@ -350,14 +234,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Relu", "LeakyRelu", "PRelu", "Clip", "Min", "Max"), _activation),
     **dict.fromkeys(("Add", "Sum", "Sub"), _sum),
     **dict.fromkeys(("Mul", "Div"), _product),
-    **dict.fromkeys(("Squeeze", "Unsqueeze"), _squeeze),
-    **dict.fromkeys(("Resize", "Upsample"), _resize),
-    "Transpose": _transpose,
-    "Flatten": _flatten,
-    "Reshape": _reshape,
+    **dict.fromkeys(ROUTED, _routed),
     "Concat": _concat,
-    "Split": _split,
-    "Slice": _slice,
-    "Pad": _pad,
 }
 """By operator of ONNX; what has none fixes what it reads."""

@@ -17,6 +17,7 @@ import numpy as np
 from ptqjax.ir import Model, Node, captured, place_of
 from ptqjax.transforms.linear import Linear, linear_layers, why_not_rewritable
 from ptqjax.transforms.scale_numbers import FIXED, Channels, Scales
+from ptqjax.transforms.sizes import ONE
 from ptqjax.transforms.tie_rules import RULES, Marks, read_by
 
 
@@ -149,7 +150,7 @@ class _Finder:
         if known is None:
             return fixed
         count = len(known.scales)
-        fits = layer.num_inputs % count == 0 if known.repeats else layer.num_inputs == count
+        fits = layer.num_inputs % count == 0 if known.repeats != ONE else layer.num_inputs == count
         if reason or known.axis != axis or not fits:
             self.marks.fix(
                 layer.input, reason or f"{place_of(layer.node)} does not read the channels of '{layer.input}'"

@@ -1,0 +1,10 @@
+from ptqjax.experiments.budgets import Budget as Budget
+from ptqjax.experiments.budgets import Drop as Drop
+from ptqjax.experiments.many import quantize_each as quantize_each
+from ptqjax.experiments.metrics import Metric as Metric
+from ptqjax.experiments.sensitivities import Sensitivity as Sensitivity
+from ptqjax.experiments.sensitivities import ranking as ranking
+from ptqjax.experiments.sensitivities import sensitivity as sensitivity
+from ptqjax.experiments.sweeping import sweep as sweep
+from ptqjax.experiments.table import SweepTable as SweepTable
+from ptqjax.experiments.width_search import mixed_precision as mixed_precision

@@ -1,0 +1,8 @@
+"""Reads and writes what lies on disk: models, encodings, settings, states, values of tensors.
+
+The names are those of the stub beside this file, and also those of `ptqjax` itself.
+"""
+
+from ptqjax.lazy import lazy_names
+
+__all__, __getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -1,0 +1,13 @@
+from ptqjax.captured import write_tensor_values as write_tensor_values
+from ptqjax.config import config_from_aimet as config_from_aimet
+from ptqjax.config import read_config as read_config
+from ptqjax.config import write_config as write_config
+from ptqjax.encoding_files import Mismatch as Mismatch
+from ptqjax.encoding_files import read_encodings as read_encodings
+from ptqjax.encoding_files import read_quantized as read_quantized
+from ptqjax.encoding_files import read_state as read_state
+from ptqjax.encoding_files import write_encodings as write_encodings
+from ptqjax.encoding_files import write_state as write_state
+from ptqjax.exporting import export as export
+from ptqjax.onnx_io import read as read
+from ptqjax.onnx_io import write as write
