@@ -17,9 +17,6 @@ def run(*options):
 
 def test_the_smoke_run_prints_each_row_once_and_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / "rows.jsonl"
-    nothing = run("--out", out, "--seconds", -1)
-    assert "Peak device memory" in nothing
-    assert not out.exists()
     rows = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in run("--out", out).splitlines() if " | " in line}
     known = out.read_text()
     assert len(known.splitlines()) == len(rows) - 1  # the table's head

@@ -15,7 +15,7 @@ import numpy as np
 
 from ptqjax.errors import DataDependentError
 from ptqjax.kernels.fixed_part import in_two_parts
-from ptqjax.kernels.platforms import Target, current, told
+from ptqjax.kernels.platforms import Target, current, made_for, told
 from ptqjax.ops import is_concrete, revision
 
 _MOST_PROGRAMS = 64  # that are kept traced
@@ -31,7 +31,7 @@ def for_gpus_in_two_parts(program: Callable[..., Any], whole: Callable[..., Any]
 
     @wraps(program)
     def run(static: Any, *arguments: Any) -> Any:
-        if current().platform != "gpu" or not is_concrete(*arguments):
+        if current().platform != "gpu" or not is_concrete(*arguments) or _are_on_a_cpu(arguments):
             return whole(static, *arguments)
         *fixed, inputs = arguments
         try:
@@ -46,6 +46,12 @@ def for_gpus_in_two_parts(program: Callable[..., Any], whole: Callable[..., Any]
 def _meaning() -> tuple[int, Target | None, bool]:
     """Returns what tells two programs of one graph apart beside their shapes."""
     return revision(), told(), bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _are_on_a_cpu(arguments: Any) -> bool:
+    """Tells whether a caller put arrays on a CPU where programs are otherwise for GPUs, and did not say so."""
+    held = (leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.Array))
+    return told() is None and any(device.platform == "cpu" for leaf in held for device in leaf.devices())
 
 
 class _Last:
@@ -75,7 +81,8 @@ def _parts(
     def whole(fixed: Any, inputs: Any) -> Any:
         return program(static, *fixed, inputs)
 
-    prepare, finish = in_two_parts(whole, *(_example(each) for each in (fixed, inputs)))
+    with made_for(current().platform):  # not for whatever it may be compiled for
+        prepare, finish = in_two_parts(whole, *(_example(each) for each in (fixed, inputs)))
     name = getattr(program, "__name__", "program").strip("_")
     prepare.__name__, finish.__name__ = f"{name}_prepared", name  # what compiler logs and progress call them
     return jax.jit(prepare), jax.jit(finish)
