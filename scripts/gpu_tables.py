@@ -36,11 +36,10 @@ def _row(records: Sequence[Mapping[str, Any]], record: Mapping[str, Any], plain:
     """Returns a call's row; what it does once for parameters and encodings is not in it, see the programs."""
     place = f"| {record['network']} | {record['batch']} | {record['call']} | "
     if record.get("error"):
-        return f"{place}does not compile: {record['error'].splitlines()[0]} |" + " |" * 5
-    parts = [each for each in records if all(each[key] == record[key] for key in ("network", "batch", "call"))]
-    parts = [each for each in parts if each["program"] and not each["program"].endswith("_prepared")]
+        return f"{place}does not compile: {record['error'].splitlines()[0][:80]} |" + " |" * 5
+    parts = _parts(records, record)
     moved, kernels = (sum(each[key] for each in parts) for key in ("num_bytes", "kernels"))
-    of_float = f"{moved / plain['num_bytes']:.3f}" if plain else ""
+    of_float = f"{moved / sum(each['num_bytes'] for each in _parts(records, plain)):.3f}" if plain else ""
     of_least = f"{moved / plain['least']:.2f}" if plain and plain.get("least") else ""
     temporary = max((each["temporary"] for each in parts), default=0)
     return (
@@ -49,8 +48,16 @@ def _row(records: Sequence[Mapping[str, Any]], record: Mapping[str, Any], plain:
     )
 
 
+def _parts(records: Sequence[Mapping[str, Any]], call: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the programs of a call, but for those that run once for parameters and encodings."""
+    same = [each for each in records if all(each[key] == call[key] for key in ("network", "batch", "call"))]
+    return [
+        each for each in same if "kernels" in each and each["program"] and not each["program"].endswith("_prepared")
+    ]
+
+
 def _counts(record: Mapping[str, Any]) -> str:
     if record.get("error"):
-        return f"does not compile: {record['error'].splitlines()[0]} | |"
+        return f"does not compile: {record['error'].splitlines()[0][:80]} | |"
     loops = " and more: loops whose turns are not told count once" if record.get("open_loops") else ""
     return f"{record['kernels']}{loops} | {record['num_bytes'] / _GIGA:.3f} | {record['temporary'] / _MEGA:.0f}"
