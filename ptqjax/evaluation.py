@@ -39,7 +39,7 @@ class Evaluation:
     sqnr: float | None
     """10 log10(sum y^2 / sum (y - y_q)^2) over all outputs, y the reference's, in dB; None without a reference."""
     outputs: Mapping[str, float] = field(default_factory=dict)
-    """The same of each output by itself, by name; of an output that strings unlike parts together, of each part:
+    """The figures of each output by itself, by name; of an output that strings unlike parts together, of each part:
     "output: part". Empty without a reference."""
 
     @property
@@ -184,9 +184,9 @@ class _Counts(NamedTuple):
     num_named: int = 0
     """How many samples `num_same` is of."""
     outputs: Mapping[str, _Sums] = {}
-    """By output."""
+    """The sums of each output, by its name."""
     parts: Mapping[tuple[str, str], _SumsAndSize] = {}
-    """By output and part."""
+    """The sums of each part of an output, by output and part."""
 
     def plus(self, other: _Counts) -> _Counts:
         """Returns the counts of both."""

@@ -91,7 +91,7 @@ def _bars(console: Any) -> Any:
 
 
 def _followed(collection: Any, begin: Callable[[int | None], Any]) -> Any:
-    """Returns the collection with passes that are shown; an iterator stays one: who needs it twice has to see that."""
+    """Returns the collection with passes that are shown; an iterator stays one, so that its callers notice."""
     followed = _Followed(collection, begin)
     return iter(followed) if isinstance(collection, Iterator) else followed
 
@@ -196,7 +196,7 @@ class _Work:
     passing: float = 0.0
     """Seconds of passes that have ended."""
     compiling: float = 0.0
-    """Those of them in which something was compiled."""
+    """The stages of them in which something was compiled."""
 
 
 def _to_stderr(line: str) -> None:

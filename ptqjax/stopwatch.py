@@ -26,9 +26,9 @@ class Spent:
     stage: str
     """Its name."""
     seconds: float
-    """By the clock."""
+    """The seconds that the clock shows."""
     processor_seconds: float
-    """Of all threads of the process."""
+    """The processor seconds of all threads of the process."""
     compiling_seconds: float
     """The part of `seconds` in which something was traced or compiled, in whatever thread."""
     num_compiled: int

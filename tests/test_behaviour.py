@@ -44,7 +44,7 @@ def with_observed(model, observed):
         for name, found in observed.items()
         if name != "f"
     }
-    return known | {"f": known["g"].replace(repeats=True)}
+    return known | {"f": known["g"]}  # a Flatten of single places
 
 
 @pytest.mark.parametrize(("pads", "stride", "group"), [(0, 1, 1), (0, 2, 4), (1, 1, 2), (1, 3, 1)])

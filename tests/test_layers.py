@@ -119,3 +119,13 @@ def test_a_permitted_import_is_passed():
     assert (
         violations("from ptqjax.ir import Model\nfrom .fold import fold\nimport numpy", Path("transforms/x.py")) == []
     )
+
+
+def test_private_names_stay_in_their_files():
+    found = {
+        f"{module}: {name}"
+        for module in MODULES
+        for name in imported((PACKAGE / module).read_text(), module)
+        if name.startswith("ptqjax") and name.rpartition(".")[2].startswith("_") and not name.endswith("__")
+    }
+    assert found == set()

@@ -113,7 +113,7 @@ class _Runtimes:
     exposed: Any
     """With all quantized tensors as outputs."""
     plain: Any
-    """As it is; the same session where exposing changes nothing."""
+    """The session of the file as it is; the same one where exposing changes nothing."""
 
 
 def _runtimes(programs: _Programs, tensors: Mapping[str, np.dtype], device: str) -> tuple[_Runtimes, Fusions]:

@@ -19,7 +19,7 @@ class Distance:
     num_equal: int
     """How many elements agree."""
     num_elements: int
-    """How many there are."""
+    """The number of elements that were compared."""
 
     @property
     def equal(self) -> float:
@@ -79,11 +79,11 @@ class OperatorSummary:
     num_integer: int
     """How many of these the runtime computed in integers."""
     alone: Distance
-    """Of all elements of these groups, each recomputed from the runtime's own integers."""
+    """The distance of all elements of these groups, each recomputed from the runtime's own integers."""
     lowest_equal_alone: float
     """The fraction of elements that agree, in the group alone where it is lowest."""
     end_to_end: Distance
-    """Of all elements, computed from the graph's inputs."""
+    """The distance of all elements, computed from the graph's inputs."""
     lowest_equal_end_to_end: float
     """The fraction of elements that agree end to end, in the tensor where it is lowest."""
 

@@ -82,15 +82,15 @@ class QuantizationConfig:
     ranges: str = "sqnr"
     """How ranges are chosen: "min-max", "moving-average", "sqnr", "percentile:P", "mse" or "entropy"."""
     weight_ranges: str | None = None
-    """The same for weights alone; None: as `ranges`, but "min-max" in place of "sqnr" where a scale is for a channel or
-    less and has fewer than 8 bits: there, what is cut off costs more than it spares."""
+    """The scheme that weights' ranges are chosen by; None: `ranges`, but "min-max" in place of "sqnr" where a scale
+    is for a channel or less and has fewer than 8 bits: there, what is cut off costs more than it spares."""
     activation_ranges: str | None = None
-    """The same for activations alone; None: as `ranges`."""
+    """The scheme that activations' ranges are chosen by; None: `ranges`."""
     weights_symmetric: Symmetry | None = None
     """How 0 lies on the grids of weights: False (anywhere), True (in the middle), "strict" (and the smallest integer
     unused), "unsigned" (at the lower end where no value is negative), "strict unsigned"; None: True where signed."""
     activations_symmetric: Symmetry | None = None
-    """The same for activations; None: False."""
+    """How 0 lies on the grids of activations, as `weights_symmetric` says it of weights; None: False."""
     power_of_two: bool = False
     """Whether all scales are powers of two."""
     biases: str | None = None
@@ -118,7 +118,7 @@ class QuantizationConfig:
     the least error of its output on calibration data ("solved"); None: solved for, with data, where a weight has fewer
     than 8 bits, or one scale for all channels and `effort` is not "fast", and everywhere where that is "thorough"."""
     headroom: float | None = None
-    """How many times wider than the calibration data's the ranges of activations are, bounded by what can occur; None:
+    """Factor by which activation ranges are widened beyond calibration, never past provable bounds; None:
     as measures best (`scaling="auto"`), else 1."""
     effort: str = "balanced"
     """How much time choices may take, one of `EFFORTS`: what closed forms say is taken ("fast"), what may win by them
@@ -126,7 +126,7 @@ class QuantizationConfig:
     target: str = "ort-cpu"
     """The runtime: name of a file of `ptqjax/targets`, or path of such a file (ends in .toml)."""
     seed: int = 0
-    """Of what is random: which samples learning looks at, and in which order."""
+    """The seed of what is random: which samples learning looks at, and in which order."""
     exclude: tuple[str, ...] = ()
     """Patterns of tensors that stay in float, as `Rule.tensors` has them."""
     exclude_nodes: tuple[str, ...] = ()

@@ -45,18 +45,18 @@ class Target:
     forward_ties: frozenset[str] = frozenset()
     """Operators whose result adopts the encoding of their first input although they compute something."""
     shared_results: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    """Operators, and those of their results that have the encoding of the first."""
+    """For each operator, the positions of outputs that share output 0's encoding."""
     rounded_for: frozenset[str] = frozenset()
     """Operators in front of which activations are rounded; empty: activations are rounded wherever they arise."""
     products: frozenset[str] = frozenset()
     """Operators that sum products of integers: roundings in front of and behind them are repaid; empty: every rounding
     is made, repaid or not."""
     float_results: frozenset[str] = frozenset()
-    """Those of them that may give what they sum up in float."""
+    """Operators among `products` that may give what they sum up in float."""
     companions: frozenset[str] = frozenset()
     """Operators that are computed in integers where they get and give integers anyway."""
     rounded_parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    """Operators, and those of their parameters (positions of inputs) that are rounded like weights, with one scale."""
+    """For each operator, the input positions of parameters quantized like weights, one scale each."""
     biases: str = "int32"
     """What biases are: "int32" integers with the scale of input times weight, or "float"."""
     exported_weights: str = "integer"

@@ -45,7 +45,7 @@ class Parts:
     num_parts: int
     """How many parts the batch has on all processes."""
     here: tuple[Part, ...]
-    """Those of this process, in the order of their samples; a part that several devices hold is there once."""
+    """The parts of this process, in the order of their samples; a part that several devices hold is there once."""
     is_shared: bool
     """Whether other processes hold parts of the batch."""
 

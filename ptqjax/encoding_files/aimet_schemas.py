@@ -28,7 +28,7 @@ class Schema:
     """How a version of the schema has the entry of a tensor."""
 
     version: str
-    """As the file states it."""
+    """The version, as the file states it."""
     to_json: Callable[[Entry, TensorAxes], Any]
     """(entry, axes) -> the JSON value; raises `UnfitError` where the version has no such grid."""
     from_json: Callable[[Located, TensorAxes], Entry]

@@ -1,4 +1,4 @@
-"""Values of a JSON file with where they stand, so that what is wrong with one can be said."""
+"""JSON values that remember their path, so that errors can name it."""
 
 from __future__ import annotations
 

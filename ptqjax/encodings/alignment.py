@@ -27,7 +27,7 @@ class _Layout:
     float_format: str | None
     scale_bits: int | None
     shape: tuple[int, ...]
-    """That of the scale."""
+    """The shape of the scale."""
 
     @property
     def is_plain(self) -> bool:

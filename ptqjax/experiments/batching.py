@@ -122,7 +122,7 @@ class _Static:
 
     graph: Graph
     structure: Any
-    """That of `Arguments`."""
+    """The structure of `Arguments`."""
     varying: tuple[bool, ...]
     """Which leaves have an axis of variants."""
 

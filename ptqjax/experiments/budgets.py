@@ -31,13 +31,13 @@ class Budget:
     """
 
     mean_weight_bits: int | float | None = None
-    """Of `Costs.mean_weight_bits`."""
+    """The upper limit of `Costs.mean_weight_bits`; None: no limit."""
     mean_activation_bits: int | float | None = None
-    """Of `Costs.mean_activation_bits`."""
+    """The upper limit of `Costs.mean_activation_bits`; None: no limit."""
     model_bytes: int | float | None = None
-    """Of `Costs.model_bytes`."""
+    """The upper limit of `Costs.model_bytes`; None: no limit."""
     bit_operations: int | float | None = None
-    """Of `Costs.bit_operations`."""
+    """The upper limit of `Costs.bit_operations`; None: no limit."""
 
     def __post_init__(self) -> None:
         limits = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -70,7 +70,7 @@ class Drop:
     """
 
     most: int | float = 0.01
-    """By how much the metric may lie below the float model's: a fraction, as in 0.01 for one point."""
+    """The most that the metric may lie below the float model's: a fraction, as in 0.01 for one point."""
     metric: str = "agreement"
     """"agreement" with the float model, whose own is 1, or "top1", which needs labels."""
     cost: str = "mean_weight_bits"

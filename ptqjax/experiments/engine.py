@@ -65,13 +65,13 @@ class Evaluated:
     """What the variants gave."""
 
     values: tuple[dict[str, float], ...]
-    """By variant, in order: the metrics by name."""
+    """The metrics of each variant by name, in the order of the variants."""
     seconds: Mapping[str, float]
     """What it took: "compile" (tracing included), and "evaluate", all else."""
     batching: tuple[Batching, ...]
     """How it was run, by program."""
     programs: tuple[int, ...]
-    """By variant: which program it was run by, an index of `batching`."""
+    """The program that each variant was run by: an index of `batching`."""
     num_samples: int
     """How many samples were measured on."""
 

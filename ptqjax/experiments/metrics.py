@@ -24,7 +24,7 @@ class Seen:
     found: Outputs
     """The outputs of the model that is measured."""
     wanted: Outputs
-    """Those of the reference."""
+    """The outputs of the reference."""
     labels: np.ndarray | None
     """The index of the class of each sample; None without labels."""
 

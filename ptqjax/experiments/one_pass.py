@@ -113,7 +113,7 @@ class _Params(NamedTuple):
     """The parameters on both sides of their rounding."""
 
     in_float: Mapping[str, Any]
-    """As the model has them."""
+    """The parameters as the model has them."""
     rounded: Mapping[str, Any]
     """On their grids."""
 

@@ -32,7 +32,7 @@ class Path:
 
 
 def by_noise(study: Study, names: Sequence[str]) -> Path:
-    """Returns the path on which at each cost the predicted noise is least.
+    """Returns the path with the least predicted noise at every cost.
 
     Args:
         study: The model and its groups.

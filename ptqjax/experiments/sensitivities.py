@@ -77,9 +77,9 @@ def sensitivity(
 
     Args:
         model: The float model, after its transforms.
-        batches: Inputs by name, samples along the first axis of inputs and of most tensors: the estimate takes these
-            apart, and those of other tensors together, by batch, which is noisier. Where a model takes no other
-            number of samples, a first axis as long as the batch is taken for that of the samples.
+        batches: Inputs by name, samples along the first axis. Tensors whose first axis counts samples are followed
+            sample by sample, all others batch by batch, which is noisier. Where a model has a fixed batch size, any
+            first axis of that length is assumed to count samples.
         encodings: The grids, concrete. What is not enabled brings nothing.
         method: One of `METHODS`.
         groups: What is asked for; None: all, as `groups_of` finds them.

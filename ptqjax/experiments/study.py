@@ -35,9 +35,9 @@ class Judges:
     """The data that decide."""
 
     batches: Sequence[Mapping[str, Any]]
-    """Those that calibrate and correct biases."""
+    """The batches that calibrate and correct biases."""
     judged: Sequence[Mapping[str, Any]]
-    """Those that metrics are measured on."""
+    """The batches that metrics are measured on."""
     labels: np.ndarray | None
     """The class of each of their samples, where they are known."""
     follow: Follow | None

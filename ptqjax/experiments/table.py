@@ -38,15 +38,15 @@ class SweepRow:
     metrics: Mapping[str, float]
     """What was measured, by name: dB, or fractions from 0 to 1."""
     bit_operations: float
-    """See `Costs.bit_operations`."""
+    """The cost `Costs.bit_operations` of the row."""
     model_bytes: int
-    """See `Costs.model_bytes`."""
+    """The cost `Costs.model_bytes` of the row."""
     stored_bytes: int
-    """See `Costs.stored_bytes`."""
+    """The cost `Costs.stored_bytes` of the row."""
     mean_weight_bits: float
-    """See `Costs.mean_weight_bits`."""
+    """The cost `Costs.mean_weight_bits` of the row."""
     mean_activation_bits: float
-    """See `Costs.mean_activation_bits`."""
+    """The cost `Costs.mean_activation_bits` of the row."""
     num_quantized: int
     """How many tensors are rounded, biases not counted."""
     chosen_by: str
@@ -77,7 +77,7 @@ class SweepTable:
     rows: tuple[SweepRow, ...]
     """The rows."""
     higher_is_better: Mapping[str, bool]
-    """Of each metric, which way is good."""
+    """Whether more is better, for each metric by name."""
     seconds: Mapping[str, float]
     """What this run took, by stage: those of `pipeline.STAGES`, "compile", "evaluate" (and "costs"). Rows that a
     journal had took nothing."""

@@ -56,7 +56,7 @@ class Learning:
     held_back: float = 0.25
     """Share of the samples that is only looked at, to keep the best step."""
     seed: int = 0
-    """Of the order in which samples are drawn."""
+    """The seed of the order in which samples are drawn."""
     shifts: bool = True
     """Whether shifts between layers without an activation are learned as well."""
 
@@ -94,7 +94,7 @@ class _Task:
     ties: Ties
     """Its ties."""
     behaviour: Mapping[str, Behaviour]
-    """Of its tensors."""
+    """The behaviour of the model's tensors."""
     encodings: Encodings
     """At the start."""
     roots: Mapping[str, str]

@@ -41,7 +41,7 @@ class Solving:
     """How roundings are solved for."""
 
     seed: int = 0
-    """Of the outputs that are looked at."""
+    """The seed of the choice of outputs that are looked at."""
     samples: int = 128
     """How many samples are looked at, at most; fewer where what crosses between layers is large."""
     corrects: bool = True
@@ -110,11 +110,11 @@ class _Walk:
     model: Model
     encodings: Encodings
     activations: Encodings
-    """Those of activations."""
+    """The encodings of activations."""
     rounded: Mapping[str, Any]
     """All parameters on their grids, rounded to nearest."""
     layers: Mapping[str, Linear]
-    """Those to solve, by the tensor that their node writes."""
+    """The layers to solve, by the tensor that their node writes."""
     left_alone: Report
     parts: tuple[Stretch, ...]
     states: list[dict[str, _Pair]]

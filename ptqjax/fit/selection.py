@@ -57,7 +57,7 @@ def scale_as_configured(
     *,
     plain: Model | None = None,
 ) -> Choice:
-    """Returns `model` scaled as `config.scaling` says, and how to go on.
+    """Returns `model` scaled as `config.scaling` says, with the headroom and the correction that were chosen.
 
     "auto" asks the closed form of predicted noise first what scales may gain. What may win of nothing, "ranges" and
     "noise" is tried, each with and without headroom, on one half of some samples against the other; the best is
@@ -225,7 +225,7 @@ class _Expected(NamedTuple):
     gain: float
     """How many dB less noise the best ones are predicted to leave; 0 where nothing is known."""
     record: Record
-    """The same for the report."""
+    """The gain as a record for the report."""
 
 
 def _expected_gain(ways: Ways, config: QuantizationConfig) -> _Expected:

@@ -150,9 +150,9 @@ class _Divided(NamedTuple):
     """Samples in two parts."""
 
     used: list[Batch]
-    """Those to work with."""
+    """The samples to work with."""
     held: list[Batch]
-    """Those held back."""
+    """The samples held back."""
     left_out: int
     """How many batches are in neither."""
 

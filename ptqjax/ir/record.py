@@ -24,7 +24,7 @@ class Record:
     before: Mapping[str, float] = field(default_factory=dict)
     """Figures before, by name: {"largest range ratio": 812.0}."""
     after: Mapping[str, float] = field(default_factory=dict)
-    """The same figures after."""
+    """The figures of `before`, after the change."""
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the record as plain data, for JSON."""

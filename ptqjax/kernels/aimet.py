@@ -42,7 +42,7 @@ class Density:
     """Histograms of r ranges, as probabilities."""
 
     width: _Doubles
-    """Of a bin, shape [r]; 0 where all data were 0 so far."""
+    """The width of a bin, shape [r]; 0 where all data were 0 so far."""
     first: _Doubles
     """Left edge of the first bin, in widths: an integer, shape [r]."""
     mass: _Doubles

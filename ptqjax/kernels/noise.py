@@ -99,7 +99,7 @@ class Terms(PyTreeNode):
     tile_columns: Any
     """The columns of a tile, [t, 32]."""
     pairs: Any
-    """The same magnitudes in groups too small for a tile, [p]."""
+    """The magnitudes of `tiles` in groups too small for a tile, [p]."""
     pair_rows: Any
     """The row of each, [p]."""
     pair_columns: Any

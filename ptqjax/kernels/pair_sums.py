@@ -37,7 +37,7 @@ class Fitted(NamedTuple):
     error: Float[np.ndarray, "s 1"]
     """The sum of (w - s q)^2 under them, of the shape of the scales; errors of moved pairs times `WEIGHT_OF_MOVES`."""
     unraised: Float[np.ndarray, "s 1"]
-    """The same under the scales as they are."""
+    """The sum of squares, as `error` has it, under the scales as they are."""
 
 
 def paired(terms: Shaped[Any, "n k"]) -> Shaped[Any, "n p 2"]:

@@ -126,7 +126,7 @@ class _Scope:
     platform: str
     """What the program is made for."""
     intercept: Intercept | None = None
-    """See `interpret`."""
+    """The hook that every floating tensor meets, see `interpret`."""
     observations: dict[str, Any] = field(default_factory=dict)
     """What `intercept` observed."""
     outer: _Scope | None = None

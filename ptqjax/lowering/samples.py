@@ -174,7 +174,7 @@ def _is_on_each_sample(
     variant = lowering.channels_last
     if variant is None or variant.function is not lowering.function:
         return False
-    # element by element: what is no sample must not have an axis that lies along the samples
+    # element by element: an unbatched operand must broadcast over the batch axis
     return size is None or all(
         len(shapes[name]) == rank if name in samples else len(shapes[name]) < rank or shapes[name][:1] == (1,)
         for name in read

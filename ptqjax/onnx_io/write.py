@@ -1,4 +1,4 @@
-"""A model safely into an ONNX file, checked; past 2 GB its tensors go into a file beside it."""
+"""Writes a checked model to an ONNX file atomically; past 2 GB, tensors go to a file beside it."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Lowering:
     parameters: frozenset[str]
     """The keyword-only parameters of the function: the attributes that it knows."""
     channels_last: ChannelsLast | None = None
-    """The same on channels-last values, where there is one."""
+    """The lowering of channels-last values, where there is one."""
 
 
 _lowerings: dict[tuple[str, str], dict[int, Lowering]] = {}  # (domain, op_type) -> since -> lowering; filled on import

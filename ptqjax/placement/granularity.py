@@ -47,7 +47,7 @@ def weight_uses(model: Model) -> dict[str, list[Use]]:
     """Returns the parameters that operators multiply and sum, each with all its uses."""
     uses: dict[str, list[Use]] = {}
     for node in model.graph.nodes:
-        for tensor, channel, summed in _operand_axes(node):
+        for tensor, channel, summed in operand_axes(node):
             if tensor in model.params:
                 uses.setdefault(tensor, []).append(Use(node, channel, summed))
     return uses
@@ -133,7 +133,7 @@ def parameter_site(tensor: str, settings: Settings, reason: str) -> Site:
     )
 
 
-def _operand_axes(node: Node) -> Iterator[tuple[str, int, int]]:
+def operand_axes(node: Node) -> Iterator[tuple[str, int, int]]:
     """Yields the operands that may be weights, each with the axis of the output channel and the one that is summed."""
     if node.domain:
         return

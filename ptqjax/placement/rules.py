@@ -65,7 +65,7 @@ class Settled:
     """What is set for the tensors of a model, and which tensors each rule is for."""
 
     by_tensor: Mapping[str, Settings]
-    """By tensor."""
+    """The settings of each tensor, by its name."""
     matches: tuple[tuple[Rule, tuple[str, ...]], ...]
     """The configuration's rules, each with the tensors that it matches."""
 

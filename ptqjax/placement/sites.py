@@ -14,7 +14,8 @@ _SEARCH, _RANGE = "sqnr", "min-max"
 _WHOLE = 8  # bits from which the search is better
 
 WEIGHT, ACTIVATION, CONSTANT = "weight", "activation", "constant"
-"""Kinds of sites: a parameter that is multiplied and summed; what flows; a parameter with one scale like what flows."""
+"""Kinds of sites. WEIGHT: a parameter of a product. ACTIVATION: a tensor computed at run time. CONSTANT: any other
+parameter, which has one scale as activations have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptqjax.ir import Model
-from ptqjax.placement.granularity import _operand_axes
+from ptqjax.placement.granularity import operand_axes
 from ptqjax.placement.tensors import floating_tensors
 
 
@@ -46,7 +46,7 @@ def tensor_axes(model: Model) -> dict[str, TensorAxes]:
     """
     uses: dict[str, set[tuple[int, int]]] = {}
     for node in model.graph.nodes:
-        for tensor, channel, summed in _operand_axes(node):
+        for tensor, channel, summed in operand_axes(node):
             uses.setdefault(tensor, set()).add((channel, summed))
     return {name: _axes(model, name, uses.get(name, set())) for name in floating_tensors(model)}
 

@@ -43,7 +43,7 @@ class Joint:
     members: tuple[str, ...]
     """It, and those that hold the same values, moved."""
     parts: tuple[str, ...]
-    """The others."""
+    """The tensors that are joined."""
     least_steps: float
     """Steps of its grid that each of them is to have."""
     carried: tuple[str, ...] = ()

@@ -40,7 +40,7 @@ class Quantizer:
     limits: tuple[float, float] | None = None
     """Smallest and largest code, where the grid ends before its type does."""
     scale_bits: int | None = None
-    """For low-power blocks, see `Encoding`."""
+    """The bits of the scales' integers in low-power blocks, see `Encoding`."""
 
     def is_same(self, other: Quantizer) -> bool:
         """Tells whether two nodes have the same grid; limits, which only the one that quantizes has, do not count."""

@@ -31,9 +31,9 @@ class BatchDensity(PyTreeNode):
     """AIMET's histograms of t tensors."""
 
     extremes: Extremes
-    """Of all values; they serve where a histogram cannot: see `kernels.aimet.is_usable`."""
+    """The extremes of all values; they serve where a histogram cannot: see `kernels.aimet.is_usable`."""
     first: Extremes
-    """Of the first batch that was not all zero: they fix the bins. Zeros before."""
+    """The extremes of the first batch that was not all zero: they fix the bins. Zeros before."""
     mass: Any
     """Mean over batches of the probabilities of bins, shape [t, NUM_BINS, 2]: float64 as two words of 32 bits, for
     outside `jax.enable_x64` JAX would narrow it."""

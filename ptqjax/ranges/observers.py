@@ -45,9 +45,9 @@ class MeanExtremes(PyTreeNode):
     """Extremes of all values of t tensors, and the sums of the extremes of each sample."""
 
     extremes: Extremes
-    """Of all values."""
+    """The extremes of all values."""
     sums: Any
-    """Of the smallest and the largest values, as `kernels.exact_sums` has sums: shape [t, 2, e, p]."""
+    """Sums of the smallest and the largest values, as `kernels.exact_sums` has sums: shape [t, 2, e, p]."""
     counts: Any
     """Number of samples, int32, shape [t]; a tensor that does not divide into samples counts once a batch."""
 
@@ -56,9 +56,9 @@ class Distribution(PyTreeNode):
     """Extremes of all values of t tensors, and a histogram of a sample of them."""
 
     extremes: Extremes
-    """Of all values."""
+    """The extremes of all values."""
     histogram: Histogram
-    """Of the same places of each sample of a batch, `SAMPLES` at most."""
+    """The histogram of the same places of each sample of a batch, `SAMPLES` at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,7 @@ class RangeScheme:
     """A way to choose grids: what is kept of streamed data, and what is made of it."""
 
     name: str
-    """As `QuantizationConfig.ranges` has it."""
+    """The scheme's name in `QuantizationConfig.ranges`."""
     observer: Observer
     """What is kept of streamed data."""
     finish: Callable[[Any, GridKind], tuple[Any, Any]]
@@ -224,7 +224,7 @@ class _SampledValues(PyTreeNode):
     """What a distribution takes from one batch."""
 
     extremes: Extremes
-    """Of all values."""
+    """The extremes of all values."""
     values: Any
     """A row of sampled values for each tensor, all of one length: filled up where there are fewer."""
     sizes: Any

@@ -27,7 +27,7 @@ class Data:
     labels: np.ndarray | None
     """The class of each sample, where known."""
     num_samples: int
-    """How many there are."""
+    """The number of samples."""
     digest: str
     """A hash of what they are: arrays, or pictures' files and what is done to them; not of names and places."""
 

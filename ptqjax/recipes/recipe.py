@@ -49,7 +49,7 @@ class Pictures:
     skip: int = 0
     """How many are passed over before: so two parts of one order have no picture in common."""
     seed: int | None = None
-    """Of the order in which they are taken; None: as they are listed, or by class and name."""
+    """The seed of the order in which pictures are taken; None: as they are listed, or by class and name."""
     crop: int = 224
     """Height and width of the network's input."""
     short_side: int = 256
@@ -57,9 +57,9 @@ class Pictures:
     normalization: str = "torch"
     """One of `images.NORMALIZATIONS`; "" where `mean` and `std` say it."""
     mean: tuple[float, ...] = ()
-    """Of RGB in 0..1, a number a channel."""
+    """The mean that is subtracted from RGB in 0..1, a number a channel."""
     std: tuple[float, ...] = ()
-    """The same."""
+    """The deviation that RGB in 0..1 is divided by, a number a channel."""
     channels: str = "rgb"
     """The order in which the network takes them, "rgb" or "bgr"; of "caffe" already BGR, "rgb" leaves it so."""
 

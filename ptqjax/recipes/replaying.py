@@ -27,7 +27,7 @@ class Compared:
     """A stage of a run, and the same computed again."""
 
     name: str
-    """As in `stages.STAGES`."""
+    """The stage's name in `stages.STAGES`."""
     differing: tuple[str, ...]
     """The files that differ, or that only one of the two has."""
     note: str = ""
@@ -46,7 +46,7 @@ class Replay:
     folder: Path
     """The run's."""
     stages: tuple[Compared, ...]
-    """Those up to the last one that the run has, in order."""
+    """The stages up to the last one that the run has, in order."""
     reasons: tuple[str, ...]
     """What differs in what decides results: settings, versions, the class of the device; one line each."""
 

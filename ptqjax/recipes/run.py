@@ -33,7 +33,7 @@ class StageRun:
     """A stage of a run."""
 
     name: str
-    """As in `STAGES`."""
+    """The stage's name in `STAGES`."""
     folder: Path
     """Where its files are."""
     files: Mapping[str, str]

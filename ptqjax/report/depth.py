@@ -34,17 +34,17 @@ class Sums(NamedTuple):
     """Sums over the values of a tensor that were seen: x of the float model, v of the quantized one."""
 
     signal: float
-    """Of x^2."""
+    """The sum of x^2."""
     noise: float
-    """Of (Q(v) - x)^2: all that was rounded up to and with this tensor."""
+    """The sum of (Q(v) - x)^2: the error accumulated up to and including this tensor."""
     own_noise: float
-    """Of (Q(v) - v)^2: what this tensor's rounding adds."""
+    """The sum of (Q(v) - v)^2: the error that rounding this tensor adds."""
     clip_noise: float
     """The part of `own_noise` that is from values outside the grid."""
     num_clipped: int
     """How many values lie outside the grid."""
     num_values: int
-    """How many there are."""
+    """The number of values."""
 
     def plus(self, other: Sums) -> Sums:
         """Returns the sums of both."""
@@ -56,7 +56,7 @@ class Depth:
     """What was measured of the tensors of a quantized model."""
 
     sums: Mapping[str, Sums]
-    """By tensor: activations in the order in which they come into being, then parameters."""
+    """The sums by tensor: activations in the order in which they come into being, then parameters."""
     histograms: Mapping[str, Histogram]
     """What met the grid of each activation: a histogram each, on NumPy."""
     num_samples: int

@@ -36,7 +36,7 @@ class MeasuredStage:
     """A model on the way, with the grids to measure it under."""
 
     name: str
-    """As the table has it."""
+    """The stage's name in the table."""
     model: Model
     """The float model after the stage."""
     encodings: Encodings | None

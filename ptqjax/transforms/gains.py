@@ -1,10 +1,11 @@
 """How noise in each channel of each tensor reaches the outputs, from weights and statistics alone: one backward sweep.
 
 Noise of variance one in every element of a channel adds to the outputs the sum over places of the squared derivative.
-What is sent back to a channel is a picture of derivatives; kept of it are its mean over places, for each of some
-directions of the output, and the square sum of the rest. The means are added and multiplied as they are, with their
-signs: behind a global pool all places have one derivative, so that a filter adds up its taps, and a residual sum its
-branches, before anything is squared. Activations let some places through and others not: there the rest grows.
+The backward sweep yields a map of derivatives per channel. Kept of it are its mean over places, along up to 16
+directions of the output, and the sum of squares of the remainder. The means are added and multiplied as they are,
+with their signs: behind a global pool all places have one derivative, so that a filter adds up its taps, and a
+residual sum its branches, before anything is squared. Activations let some places through and others not: there the
+rest grows.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Edit:
     """What becomes of some nodes and parameters; edits of different layers merge without conflict."""
 
     nodes: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
-    """By the tensor that the old node produces: the nodes in its place, none where it goes."""
+    """The nodes in the place of old ones, by the tensor that the old node produces; none where it goes."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """New values of parameters, and new parameters."""
 

@@ -3,7 +3,7 @@
 A tensor with `statistics` is normal with that mean and deviation. Forward through the graph, what follows it is that
 normal variable behind piecewise linear functions (exact), or a normal variable of the mean and variance that follow
 when channels, positions and summands are taken to be independent (approximate). What depends on anything else is
-unknown. Zeros of padding are left out: all is as in the interior.
+unknown. Padding is ignored: borders are treated like the interior.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class Distribution(PyTreeNode):
     """What is known of a tensor's channels: clip(f(x), low, high), x normal, f(x) = x above zero and slope x below."""
 
     mean: Any
-    """Of the normal variable, [c]."""
+    """The mean of the normal variable, [c]."""
     std: Any
-    """Of the normal variable, [c]; not negative."""
+    """The deviation of the normal variable, [c]; not negative."""
     low: Any
     """Least value, [c]; may be -inf."""
     high: Any
     """Largest value, [c]; may be inf."""
     slope: Any
-    """Of f below zero, [c]; not negative, one where there is no such kink."""
+    """The slope of f below zero, [c]; not negative, one where there is no such kink."""
     axis: int = static_field(default=1)
     """The axis that counts the channels."""
     repeats: Size = static_field(default=ONE)

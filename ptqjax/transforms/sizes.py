@@ -40,7 +40,7 @@ class Size:
     number: int
     """The part that is known; at least 1."""
     unknown: tuple[tuple[str, int], ...] = ()
-    """The others, sorted: a name that the file gave with -1, or a tensor and its axis."""
+    """The unknown factors, sorted: a name that the file gave with -1, or a tensor and its axis."""
 
     def __mul__(self, other: Size) -> Size:
         return Size(self.number * other.number, tuple(sorted(self.unknown + other.unknown)))

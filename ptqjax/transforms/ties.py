@@ -69,9 +69,9 @@ class Ties:
     """All scales of a graph."""
 
     num_scales: int
-    """How many there are, the fixed one included."""
+    """The number of scales, the fixed one included."""
     channels: Mapping[str, Channels]
-    """Of each tensor whose channels are known."""
+    """The channels of each tensor whose channels are known."""
     layers: Mapping[str, TiedLayer]
     """The linear layers by the tensor that they produce, in graph order."""
     sets: tuple[TiedSet, ...]
