@@ -165,8 +165,8 @@ def _read(lines: list[str], operands: list[int]) -> list[int]:
         if not match:
             continue
         _, result, shape, operation, rest = match.groups()
-        inner = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
-        inner = [same.get(each, each) for each in inner]
+        named = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
+        inner = [same.get(str(each), str(each)) for each in named]
         if operation == "parameter":
             parameters[result] = int(rest.split(")", 1)[0])
         elif operation == "bitcast":
