@@ -13,11 +13,12 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
+from ptqjax.encodings.activations import fake_quantize_activation
 from ptqjax.encodings.biases import bias_encoding, bias_sites
 from ptqjax.encodings.encoding import Encoding, Encodings, concrete, fake_quantize
 from ptqjax.errors import ConfigError
 from ptqjax.ir import Graph, Model
-from ptqjax.lowering import Intercept, apply, checked_inputs, compiled, interpret_by_samples, precision
+from ptqjax.lowering import Intercept, checked_inputs, compiled_in_two_parts, interpret_by_samples, precision
 from ptqjax.qdq.dynamic_products import with_dynamic_products
 from ptqjax.qdq.fuse_quantized import fuse_quantized
 from ptqjax.qdq.insert import check_tensors, insert_qdq, with_own_biases
@@ -95,7 +96,7 @@ def fake_quantization(model: Model, encodings: Encodings) -> Intercept:
             return value, None
         if name in graph.parameters:
             return _rounded_parameter(value, grids[name]), None
-        return fake_quantize(value, _in_layout(grids[name], value.ndim, channel_axis)), None
+        return fake_quantize_activation(value, _in_layout(grids[name], value.ndim, channel_axis)), None
 
     return intercept
 
@@ -147,7 +148,7 @@ def _with_checks(graph: Graph, program: Simulation) -> Simulation:
     return run
 
 
-@compiled
+@compiled_in_two_parts
 def _float_program(
     graph: Graph, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
@@ -166,13 +167,14 @@ class _IntegerGraphs(NamedTuple):
     """How a file holds each quantized tensor, by name."""
 
 
-@compiled
+@compiled_in_two_parts
 def _integer_program(
     graphs: _IntegerGraphs, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
     model = Model(graph=graphs.source, params=dict(params))
     quantized, _ = with_dynamic_products(insert_qdq(model, encodings, grids=dict(graphs.grids)))
-    return apply(graphs.fused, {name: quantized.params[name] for name in graphs.fused.parameters}, inputs)
+    params = {name: quantized.params[name] for name in graphs.fused.parameters}
+    return interpret_by_samples(graphs.fused, params, inputs)
 
 
 def _with_biases(model: Model, encodings: Encodings) -> Encodings:

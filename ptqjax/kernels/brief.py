@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ptqjax.kernels.platforms import current
+
 SOON = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
@@ -36,7 +38,8 @@ def brief_options(arrays: Any, *, few: int = FEW) -> dict[str, Any]:
 
 def are_taken(options: Mapping[str, Any]) -> bool:
     """Tells whether the compiler that is in use knows these options: they are for CPUs, and versions drop some."""
-    return jax.default_backend() == "cpu" and _are_known(tuple(sorted(options.items())))
+    is_for_cpu = jax.default_backend() == "cpu" and current().platform == "cpu"
+    return is_for_cpu and _are_known(tuple(sorted(options.items())))
 
 
 @cache

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from ptqjax.kernels.fixed_part import evaluate
+
 _SMALL_CONSTANT = 1024  # elements of a constant (an iota) that may be computed outside of the loop as well
 
 
@@ -45,14 +47,14 @@ def _with_fixed_part_done(program: Callable[[Any, Any], Any], fixed: Any, exampl
     left = []
     for equation in jaxpr.eqns:
         if _is_fixed(equation, done):
-            _evaluate(equation, done)
+            evaluate(equation, done)
         if not _is_fixed(equation, done) or not equation.invars:
             left.append(equation)  # a constant stays one, there as well
 
     def rest(chunk: Any) -> Any:
         values = dict(done) | dict(zip(jaxpr.invars[len(leaves) :], jax.tree.leaves(chunk), strict=True))
         for equation in left:
-            _evaluate(equation, values)
+            evaluate(equation, values)
         return jax.tree.unflatten(jax.tree.structure(shape), [_read(atom, values) for atom in jaxpr.outvars])
 
     return rest
@@ -64,15 +66,6 @@ def _is_fixed(equation: Any, done: Mapping[Any, Any]) -> bool:
         return False
     largest = sum(atom.aval.size for atom in operands) if operands else _SMALL_CONSTANT
     return sum(out.aval.size for out in equation.outvars) <= largest
-
-
-def _evaluate(equation: Any, values: dict[Any, Any]) -> None:
-    settings = equation.primitive.get_bind_params(equation.params)
-    functions, settings = settings if isinstance(settings, tuple) else ((), settings)  # a pair before JAX 0.10
-    with equation.ctx.manager:
-        results = equation.primitive.bind(*functions, *(_read(atom, values) for atom in equation.invars), **settings)
-    outputs = results if equation.primitive.multiple_results else [results]
-    values.update(zip(equation.outvars, outputs, strict=True))
 
 
 def _read(atom: Any, values: Mapping[Any, Any]) -> Any:

@@ -17,10 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from ptqjax.kernels.platforms import current
 from ptqjax.kernels.quotient import quotient
 
+HALF = 128
+"""What an unsigned byte is more than the signed one of the same bits, but for the highest."""
 _EXACT_BELOW = 2**24  # float32 holds every integer up to here
 
 
@@ -107,7 +111,7 @@ def quantize_to(y: Float[Array, "..."], zero_point: Shaped[Array, "..."]) -> Sha
     info = ml_dtypes.iinfo(zero_point.dtype)
     offset = zero_point.astype(jnp.float32)
     rounded = jnp.round(jnp.clip(y, info.min - offset, info.max - offset))
-    return (rounded + offset).astype(jnp.int32).astype(zero_point.dtype)
+    return _stored(rounded + offset, zero_point.dtype)
 
 
 def quantize_shifted(y: Float[Array, "..."], grid: Grid) -> Shaped[Array, "..."]:
@@ -184,4 +188,23 @@ def _real(q: jax.Array) -> jax.Array:
 
 def _saturated(y: jax.Array, dtype: Any) -> jax.Array:
     info = ml_dtypes.iinfo(dtype)
-    return jnp.clip(jnp.round(y), info.min, info.max).astype(jnp.int32).astype(dtype)
+    return _stored(jnp.clip(jnp.round(y), info.min, info.max), dtype)
+
+
+def _stored(integers: jax.Array, dtype: Any) -> jax.Array:
+    """Returns integer-valued float32 numbers that fit the type in it.
+
+    For GPUs an unsigned byte is written as a signed one and turned over: XLA's kernels of matrix products hold signed
+    ones alone, and two turns, as the next layer makes one, are none.
+    """
+    if current().platform != "gpu" or dtype != jnp.uint8:
+        return integers.astype(jnp.int32).astype(dtype)
+    return turned((integers - HALF).astype(jnp.int32).astype(jnp.int8))
+
+
+def turned(q: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """Returns unsigned bytes as signed ones that are 128 less, or the other way round."""
+    other = jnp.uint8 if q.dtype == jnp.int8 else jnp.int8
+    if other == jnp.uint8:
+        return jax.lax.bitcast_convert_type(q, other) + np.uint8(HALF)  # which wraps around
+    return jax.lax.bitcast_convert_type(q + np.uint8(HALF), other)

@@ -20,7 +20,9 @@ from jax.extend.backend import backends
 
 from ptqjax.errors import DataDependentError, ModelError, PtqjaxError, UnsupportedOperatorError
 from ptqjax.ir import Constant, Graph, Node, captured, place_of
+from ptqjax.kernels.platforms import current, default_platform, kind_of, made_for, told
 from ptqjax.lowering.layout import (
+    CHANNELS_LAST,
     Value,
     channel_axis,
     channels_last_inputs,
@@ -68,7 +70,8 @@ def interpret(
             to report). `channel_axis` is where ONNX's axis 1 lies in `value`, which may
             have its channels last; None for parameters, which are in ONNX's layout, and where the rank is below 2.
             Tensors inside the subgraphs of If, Loop and Scan are not among them.
-        platform: What the program is made for: "cpu", or another; None: that for which it is compiled.
+        platform: What the program is made for: "cpu", "gpu", or another; None: what `made_for` said, else that for
+            which it is compiled.
 
     Raises:
         UnsupportedOperatorError: A node, or a use of one, has no lowering; the message names it.
@@ -76,13 +79,17 @@ def interpret(
     """
 
     def run(program_platform: str, params: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
-        return _run(graph, params, inputs, intercept=intercept, platform=program_platform)
+        with made_for(program_platform):
+            return _run(graph, params, inputs, intercept=intercept, platform=kind_of(program_platform))
 
+    chosen = told()
+    if platform is None and chosen is not None:
+        platform = chosen.platform
     if platform is not None:
         return run(platform, params, inputs)
     platforms = set(backends())
     if len(platforms) == 1 or is_concrete(params, inputs):
-        return run(_default_platform(), params, inputs)
+        return run(default_platform(), params, inputs)
     return lax.platform_dependent(
         dict(params), dict(inputs), cpu=partial(run, "cpu"), default=partial(run, min(platforms - {"cpu"}))
     )
@@ -101,10 +108,10 @@ def interpret_in_layout(
         values: The graph's inputs by name, in whatever layout; they have met `intercept` already.
         intercept: As `interpret` takes it.
     """
-    scope = _Scope(
-        values=_constants(graph) | dict(values), params=params, intercept=intercept, platform=_default_platform()
-    )
-    _run_nodes(graph, scope)
+    platform = current().platform
+    scope = _Scope(values=_constants(graph) | dict(values), params=params, intercept=intercept, platform=platform)
+    with made_for(platform):
+        _run_nodes(graph, scope)
     return {spec.name: scope.values[spec.name] for spec in graph.outputs}
 
 
@@ -217,9 +224,10 @@ def _results(
     has_subgraphs = any(isinstance(value, Graph) for _, value in node.attributes)
     if not has_subgraphs and all(value is None or is_static(value.array) for value in inputs):
         return _computed_while_tracing(lowering, inputs, attributes)
-    if platform == "cpu" and (value := relabelled(node, inputs)) is not None:
+    is_last = platform in CHANNELS_LAST
+    if is_last and (value := relabelled(node, inputs)) is not None:
         return [value]
-    if platform == "cpu" and stays_channels_last(lowering, inputs, attributes):
+    if is_last and stays_channels_last(lowering, inputs, attributes):
         arrays = _as_tuple(_variant(lowering)(*channels_last_inputs(lowering, inputs), **attributes))
         return [channels_last_value(array) for array in arrays]
     arrays = [None if value is None else in_onnx_layout(value) for value in inputs]
@@ -309,10 +317,3 @@ def _variant(lowering: Lowering) -> Callable[..., Any]:
 
 def _as_tuple(results: Any) -> tuple[Any, ...]:
     return tuple(results) if isinstance(results, tuple | list) else (results,)
-
-
-def _default_platform() -> str:
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform

@@ -1,7 +1,7 @@
-"""How a tensor lies in memory while a graph runs on a CPU: in ONNX's layout, or with its channels last.
+"""How a tensor lies in memory while a graph runs on a CPU or a GPU: in ONNX's layout, or with its channels last.
 
 Values flow with their channels last from the first operator that is fast so to the first one that needs ONNX's
-layout; each value says which layout it has.
+layout; each value says which layout it has. On other devices all have ONNX's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 from ptqjax.ir import Node
 from ptqjax.ops import Lowering
 from ptqjax.ops.layout import to_channels_last, to_onnx, with_rank
+
+CHANNELS_LAST = frozenset({"cpu", "gpu"})
+"""The kinds of devices on which values have their channels last where that is fast."""
 
 _FIRST_WITH_LAYOUT = 3  # a tensor of rank 2 is the same in both layouts
 _FIRST_RELABELLED = 4  # matrices [n, a, b] are transposed for products, not for a layout

@@ -15,10 +15,12 @@ import numpy as np
 from ptqjax.errors import DataDependentError
 from ptqjax.ir import Graph, captured
 from ptqjax.kernels.brief import SOON, are_taken, brief_options
+from ptqjax.kernels.platforms import Target, told
 from ptqjax.lowering.inputs import check_params, checked_inputs
 from ptqjax.lowering.interpreter import interpret
 from ptqjax.lowering.partition import cut_before
 from ptqjax.lowering.samples import interpret_by_samples
+from ptqjax.lowering.two_parts import for_gpus_in_two_parts
 from ptqjax.ops import is_concrete, revision
 from ptqjax.ops.values import Empty, TensorSequence
 
@@ -103,18 +105,28 @@ def compiled(
     @wraps(program)
     def run(*arguments: Any) -> _T:
         static, arrays = arguments[:num_static], arguments[num_static:]
-        key = (revision(), static, _shapes(arrays)) if in_vain else None
+        key = (_meaning(), static, _shapes(arrays)) if in_vain else None
         if key not in in_vain or not is_concrete(*arrays):
             try:
                 usual = on_cpu if options and are_taken(options) else jitted
-                return (soon if is_brief and brief_options(arrays) else usual)(revision(), *arguments)
+                return (soon if is_brief and brief_options(arrays) else usual)(_meaning(), *arguments)
             except DataDependentError:
                 if not is_concrete(*arrays):
                     raise
-            in_vain.add((revision(), static, _shapes(arrays)))
+            in_vain.add((_meaning(), static, _shapes(arrays)))
         return program(*static, *jax.tree.map(jnp.asarray, arrays))
 
     return run
+
+
+def compiled_in_two_parts(program: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `program(static, *fixed, inputs)` as `compiled` does; for GPUs in two, see `lowering.two_parts`."""
+    return for_gpus_in_two_parts(program, compiled(program))
+
+
+def _meaning() -> tuple[int, Target | None]:
+    """Returns what tells two programs of one graph apart: which operators were registered, and what they are for."""
+    return revision(), told()
 
 
 def _shapes(arrays: Any) -> tuple[tuple[int, ...], ...]:
@@ -128,9 +140,9 @@ def _jitted(
     donated: tuple[int, ...] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., _T]:
-    """Returns (revision, *arguments) -> program(*arguments), compiled once for each revision of the operators."""
+    """Returns (meaning, *arguments) -> program(*arguments), compiled once for each meaning of the operators."""
 
-    def run(_: int, *arguments: Any) -> _T:
+    def run(_: Any, *arguments: Any) -> _T:
         return program(*arguments)
 
     run.__name__ = getattr(program, "__name__", "program").strip("_")  # what compiler logs and progress call it
@@ -150,10 +162,10 @@ def _outputs(
     graph: Graph, params: dict[str, Any], inputs: dict[str, Any], program: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
     """Returns the outputs; where a shape depends on concrete data, all that does not depend on it is compiled."""
-    key = (revision(), graph, _shapes(inputs))
+    key = (_meaning(), graph, _shapes(inputs))
     if key not in _cuts or not is_concrete(params, inputs):
         try:
-            return program(revision(), graph, params, inputs)
+            return program(graph, params, inputs)
         except DataDependentError as error:
             if not is_concrete(params, inputs):
                 raise
@@ -162,7 +174,7 @@ def _outputs(
         while True:
             first, second = cut_before(graph, _cuts[key])
             try:
-                reached = program(revision(), first, {name: params[name] for name in first.parameters}, inputs)
+                reached = program(first, {name: params[name] for name in first.parameters}, inputs)
             except DataDependentError as error:
                 if error.tensor in _cuts[key]:
                     raise  # by our own fault: without that node the graph cannot fail at it
@@ -175,8 +187,13 @@ def _interpret_whole(graph: Graph, params: dict[str, Any], inputs: dict[str, Any
     return interpret(graph, params, inputs)[0]
 
 
-_program = _jitted(interpret_by_samples, num_static=1)
-_plain_program = _jitted(_interpret_whole, num_static=1)
+def _for_each_meaning(program: Callable[..., Any]) -> Callable[..., Any]:
+    jitted = _jitted(program, num_static=1)
+    return lambda *arguments: jitted(_meaning(), *arguments)
+
+
+_program = for_gpus_in_two_parts(interpret_by_samples, _for_each_meaning(interpret_by_samples))
+_plain_program = _for_each_meaning(_interpret_whole)
 
 
 @contextmanager

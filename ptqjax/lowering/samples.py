@@ -20,6 +20,7 @@ from jax.extend.backend import backends
 from ptqjax.errors import PtqjaxError
 from ptqjax.ir import Graph, Node, captured, place_of
 from ptqjax.kernels.chunks import map_chunks
+from ptqjax.kernels.platforms import current
 from ptqjax.lowering.interpreter import Intercept, interpret
 from ptqjax.lowering.partition import unspecified
 from ptqjax.ops import find_lowering
@@ -67,7 +68,8 @@ def interpret_by_samples(
         intercept: See `interpret`; it must treat each sample by itself and observe nothing. It meets what both the
             chunks and the rest read from the caller twice.
     """
-    plan = _plan(graph, params, inputs) if set(backends()) == {"cpu"} else None
+    is_for_cpu = set(backends()) == {"cpu"} and current().platform == "cpu"
+    plan = _plan(graph, params, inputs) if is_for_cpu else None
     if plan is None:
         return interpret(graph, params, inputs, intercept=intercept)[0]
 

@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from ptqjax.kernels.convolution import convolve, convolve_channels_last, transposed_convolve
+from ptqjax.kernels.gpu_convolution import convolve_on_gpu
+from ptqjax.kernels.platforms import current
 from ptqjax.kernels.windows import Padding, explicit_padding
 from ptqjax.ops.registry import lowers, lowers_channels_last
 
@@ -39,7 +41,8 @@ def conv_channels_last(
 ) -> Any:
     """Returns `conv` of a channels-last `x`, with its attributes, channels last."""
     del kernel_shape
-    y = convolve_channels_last(x, w, groups=group, **window_of(x.shape[1:-1], w.shape[2:], **window))
+    product = convolve_on_gpu if current().platform == "gpu" else convolve_channels_last
+    y = product(x, w, groups=group, **window_of(x.shape[1:-1], w.shape[2:], **window))
     return y if bias is None else y + bias.reshape(*(1,) * (y.ndim - 1), -1)
 
 

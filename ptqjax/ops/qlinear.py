@@ -5,17 +5,18 @@ Zero points of weights may be left out where they are zero, which halves the bou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from ptqjax.kernels import integer
+from ptqjax.kernels import gpu_integer, integer
 from ptqjax.kernels.integer import Grid
+from ptqjax.kernels.platforms import current
 from ptqjax.kernels.quotient import quotient
-from ptqjax.ops.convolution import conv, conv_channels_last
+from ptqjax.ops.convolution import conv, conv_channels_last, window_of
 from ptqjax.ops.layout import with_rank
 from ptqjax.ops.pooling import average_pool
 from ptqjax.ops.quantization import dequantize_linear, quantize_linear
@@ -56,11 +57,29 @@ def qlinear_conv(  # noqa: PLR0917 - ONNX's operands
 @lowers_channels_last("QLinearConv", since=10, starts=True)
 def qlinear_conv_channels_last(x: Any, /, *operands: Any, **window: Any) -> Any:
     """Returns `qlinear_conv` of a channels-last `x`, with its operands and attributes, channels last."""
-    return _convolved(partial(conv_channels_last, **window), x, *operands, columns=(*(1,) * (x.ndim - 1), -1))
+    product = partial(conv_channels_last, **window)
+    if current().platform == "gpu" and gpu_integer.are_narrow(x, operands[2]):
+        product = _ExactProduct(window)
+    return _convolved(product, x, *operands, columns=(*(1,) * (x.ndim - 1), -1))
+
+
+class _ExactProduct(NamedTuple):
+    """A convolution of integers of 8 bits, channels last, for GPUs."""
+
+    attributes: Mapping[str, Any]
+    """Those of the node."""
+
+    def sum_of(self, x: Any, x_zero_point: Any, w: Any, w_zero_point: Any) -> Any:
+        """Returns the exact sums, int32."""
+        given = {key: value for key, value in self.attributes.items() if key not in {"group", "kernel_shape"}}
+        left = gpu_integer.signed(x, _scalar(x_zero_point, x.ndim))
+        right = gpu_integer.signed(w, _column(w_zero_point, w.ndim))
+        window = window_of(x.shape[1:-1], w.shape[2:], **given)
+        return gpu_integer.convolve(left, right, groups=self.attributes.get("group", 1), **window)
 
 
 def _convolved(  # noqa: PLR0917 - ONNX's operands
-    product: Callable[[Any, Any], Any],
+    product: Callable[[Any, Any], Any] | _ExactProduct,
     x: Any,
     x_scale: Any,
     x_zero_point: Any,
@@ -79,7 +98,9 @@ def _convolved(  # noqa: PLR0917 - ONNX's operands
     return _requantized(total, bias, _multiplier(x_scale, w_scale, y_scale), y_zero_point, columns)
 
 
-def _conv_sum(product: Callable[[Any, Any], Any], x: Any, x_zero_point: Any, w: Any, w_zero_point: Any) -> Any:
+def _conv_sum(product: Any, x: Any, x_zero_point: Any, w: Any, w_zero_point: Any) -> Any:
+    if isinstance(product, _ExactProduct):
+        return product.sum_of(x, x_zero_point, w, w_zero_point)
     kernels = integer.centred(w, _column(w_zero_point, w.ndim))
     return integer.sum_of_products(
         product,
@@ -149,6 +170,9 @@ def qgemm(  # noqa: PLR0917 - ONNX's operands
 
 def _dot_sum(a: Any, a_zero_point: Any, b: Any, b_zero_point: Any) -> Any:
     columns = None if b_zero_point is None else _row(b_zero_point.reshape(-1), b.ndim)
+    if current().platform == "gpu" and gpu_integer.are_narrow(a, b) and min(a.ndim, b.ndim) > 1:
+        left, right = gpu_integer.signed(a, _scalar(a_zero_point, a.ndim)), gpu_integer.signed(b, columns)
+        return gpu_integer.multiply_matrices(left, right)
     return integer.sum_of_products(
         lambda x, w: jnp.matmul(x, w, precision="highest"),
         integer.centred(a, _scalar(a_zero_point, a.ndim)),
