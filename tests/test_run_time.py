@@ -1,16 +1,19 @@
 """Weights in integers whose activations stay in float, or have grids that are found at run time."""
 
 import dataclasses
+import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ptqjax import apply, quantize, simulate
+from ptqjax import apply, export, quantize, read_encodings, simulate, write_encodings
 from ptqjax.agreement import accuracy_levels, run, session, validate
 from ptqjax.config import QuantizationConfig, Rule
+from ptqjax.encoding_files.own_fields import is_identical
 from ptqjax.encodings.encoding import dynamic_encoding, fake_quantize
 from ptqjax.errors import ConfigError
 from ptqjax.exporting import quantized_model
@@ -213,3 +216,48 @@ def test_files_are_as_small_as_their_integers() -> None:
     assert onnx.TensorProto.FLOAT not in {  # but scales and biases
         onnx.helper.np_dtype_to_tensor_dtype(value.dtype) for value in written.params.values() if value.size > ROWS * 2
     }
+
+
+DYNAMIC = [CASES[index].values[0] for index in (6, 9)]  # one grid, and in blocks
+
+
+@pytest.mark.parametrize("settings", DYNAMIC, ids=["whole", "in blocks"])
+@pytest.mark.parametrize("file", ["e.encodings", "e.safetensors"])
+def test_files_of_encodings_hold_grids_found_at_run_time(settings: dict, file: str, tmp_path: Path) -> None:
+    result = quantized(**settings)
+    write_encodings(tmp_path / file, result.model, result.encodings)
+    found, _ = read_encodings(tmp_path / file, result.model)
+    assert found.keys() == result.encodings.keys()
+    assert all(is_identical(found[name], encoding) for name, encoding in result.encodings.items())
+    assert sum(encoding.is_dynamic for encoding in found.values()) > 1
+
+
+def test_a_parameter_whose_grid_is_found_at_run_time_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'up' cannot be written: found a grid found at run time, expected scales"):
+        write_encodings(tmp_path / "e.safetensors", network(), {"up": dynamic_encoding()})
+
+
+@pytest.mark.parametrize("settings", DYNAMIC, ids=["whole", "in blocks"])
+def test_export_writes_what_runs_as_simulated(settings: dict, tmp_path: Path) -> None:
+    result = quantized(**settings)
+    export(result.model, result.encodings, tmp_path, "m", target="ort-cpu")
+    y = run(session(tmp_path / "m.onnx"), IDS)["y"]
+    simulation = simulate(result.model, result.encodings, arithmetic="integer")
+    assert distance(y, simulation(result.model.params, result.encodings, IDS)["y"]) < ROUNDING
+    stated = json.loads((tmp_path / "m.encodings").read_text())
+    dynamic = {name for name, encoding in result.encodings.items() if encoding.is_dynamic}
+    assert dynamic == {entry["name"] for entry in stated["ptqjax_encodings"]}
+    assert dynamic.isdisjoint(entry["name"] for entry in stated["activation_encodings"])
+
+
+def test_how_data_are_cut_into_batches_decides_nothing_about_grids() -> None:
+    ids = RNG.integers(0, ROWS, (64, 6))
+    config = QuantizationConfig(activations="dynamic", correct="none")
+    found = [
+        quantize(network(), [{"ids": ids[start : start + size]} for start in range(0, 64, size)], config)
+        for size in (32, 24)
+    ]
+    assert [{name for name, each in one.encodings.items() if each.is_dynamic} for one in found] == [
+        {"e_read", "f", "c"}
+    ] * 2
+    assert found[0].encodings.keys() == found[1].encodings.keys()

@@ -44,8 +44,8 @@ def encodings_json(model: Model, encodings: Encodings, version: str | None = Non
 
     What an entry cannot say (limits other than the type's, signed integers with a zero point, an unusual axis) stands
     beside it under the key "ptqjax": all fields of the encoding, which `read` prefers. An encoding that is not enabled,
-    or in 2.0.0 a plain cast to 16 bits, has no entry, so that other tools leave the tensor in float: it stands in a
-    section of its own, "ptqjax_encodings".
+    whose grid is found at run time, or in 2.0.0 a plain cast to 16 bits, has no entry, so that other tools leave the
+    tensor in float: it stands in a section of its own, "ptqjax_encodings".
 
     Raises:
         ConfigError: There is no such version; it has no grid of that kind; or an encoding is no grid of its tensor
@@ -54,7 +54,7 @@ def encodings_json(model: Model, encodings: Encodings, version: str | None = Non
     axes = tensor_axes(model)
     held = {name: _single(name, encoding, axes.get(name, TensorAxes())) for name, encoding in sorted(encodings.items())}
     schema = _sufficient_schema(held, axes) if version is None else find_schema(version)
-    without = {name for name, encoding in held.items() if not encoding.enabled or _is_cast(encoding, schema)}
+    without = {name for name, encoding in held.items() if not _is_told(encoding) or _is_cast(encoding, schema)}
     entries = {
         name: _entry(name, encoding, schema, axes.get(name, TensorAxes()))
         for name, encoding in held.items()
@@ -72,7 +72,7 @@ def encodings_json(model: Model, encodings: Encodings, version: str | None = Non
 def _sufficient_schema(held: Encodings, axes: Mapping[str, TensorAxes]) -> Schema:
     """Returns the usual schema, or the one of a single list where the usual one has not all of the grids."""
     usual = find_schema(_USUAL)
-    enabled = {name: encoding for name, encoding in held.items() if encoding.enabled}
+    enabled = {name: encoding for name, encoding in held.items() if _is_told(encoding)}
     suffices = all(_has_entry(each, usual, axes.get(name, TensorAxes())) for name, each in enabled.items())
     return usual if suffices else find_schema(SINGLE_LIST)
 
@@ -153,7 +153,7 @@ def _bias_entry(encoding: Encoding, axes: TensorAxes) -> Entry:
 def _quantizer_args(model: Model, held: Encodings) -> dict[str, Any]:
     """Returns what the oldest version says of all tensors together: the widths that most of them have."""
     params = [encoding for name, encoding in held.items() if name in model.params and encoding.enabled]
-    activations = [encoding for name, encoding in held.items() if name not in model.params and encoding.enabled]
+    activations = [encoding for name, encoding in held.items() if name not in model.params and _is_told(encoding)]
     return {
         "activation_bitwidth": _usual_bits(activations),
         "param_bitwidth": _usual_bits(params),
@@ -166,6 +166,11 @@ def _quantizer_args(model: Model, held: Encodings) -> dict[str, Any]:
 def _usual_bits(encodings: list[Encoding]) -> int:
     counts = Counter(16 if encoding.float_format else encoding.num_bits for encoding in encodings)
     return max(counts, key=lambda bits: counts[bits], default=8)
+
+
+def _is_told(encoding: Encoding) -> bool:
+    """Tells whether there is a grid that an entry can say."""
+    return bool(encoding.enabled) and not encoding.is_dynamic
 
 
 def _is_cast(encoding: Encoding, schema: Schema) -> bool:

@@ -27,7 +27,7 @@ def fitting(encoding: Encoding, axes: TensorAxes) -> Encoding:
             rising numbers, a zero point outside them, or a float format with a zero point or scale that it has not.
     """
     _check_grid(encoding)
-    _check_layout(encoding, axes)
+    (_check_run_time if encoding.is_dynamic else _check_layout)(encoding, axes)
     return encoding
 
 
@@ -60,6 +60,15 @@ def _check_grid(encoding: Encoding) -> None:
         raise UnfitError(f"zero points beside {encoding.float_format}", "none, as codes are floating-point numbers")
     if encoding.float_format is not None and not float_format(encoding.float_format).has_scale and np.any(scale != 1):
         raise UnfitError(f"the scale {float(scale.max())} beside {encoding.float_format}", "1, as it is a plain cast")
+
+
+def _check_run_time(encoding: Encoding, axes: TensorAxes) -> None:
+    if axes.shape is not None:
+        raise UnfitError("a grid found at run time", "scales, as the tensor is a parameter")
+    if np.size(encoding.scale) != 1:
+        raise UnfitError(
+            f"{np.size(encoding.scale)} scales beside a grid found at run time", "one, for which it stands"
+        )
 
 
 def _check_layout(encoding: Encoding, axes: TensorAxes) -> None:

@@ -12,14 +12,21 @@ from ptqjax.kernels.grid import FLOAT_FORMATS
 
 ARRAYS = ("scale", "zero_point", "qmin", "qmax", "enabled")
 """Fields that are arrays."""
-STATIC = ("axis", "block_size", "float_format", "scale_bits")
+STATIC = ("axis", "block_size", "float_format", "scale_bits", "is_dynamic")
 """Fields that are not."""
+_UNSAID = {"is_dynamic": False}  # what a file means that does not have the field
 
 
 def fields_of(encoding: Encoding) -> dict[str, Any]:
     """Returns the fields of a concrete encoding as plain data; arrays as nested lists."""
     arrays = {name: np.asarray(getattr(encoding, name)).tolist() for name in ARRAYS}
-    return arrays | {name: getattr(encoding, name) for name in STATIC}
+    return arrays | static_of(encoding)
+
+
+def static_of(encoding: Encoding) -> dict[str, Any]:
+    """Returns the fields that are not arrays as plain data; `static_fields` is the inverse."""
+    found = {name: getattr(encoding, name) for name in STATIC}
+    return {name: value for name, value in found.items() if name not in _UNSAID or value != _UNSAID[name]}
 
 
 def encoding_of_fields(found: Located) -> Encoding:
@@ -43,7 +50,8 @@ def static_fields(found: Located) -> dict[str, Any]:
     float_format = found.item("float_format")
     if float_format.value not in (None, *FLOAT_FORMATS):
         raise float_format.wrong(f"null or one of {', '.join(FLOAT_FORMATS)}")
-    return integers | {"float_format": float_format.value}
+    flags = {name: found.item(name).flag() if found.has(name) else unsaid for name, unsaid in _UNSAID.items()}
+    return integers | flags | {"float_format": float_format.value}
 
 
 def is_identical(one: Encoding, other: Encoding) -> bool:

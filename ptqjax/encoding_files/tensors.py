@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from ptqjax.encoding_files.located_json import Located
-from ptqjax.encoding_files.own_fields import ARRAYS, STATIC, static_fields
+from ptqjax.encoding_files.own_fields import ARRAYS, static_fields, static_of
 from ptqjax.encoding_files.whole_files import write_whole
 from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.errors import DataError
@@ -43,7 +43,7 @@ def tensors_of_encodings(encodings: Encodings) -> bytes:
         for name, encoding in encodings.items()
         for field in ARRAYS
     }
-    static = {name: {field: getattr(encoding, field) for field in STATIC} for name, encoding in encodings.items()}
+    static = {name: static_of(encoding) for name, encoding in encodings.items()}
     return _content(arrays, {_FORMAT: _ENCODINGS, _STATIC_KEY: json.dumps(static)})
 
 
