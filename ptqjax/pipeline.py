@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -96,7 +97,9 @@ def _equalized(drafts: Sequence[Draft], batches: Batches, absorb: str | None) ->
     for draft, choice in zip(drafts, choices, strict=True):
         first = report if choice.absorbs or plain is None else plain[1]
         own = with_own_reads(choice.model, draft.config)
-        chosen = draft.chosen(choice, shared=(absorb, choice.key, None if own is choice.model else draft.config))
+        is_same = own is choice.model
+        kept = choice if is_same else replace(choice, calibrated=None)  # was of the model without these reads
+        chosen = draft.chosen(kept, shared=(absorb, choice.key, None if is_same else draft.config))
         yield chosen.after("equalize", own, (*first, *choice.report), ran=draft.config.equalize)
 
 

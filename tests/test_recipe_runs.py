@@ -162,13 +162,33 @@ def test_a_run_has_every_stage_and_measures(done):
 
 
 def test_the_exported_files_are_those_of_quantize_byte_for_byte(place, done, tmp_path, monkeypatch):
-    nothing_found = {"stages": (), "measured_in": ""}
+    nothing_found = {"stages": (), "measured_in": "", "measured_on": ""}
     monkeypatch.setattr(ptqjax, "explain", lambda *_, **__: nothing_found)  # most of the time, and no part in the files
     monkeypatch.setattr(report, "page", lambda _: "")
     result = command("quantize", place / "net.onnx", "--calibration", place / "data.npz", "--out", tmp_path, *FLAGS)
     assert result.exit_code == 0, result.output
     for name in ("model.onnx", "model.encodings"):
         assert (tmp_path / name).read_bytes() == (done.folder / "export" / name).read_bytes()
+
+
+def test_a_recipe_with_grids_found_at_run_time_exports_the_bytes_of_quantize(place, tmp_path, monkeypatch):
+    """A layer and a sum read `x`: the layer has a tensor of its own, which no stage may lose."""
+    random = np.random.default_rng(0)
+    arrays = {name: random.normal(size=(6, 6)).astype(np.float32) for name in ("w1", "w2")}
+    nodes = [node("MatMul", ("x", "w1"), "m"), node("Add", ("m", "x"), "s"), node("MatMul", ("s", "w2"), "y")]
+    onnx_io.write(build(nodes, arrays, input_shape=("N", 6), outputs=["y"]), tmp_path / "net.onnx")
+    text = changed(place, tmp_path, 'ranges = "min-max"', 'activations = "dynamic"').read_text()
+    text = text.replace(f"{place / 'net.onnx'}", f"{tmp_path / 'net.onnx'}").replace('"short"', '"none"')
+    (tmp_path / "dynamic.toml").write_text(text)
+    done = ptqjax.run_recipe(tmp_path / "dynamic.toml", tmp_path / "runs")
+    settings = ["--activations=dynamic", "--scaling=weights", "--correct=empirical", "--device=cpu", "--report=none"]
+    data = ["--calibration", place / "data.npz"]
+    result = command("quantize", tmp_path / "net.onnx", *data, "--out", tmp_path / "out", *settings)
+    assert result.exit_code == 0, result.output
+    for name in ("model.onnx", "model.encodings"):
+        assert (tmp_path / "out" / name).read_bytes() == (done.folder / "export" / name).read_bytes()
+    kinds = {each.op_type for each in onnx_io.read(done.folder / "export" / "model.onnx").graph.nodes}
+    assert "MatMulInteger" in kinds
 
 
 def test_what_is_there_is_not_computed_again(place, done, copied):

@@ -27,6 +27,7 @@ from ptqjax.exporting import export, fingerprint
 from ptqjax.ir import Model, Record, Report
 from ptqjax.ir.graph import Statistics
 from ptqjax.metrics.named import metric_named
+from ptqjax.placement.own_reads import with_own_reads
 from ptqjax.progress import Follow
 from ptqjax.publish import write_text
 from ptqjax.recipes.data import Data
@@ -93,7 +94,12 @@ def _equalize(task: Task, root: Path, folder: Path) -> None:
 
 def _scaled(task: Task, root: Path) -> Draft:
     """Returns the draft as the stage "equalize" left it."""
-    return replace(_drafted(task, read_model(root / "equalize")), **_read_json(root / "equalize" / _CHOICE))
+    return replace(_drafted(task, _model_of(task, root / "equalize")), **_read_json(root / "equalize" / _CHOICE))
+
+
+def _model_of(task: Task, folder: Path) -> Model:
+    """Returns the model that a stage from "equalize" on wrote, with its own reads, which reading takes out."""
+    return with_own_reads(read_model(folder), task.recipe.config)
 
 
 def _calibrate(task: Task, root: Path, folder: Path) -> None:
@@ -112,7 +118,7 @@ def _correct(task: Task, root: Path, folder: Path) -> None:
 
 
 def _export(task: Task, root: Path, folder: Path) -> None:
-    model, encodings = read_model(root / "correct"), read_encodings(root / "correct")
+    model, encodings = _model_of(task, root / "correct"), read_encodings(root / "correct")
     export(model, encodings, folder, "model", settings=task.settings, target=task.recipe.config.target)
 
 
@@ -201,9 +207,10 @@ def result_of(root: Path, task: Task) -> Result:
     corrects = _read_json(root / "correct" / _CHANGED)
     done = {"fold": True, "equalize": task.recipe.config.equalize, "calibrate": True, "correct": corrects}
     names = [name for name, is_done in done.items() if is_done]
-    models = {name: read_model(root / name) for name in names if name != "calibrate"}
+    models = {name: _model_of(task, root / name) for name in names if name in ("equalize", "correct")}
+    models = {"fold": read_model(root / "fold")} | models
     return Result(
-        model=read_model(root / "correct"),
+        model=_model_of(task, root / "correct"),
         encodings=read_encodings(root / "correct"),
         reports={name: _read_records(root / name) for name in names},
         stages=tuple(Stage(name=name, model=model) for name, model in models.items()),
@@ -216,7 +223,7 @@ def metrics_of(root: Path) -> Mapping[str, Any]:
 
 
 def write_model(folder: Path, model: Model) -> None:
-    """Writes a model with all that is known of it; `read_model` is the inverse, to the bit."""
+    """Writes a model with all that is known of it; `read_model` is the inverse, to the bit, but for Identity nodes."""
     if sum(np.asarray(value).nbytes for value in model.params.values()) < _LARGEST:
         write_whole(folder / _MODEL, onnx_io.to_proto(model).SerializeToString())
     else:
@@ -231,7 +238,7 @@ def write_model(folder: Path, model: Model) -> None:
 
 
 def read_model(folder: Path) -> Model:
-    """Returns the model that `write_model` wrote."""
+    """Returns the model that `write_model` wrote, without Identity nodes."""
     model = onnx_io.read(folder / _MODEL)
     arrays = safetensors.numpy.load_file(folder / _STATISTICS)
     names = sorted({name.rpartition("/")[0] for name in arrays})
