@@ -20,6 +20,7 @@ from ptqjax.exporting import quantized_model
 from ptqjax.ir import Model
 from ptqjax.onnx_io import read
 from ptqjax.pipeline import Result
+from ptqjax.placement.place import place
 
 RNG = np.random.default_rng(0)
 ROWS, WIDTH, HIDDEN = 96, 48, 72
@@ -194,11 +195,49 @@ def test_a_block_of_zeros_and_a_partial_block_have_grids() -> None:
             "block:24.*MatMulNBits has blocks of 16, 32, 64, 128, 256",
         ),
         ({"activations": "dynamic", "granularity": "block:8"}, "block:8.*MatMulNBits has blocks of"),
+        ({"activations": "dynamic", "power_of_two": True}, "power_of_two=True.*found at run time.*of='weights'"),
+        ({"activations": "dynamic", "activations_symmetric": True}, "activations_symmetric=True.*found at run time"),
+        ({"activations": "dynamic", "activation_ranges": "mse"}, "activation_ranges='mse'.*found at run time"),
+        ({"activations": "float", "activations_symmetric": "strict"}, "activations_symmetric='strict'.*have no grid"),
     ],
 )
 def test_what_the_target_has_not_is_an_error(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuantizationConfig(**settings)
+
+
+FOUND = "changes no grid, because the grid of 'f' is found at run time"
+
+
+@pytest.mark.parametrize(
+    ("activations", "rule", "message"),
+    [
+        ("dynamic", Rule(tensors=("f",), dtype="int16"), FOUND),
+        ("dynamic", Rule(tensors=("f",), fixed_range=(-1.0, 1.0)), FOUND),
+        ("dynamic", Rule(of="activations", power_of_two=True), "changes no grid, because 'y' stays in float"),
+        ("dynamic", Rule(tensors=("r",), enabled=True), "changes no grid, because 'r' stays in float: no product"),
+        (
+            "float",
+            Rule(tensors=("f",), enabled=True),
+            "changes no grid, because 'f' stays in float: activations='float'",
+        ),
+    ],
+)
+def test_a_rule_that_no_grid_obeys_is_an_error(activations: str, rule: Rule, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        place(network(), QuantizationConfig(activations=activations, rules=(rule,)))
+
+
+def test_rules_that_something_obeys_hold_beside_grids_found_at_run_time() -> None:
+    rules = (
+        Rule(tensors=("up", "f"), dtype="int4"),
+        Rule(tensors=("c",), enabled=False),
+        Rule(of="weights", enabled=True),
+    )
+    placement = place(network(), QuantizationConfig(activations="dynamic", rules=rules))
+    assert placement.site("up").dtype == "int4"
+    assert placement.site("f").is_dynamic
+    assert placement.site("c") is None
 
 
 def test_a_tied_table_with_other_settings_is_an_error() -> None:

@@ -26,6 +26,7 @@ def check_allowed(config: QuantizationConfig, target: Target) -> None:
     if config.activations == "dynamic" and not target.dynamic_products and "activations" not in restricted:
         raise SettingError("activations", _without_dynamic(target))
     _check_blocks(config, target)
+    _check_run_time(config)
     for key, value in _settings(config):
         if key in restricted and value not in restricted[key]:
             raise SettingError(key, _refusal(target, key, getattr(config, key), value, restricted[key]))
@@ -49,6 +50,23 @@ def _check_blocks(config: QuantizationConfig, target: Target) -> None:
             raise SettingError(
                 "granularity", f"granularity={granularity!r}: MatMulNBits has blocks of {sizes}; choose one"
             )
+
+
+def _check_run_time(config: QuantizationConfig) -> None:
+    """Checks that nothing is set that activations without a grid beforehand cannot obey."""
+    if config.activations not in RUN_TIME:
+        return
+    remedies = {"activations_symmetric": "leave it out", "activation_ranges": "leave it out"}
+    if config.activations == "dynamic":
+        remedies["power_of_two"] = "set it by a rule with of='weights' for weights alone"
+    for key, remedy in remedies.items():
+        value = getattr(config, key)
+        if value:
+            why = (
+                "no grid" if config.activations == "float" else "grids that are found at run time, as the runtime does"
+            )
+            message = f"{key}={value!r}: with activations={config.activations!r} activations have {why}; {remedy}"
+            raise SettingError(key, message)
 
 
 def resolved_symmetry(symmetric: Symmetry | None, dtype: str, *, of_weights: bool) -> Symmetry:
