@@ -16,11 +16,13 @@ from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.encoding_files.own_fields import is_identical
 from ptqjax.encodings.encoding import dynamic_encoding, fake_quantize
 from ptqjax.errors import ConfigError
-from ptqjax.exporting import quantized_model
+from ptqjax.exporting import fingerprint, quantized_model
+from ptqjax.fit.selection import scale_as_configured, scale_each
 from ptqjax.ir import Model
 from ptqjax.onnx_io import read
 from ptqjax.pipeline import Result
 from ptqjax.placement.place import place
+from tests.transformers import encoder, samples
 
 RNG = np.random.default_rng(0)
 ROWS, WIDTH, HIDDEN = 96, 48, 72
@@ -300,3 +302,12 @@ def test_how_data_are_cut_into_batches_decides_nothing_about_grids() -> None:
         {"e_read", "f", "c"}
     ] * 2
     assert found[0].encodings.keys() == found[1].encodings.keys()
+
+
+def test_a_model_scaled_for_one_plan_of_activations_is_not_that_of_another() -> None:
+    model = encoder(depth=1)
+    batches = [samples(model, 8)]
+    configs = [QuantizationConfig(scaling="noise", activations=each, effort="fast") for each in ("uint8", "dynamic")]
+    alone = [fingerprint(scale_as_configured(model, batches, config).model) for config in configs]
+    assert alone[0] != alone[1]
+    assert [fingerprint(choice.model) for choice in scale_each(model, batches, configs)] == alone

@@ -32,6 +32,12 @@ _ABSORBS = (
     0.5  # dB that absorbed biases must be predicted to gain (MobileNetV2 0.05, EfficientNet 0.02, MobileNetV1 -0.9)
 )
 _OF_SCALED = 1.2  # without a trial: scales of least noise make channels reach equally far, and clip most on new data
+_PLACED = (
+    *("weights", "weights_symmetric", "weight_ranges", "granularity"),
+    *("activations", "activations_symmetric", "activation_ranges", "power_of_two"),
+    *("target", "compatibility", "exclude", "exclude_nodes", "rules", "supergroups"),
+)
+"""The settings by which `place` decides what is rounded, and which tensors share a grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +160,11 @@ def _dependence(config: QuantizationConfig) -> Hashable:
     """Returns what the scaled model depends on."""
     if _is_chosen(config):
         return config
+    effort = config.effort if config.scaling in {"ranges", "noise"} else None  # decides how many samples are looked at
+    common = config.scaling, bounds_of(config), config.seed, effort
     if config.scaling != "noise":
-        return config.scaling, bounds_of(config), config.seed, None
-    forks = config.target, config.compatibility, config.exclude, config.exclude_nodes, config.rules, config.supergroups
-    return config.scaling, bounds_of(config), config.seed, steps_of(config), forks
+        return common
+    return *common, steps_of(config), *(getattr(config, name) for name in _PLACED)
 
 
 def _as_asked(config: QuantizationConfig, *, has_data: bool) -> dict[str, Any]:
