@@ -1,7 +1,7 @@
 """A small language model with weights in int4: python language_model.py MODEL.onnx CALIBRATION.npz TEST.npz OUT.
 
 The .npz files hold `input_ids` [N, T] and `labels` [N, T], the token that follows each (-100 where none counts). A
-decoder with past inputs makes its past itself; activations stay in float.
+decoder with past inputs makes its past itself, the quantized one with its own roundings; activations stay in float.
 """
 
 import sys
@@ -24,13 +24,12 @@ def feed(model: ptqjax.Model, file: str) -> tuple[list[dict[str, np.ndarray]], n
 
 def main(model_file: str, calibration_file: str, test_file: str, out: str) -> Evaluation:
     """Quantizes, writes OUT/language_model.onnx, and returns what it is worth on the test sequences."""
-    model = ptqjax.read(model_file)
-    config = ptqjax.QuantizationConfig(weights="int4", granularity="block:32", equalize=False, correct="none")
+    model, file = ptqjax.read(model_file), f"{out}/language_model.onnx"
+    config = ptqjax.QuantizationConfig(weights="int4", granularity="block:32", activations="float", equalize=False)
     result = ptqjax.quantize(model, feed(model, calibration_file)[0], config)
-    weights = {name: grid for name, grid in result.encodings.items() if name in result.model.params}
-    ptqjax.export(result.model, weights, out, "language_model")
-    batches, labels = feed(model, test_file)
-    return ptqjax.evaluate(f"{out}/language_model.onnx", batches, labels=labels, reference=model_file)
+    ptqjax.export(result.model, result.encodings, out, "language_model", target=config.target)
+    batches, labels = feed(ptqjax.read(file), test_file)
+    return ptqjax.evaluate(file, batches, labels=labels, reference=model_file)
 
 
 if __name__ == "__main__":

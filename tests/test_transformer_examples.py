@@ -65,12 +65,16 @@ def test_the_language_model_in_int4_keeps_what_it_knows(tmp_path):
         ids = RANDOM.integers(0, VOCABULARY, (8, 7))
         labels = np.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
         np.savez(tmp_path / f"{name}.npz", input_ids=ids, labels=labels)
-    given = (tmp_path / each for each in ("m.onnx", "calibration.npz", "test.npz", "out"))
-    found = example.main(*map(str, given))
+    given = tuple(str(tmp_path / each) for each in ("m.onnx", "calibration.npz", "test.npz", "out"))
+    found = example.main(*given)
     assert found.figures["kl"] < 0.1
     assert found.outputs["logits"] > 10
-    kinds = {tensor.data_type for tensor in onnx.load(tmp_path / "out" / "language_model.onnx").graph.initializer}
-    assert TensorProto.INT4 in kinds
+    file = tmp_path / "out" / "language_model.onnx"
+    assert "MatMulNBits" in {node.op_type for node in onnx.load(file).graph.node}
+    batches, labels = example.feed(ptqjax.read(file), given[2])
+    own, of_float = (example.feed(ptqjax.read(each), given[2])[0][-1] for each in (file, given[0]))
+    assert any(not np.array_equal(own[name], of_float[name]) for name in own)  # its past is its own
+    assert found.figures["perplexity"] == ptqjax.evaluate(file, batches, labels=labels).figures["perplexity"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real models in {SHARED}")
