@@ -8,6 +8,7 @@ import pytest
 from onnx import numpy_helper
 
 import ptqjax
+from ptqjax.encodings.encoding import dynamic_encoding
 from ptqjax.fit.block_problem import BlockProblem
 from ptqjax.fit.blocks import MANY, blocks, layers_of_blocks
 from ptqjax.fit.walking import Walk, layers_in, layers_to_round
@@ -177,6 +178,26 @@ def test_the_first_value_is_what_was_solved_for():
         for name, encoding in encodings.items():
             np.testing.assert_array_equal(encoding.scale, result.encodings[name].scale)
         walk.advance(block, solved.params)
+
+
+def test_what_grids_found_at_run_time_say_of_a_block_is_nothing():
+    """Units of biases are those behind floats, and no step is learned."""
+    batches = [pictures(0, 8)]
+    result = to_nearest(residual_network(), batches)
+    weights = {name: each for name, each in result.encodings.items() if name in result.model.params}
+    layers, _ = layers_to_round(result.model, weights, ())
+    found = []
+    for others in ({}, dict.fromkeys(result.encodings.keys() - weights.keys(), dynamic_encoding())):
+        walk = Walk.through(result.model, weights | others, batches, layers, blocks)
+        inside = layers_in(walk.parts[0], layers)
+        free = frozenset(result.encodings)
+        problem = BlockProblem.of(walk, walk.parts[0], result.model.params, inside, solving=ptqjax.Solving(), free=free)
+        found.append(problem.units)
+        assert not problem.tied
+    assert found[0]
+    assert {name: unit.tobytes() for name, unit in found[0].items()} == {
+        name: unit.tobytes() for name, unit in found[1].items()
+    }
 
 
 def dense_network(weight, behind):

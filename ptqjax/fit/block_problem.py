@@ -152,7 +152,9 @@ def _tied(walk: Walk, grids: Encodings, free: frozenset[str]) -> tuple[tuple[str
 
 
 def _can_move(name: str, grids: Encodings, free: frozenset[str]) -> bool:
-    return name in grids and name in free and grids[name].float_format is None and bool(np.all(grids[name].enabled))
+    if name not in grids or name not in free or grids[name].is_dynamic:
+        return False
+    return grids[name].float_format is None and bool(np.all(grids[name].enabled))
 
 
 def _key(encoding: Encoding) -> tuple[bytes, ...]:
