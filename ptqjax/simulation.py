@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from ptqjax.encodings.activations import fake_quantize_activation
+from ptqjax.encodings.activations import Switches, fake_quantize_activation
 from ptqjax.encodings.biases import bias_encoding, bias_sites
 from ptqjax.encodings.encoding import Encoding, Encodings, concrete, fake_quantize
 from ptqjax.errors import ConfigError
@@ -48,7 +48,7 @@ def simulate(model: Model, encodings: Encodings, *, arithmetic: str = "float") -
     """
     check_tensors(model.graph, encodings)
     if arithmetic == "float":
-        return _with_checks(model.graph, partial(_float_program, model.graph))
+        return _with_checks(model.graph, _float_function(model.graph))
     if arithmetic == "integer":
         grids = tuple(sorted(stored_grids(model, encodings).items()))
         fused, _ = fuse_quantized(with_dynamic_products(insert_qdq(model, encodings, grids=dict(grids)))[0])
@@ -84,10 +84,15 @@ def apply_quantized(
     return simulate(model, encodings, arithmetic=arithmetic)(params, encodings, inputs)
 
 
-def fake_quantization(model: Model, encodings: Encodings) -> Intercept:
+def fake_quantization(model: Model, encodings: Encodings, *, are_on: bool = False) -> Intercept:
     """Returns what `interpret` calls to run `model` as the float program: each tensor and bias rounded to its grid.
 
     A bias that several layers read has a grid for each of them; it stays as it is, where they have no copies.
+
+    Args:
+        model: The model.
+        encodings: The grids by tensor.
+        are_on: Whether all encodings are known to be enabled, so that programs for GPUs need not ask.
     """
     graph, grids = model.graph, _with_biases(model, encodings)
 
@@ -96,7 +101,8 @@ def fake_quantization(model: Model, encodings: Encodings) -> Intercept:
             return value, None
         if name in graph.parameters:
             return _rounded_parameter(value, grids[name]), None
-        return fake_quantize_activation(value, _in_layout(grids[name], value.ndim, channel_axis)), None
+        grid = _in_layout(grids[name], value.ndim, channel_axis)
+        return fake_quantize_activation(value, grid, is_on=are_on), None
 
     return intercept
 
@@ -148,12 +154,31 @@ def _with_checks(graph: Graph, program: Simulation) -> Simulation:
     return run
 
 
+class _FloatGraph(NamedTuple):
+    """What is static in the float program."""
+
+    source: Graph
+    """The model's graph."""
+    are_on: bool
+    """Whether all encodings are known to be enabled."""
+
+
+def _float_function(graph: Graph) -> Simulation:
+    switches = Switches()
+
+    def run(params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
+        return _float_program(_FloatGraph(graph, switches.are_on(encodings)), params, encodings, inputs)
+
+    return run
+
+
 @compiled_in_two_parts
 def _float_program(
-    graph: Graph, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
+    static: _FloatGraph, params: Mapping[str, Any], encodings: Encodings, inputs: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-    model = with_own_biases(Model(graph=graph, params=dict(params)), encodings)
-    return interpret_by_samples(model.graph, model.params, inputs, intercept=fake_quantization(model, encodings))
+    model = with_own_biases(Model(graph=static.source, params=dict(params)), encodings)
+    rounded = fake_quantization(model, encodings, are_on=static.are_on)
+    return interpret_by_samples(model.graph, model.params, inputs, intercept=rounded)
 
 
 class _IntegerGraphs(NamedTuple):

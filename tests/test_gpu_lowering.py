@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ptqjax import QuantizationConfig, calibrate, simulate
-from ptqjax.encodings.activations import fake_quantize_activation
-from ptqjax.encodings.encoding import fake_quantize, make_encoding
+from ptqjax.encodings.activations import Switches, fake_quantize_activation
+from ptqjax.encodings.encoding import dynamic_encoding, fake_quantize, make_encoding
 from ptqjax.kernels.depthwise import convolve_depthwise
 from ptqjax.kernels.fixed_part import in_two_parts
 from ptqjax.kernels.gpu_integer import Integers, multiply_matrices, signed
@@ -151,11 +151,56 @@ def test_a_chain_rounds_as_the_grid_does_and_has_its_derivatives(dtype, axis):
     expected = outcome(fake_quantize, encoding)
     with made_for("gpu"):
         found = outcome(fake_quantize_activation, encoding)
+        known = fake_quantize_activation(x, encoding, is_on=True)
         left = fake_quantize_activation(x, encoding.replace(enabled=np.asarray(False)))
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), found[2], expected[2])
     np.testing.assert_array_equal(left, x)
+    np.testing.assert_array_equal(known, expected[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_off_stays_to_the_bit_however_large_or_small(dtype):
+    ends = np.finfo(dtype)
+    x = jnp.asarray([ends.min, ends.max, ends.max / 3, ends.tiny, -ends.tiny, 0.3, -np.inf], dtype)
+    off = make_encoding(np.float32(0.25), np.float32(3), dtype="uint8").replace(enabled=np.asarray(False))
+    with made_for("gpu"):
+        for function in (fake_quantize_activation, jax.jit(fake_quantize_activation)):
+            np.testing.assert_array_equal(function(x, off), x)
+            slopes = jax.grad(lambda x, function=function: jnp.sum(function(x, off)[:-1]))(x)
+            np.testing.assert_array_equal(slopes[:-1], 1)
+
+
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_grids_found_at_run_time_are_found_in_programs_for_gpus(block_size):
+    x = jnp.asarray(np.random.default_rng(0).normal(scale=0.1, size=(4, 32)), jnp.float32)
+    encoding = dynamic_encoding(block_size)
+    with made_for("gpu"):
+        found = fake_quantize_activation(x, encoding, is_on=True)
+    np.testing.assert_array_equal(found, fake_quantize(x, encoding))
+    assert 0 < np.max(np.abs(found - x)) < 0.01
+
+
+def test_a_program_asks_what_is_on_where_something_is_off_alone():
+    """A mask's lowest number passes an encoding that is off; where all are on, no value is read twice."""
+    model = Chain(3, dtype=np.float32, size=4).add("Add", "x").add("Relu").build()
+    grid = make_encoding(np.float32(0.1), np.float32(0), dtype="uint8")
+    encodings = {"x": grid, model.graph.outputs[0].name: grid}
+    off = {name: each.replace(enabled=np.asarray(False)) for name, each in encodings.items()}
+    x = np.full((1, 3, 4, 4), 1e25, np.float32)
+    run = simulate(model, encodings)
+    with made_for("gpu"):
+        for put in (lambda tree: tree, jax.device_put):
+            (clipped,) = run(model.params, put(encodings), {"x": x}).values()
+            (left,) = run(model.params, put(off), {"x": x}).values()
+            (traced,) = jax.jit(run)(model.params, put(off), {"x": x}).values()
+            np.testing.assert_allclose(clipped, 25.5, rtol=1e-6)
+            np.testing.assert_array_equal(left, np.float32(2e25))
+            np.testing.assert_array_equal(traced, left)
+        switches = Switches()
+        assert [switches.are_on(jax.device_put(each)) for each in (encodings, off, encodings)] == [True, False, True]
+    assert not Switches().are_on(encodings)  # programs for CPUs are one, whatever is on
 
 
 @pytest.mark.parametrize("types", [("uint8", "int8"), ("int8", "uint8"), ("uint8", "uint8")])

@@ -4,28 +4,54 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptqjax.encodings.encoding import Encoding, along_axis, fake_quantize
+from ptqjax.encodings.encoding import Encoding, Encodings, along_axis, fake_quantize
 from ptqjax.kernels.grid import round_in_a_chain
 from ptqjax.kernels.platforms import current
-
-_FINEST = np.float32(2.0**-64)
-"""The step where nothing is to be rounded: float32 numbers from 2^-41 on are integers times it, up to 2^63."""
+from ptqjax.kernels.precision import is_traced
 
 
-def fake_quantize_activation(x: Any, encoding: Encoding) -> Any:
+def fake_quantize_activation(x: Any, encoding: Encoding, *, is_on: bool = False) -> Any:
     """Returns `fake_quantize` of an activation; for GPUs by a chain, which costs no kernel of its own.
 
-    There, what is not enabled is rounded to multiples of 2^-64 between endless bounds, which changes numbers below
-    2^-41 alone, by 2^-65 at most; and a zero point that is no integer may move the ends in their last bit.
+    There, a zero point that is no integer may move the ends in their last bit. Grids that are found at run time, and
+    those of floats, are no chains: they read what they round twice.
+
+    Args:
+        x: The activation.
+        encoding: Its grid.
+        is_on: Whether the encoding is known to be enabled; else a value is read a second time, to be left as it is.
     """
-    if current().platform != "gpu" or encoding.float_format is not None:
+    if current().platform != "gpu" or encoding.float_format is not None or encoding.is_dynamic:
         return fake_quantize(x, encoding)
     scale, zero_point = (along_axis(v, encoding, np.shape(x)) for v in (encoding.scale, encoding.zero_point))
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    step = jnp.where(encoding.enabled, scale, _FINEST)
-    low = jnp.where(encoding.enabled, encoding.qmin - zero_point, -jnp.inf)
-    high = jnp.where(encoding.enabled, encoding.qmax - zero_point, jnp.inf)
-    return round_in_a_chain(x.astype(dtype), *(each.astype(dtype) for each in (step, low, high))).astype(x.dtype)
+    grid = (scale, encoding.qmin - zero_point, encoding.qmax - zero_point)
+    rounded = round_in_a_chain(x.astype(dtype), *(jnp.asarray(each).astype(dtype) for each in grid)).astype(x.dtype)
+    return rounded if is_on else jnp.where(encoding.enabled, rounded, x)
+
+
+class Switches:
+    """What tells whether all encodings are on; of the same arrays it is looked up once, which waits for a GPU."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, ...] = ()
+        self._are_on = False
+
+    def are_on(self, encodings: Encodings) -> bool:
+        """Returns whether all are known to be on, where programs for GPUs are made; elsewhere False: none asks."""
+        switches = tuple(encoding.enabled for encoding in encodings.values())
+        if current().platform != "gpu" or any(map(is_traced, switches)):
+            return False
+        if not all(isinstance(each, jax.Array) for each in switches):
+            return _all(switches)
+        if len(switches) != len(self._last) or any(a is not b for a, b in zip(switches, self._last, strict=True)):
+            self._last, self._are_on = switches, _all(jax.device_get(switches))
+        return self._are_on
+
+
+def _all(switches: tuple[Any, ...]) -> bool:
+    return all(bool(np.all(each)) for each in switches)
