@@ -133,8 +133,7 @@ def _grid(encoding: Encoding, shape: tuple[int, ...]) -> tuple[np.ndarray, np.nd
 def _unit(walk: Walk, layer: Linear, bias: np.ndarray) -> np.ndarray:
     """Returns what one step of a weight adds to the output at an eighth of the input's range: one number or each's."""
     scale, x = np.asarray(walk.encodings[layer.weight].scale, np.float32), walk.encodings.get(layer.input)
-    is_known = x is not None and not x.is_dynamic
-    reach = float(np.max(np.asarray(x.scale)) * (x.qmax - x.qmin)) / 8 if is_known else 1.0
+    reach = 1.0 if x is None or x.is_dynamic else float(np.max(np.asarray(x.scale)) * (x.qmax - x.qmin)) / 8
     each = scale.reshape(bias.shape) if scale.size == bias.size else scale.max()
     return np.asarray(each * reach, np.float32)
 
