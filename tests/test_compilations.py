@@ -19,8 +19,18 @@ from ptqjax.ranges.observers import DISTRIBUTION, SAMPLES
 from ptqjax.report.explanation import explain
 from tests.models import mobile_block, node
 
-PROGRAMS = {"measure", "look", "absorb", "run", "search_fractions", "_descended", "tensors", "interpret_whole"}
-"""What `quantize` and `explain` compile: each a whole model, or a whole search."""
+PROGRAMS = {
+    "_nothing",
+    "measure",
+    "look",
+    "absorb",
+    "run",
+    "search_fractions",
+    "_descended",
+    "tensors",
+    "interpret_whole",
+}
+"""What `quantize` and `explain` compile: each a whole model, or a whole search; "_nothing" asks for compiler options."""
 
 _heard: list[str] = []
 

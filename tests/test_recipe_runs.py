@@ -162,7 +162,7 @@ def test_a_run_has_every_stage_and_measures(done):
 
 
 def test_the_exported_files_are_those_of_quantize_byte_for_byte(place, done, tmp_path, monkeypatch):
-    nothing_found = {"stages": (), "measured_in": ""}
+    nothing_found = {"stages": (), "measured_in": "", "measured_on": ""}
     monkeypatch.setattr(ptqjax, "explain", lambda *_, **__: nothing_found)  # most of the time, and no part in the files
     monkeypatch.setattr(report, "page", lambda _: "")
     result = command("quantize", place / "net.onnx", "--calibration", place / "data.npz", "--out", tmp_path, *FLAGS)

@@ -66,7 +66,7 @@ def quantized(name):
 
 
 def as_users_run(model, batch):
-    """What a session without options gives, which makes MatMulNBits of products by blocks, at its own accuracy level."""
+    """What a session without options gives: MatMulNBits of products by blocks, at its own accuracy level."""
     opened = onnxruntime.InferenceSession(to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     names = [spec.name for spec in opened.get_outputs()]
     return dict(zip(names, opened.run(names, batch), strict=True))
