@@ -19,18 +19,9 @@ from ptqjax.ranges.observers import DISTRIBUTION, SAMPLES
 from ptqjax.report.explanation import explain
 from tests.models import mobile_block, node
 
-PROGRAMS = {
-    "_nothing",
-    "measure",
-    "look",
-    "absorb",
-    "run",
-    "search_fractions",
-    "_descended",
-    "tensors",
-    "interpret_whole",
-}
-"""What `quantize` and `explain` compile: each a whole model, or a whole search; "_nothing" asks for compiler options."""
+PROGRAMS = {"measure", "look", "absorb", "run", "search_fractions", "_descended", "tensors", "interpret_whole"}
+PROGRAMS |= {"_nothing"}  # by which the compiler is asked for its options
+"""What `quantize` and `explain` compile: each a whole model, or a whole search."""
 
 _heard: list[str] = []
 
