@@ -8,8 +8,9 @@ import pytest
 from ptqjax.fit.behaviour import observe_behaviour
 from ptqjax.ir import Statistics
 from ptqjax.transforms.behaviour import implied_behaviour
-from ptqjax.transforms.gains import channel_gains, places_of
+from ptqjax.transforms.gains import channel_gains
 from ptqjax.transforms.moments import channel_ranges, distributions, normal
+from ptqjax.transforms.places import places_of
 from tests.models import build, node
 
 RANDOM = np.random.default_rng(3)

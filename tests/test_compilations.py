@@ -20,6 +20,7 @@ from ptqjax.report.explanation import explain
 from tests.models import mobile_block, node
 
 PROGRAMS = {"measure", "look", "absorb", "run", "search_fractions", "_descended", "tensors", "interpret_whole"}
+PROGRAMS |= {"_nothing"}  # by which the compiler is asked for its options
 """What `quantize` and `explain` compile: each a whole model, or a whole search."""
 
 _heard: list[str] = []

@@ -10,7 +10,7 @@ from ptqjax.placement.place import place
 from ptqjax.ranges.calibrate import calibrate, calibrate_and_report
 from ptqjax.ranges.data_free import NUM_STD, NUM_STD_OF_INPUTS
 from ptqjax.transforms import fold_batch_norms
-from ptqjax.transforms.moments import input_moments
+from ptqjax.transforms.input_moments import input_moments
 from tests.models import Chain, build, node
 
 

@@ -77,7 +77,7 @@ def one_by_one(model, variant, batches=BATCHES, labels=LABELS):
 
 def traces(monkeypatch):
     """A list that gets an entry whenever the float program is traced."""
-    module = sys.modules["ptqjax.simulate"]
+    module = sys.modules["ptqjax.simulation"]
     found, original = [], module.interpret_by_samples
 
     def counted(*arguments, **settings):

@@ -1,9 +1,9 @@
 """What is written: valid, complete, atomic, and loaded by ONNX Runtime as the groups that were meant."""
 
+import importlib
 import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -239,7 +239,7 @@ def test_an_operator_that_bars_the_way_to_integers_is_named(tmp_path):
     params = {"w": normal(3, 3, 1, 1), "sizes": np.array([1, 1, 0.5, 0.5], np.float32)}
     model = read(onnx_io.to_proto(build(nodes, params, input_shape=(1, 3, 4, 4), outputs=["y"], opset=9)))
     encoding = make_encoding(np.float32(0.1), np.float32(0), dtype="int8")
-    with pytest.raises(ModelError, match=r"opset 9.*Upsample \(producing 'y'\).*version_converter"):
+    with pytest.raises(ModelError, match=r"opset 9.*Upsample \(producing 'y'\).*export the model anew"):
         export(model, {"w": encoding}, tmp_path, "model")
 
 
@@ -377,9 +377,9 @@ def test_an_interrupted_export_leaves_nothing_half_written(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     changed = model.replace(params={name: value * 2 for name, value in model.params.items()})
-    for moment in ("write_bytes", "write_text"):  # of the model, of the encodings
+    for module, name in (("onnx_io.write", "write_apart"), ("exporting", "write_text")):  # the model, the encodings
         with monkeypatch.context() as patched:
-            patched.setattr(Path, moment, interrupt)
+            patched.setattr(importlib.import_module(f"ptqjax.{module}"), name, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 export(changed, encodings, tmp_path, "m")
     assert (tmp_path / "m.onnx").read_bytes() == before

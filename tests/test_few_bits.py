@@ -6,7 +6,7 @@ import pytest
 import ptqjax
 from ptqjax.encodings.encoding import concrete, fake_quantize, integers, make_encoding
 from ptqjax.encodings.low_power import compose, decompose
-from ptqjax.fit import rounding
+from ptqjax.fit import rounding, walking
 from ptqjax.fit.layer_moments import moments_of_halves
 from ptqjax.fit.layer_problem import Problem
 from ptqjax.fit.layer_solution import Halves, solution_of
@@ -222,7 +222,7 @@ def test_moments_of_batches_add_up_and_are_as_large_for_many_as_for_few():
 
 def test_what_crosses_is_bounded_so_that_more_samples_than_fit_change_nothing(calibrated, monkeypatch):
     model, encodings, batches = calibrated
-    monkeypatch.setattr(rounding, "_MOST_BYTES", 1)  # room for no batch at all: one is taken
+    monkeypatch.setattr(walking, "_MOST_BYTES", 1)  # room for no batch at all: one is taken
     bounded, report = rounding.solve_rounding(model, encodings, batches)
     wanted, _ = rounding.solve_rounding(model, encodings, batches[:1])
     for name in WEIGHTS:

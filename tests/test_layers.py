@@ -130,3 +130,9 @@ def test_private_names_stay_in_their_files():
         if name.startswith("ptqjax") and name.rpartition(".")[2].startswith("_") and not name.endswith("__")
     }
     assert found == set()
+
+
+def test_no_file_is_past_400_lines_without_its_reason():
+    long = [module for module in MODULES if len((PACKAGE / module).read_text().splitlines()) > 400]
+    reasons = {module: ast.get_docstring(ast.parse((PACKAGE / module).read_text())) or "" for module in long}
+    assert [str(module) for module, reason in reasons.items() if "long" not in reason] == []

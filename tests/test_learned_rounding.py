@@ -17,7 +17,7 @@ from ptqjax.placement.tensors import floating_tensors
 from ptqjax.simulation import round_parameters
 from ptqjax.transforms.linear import linear_layers
 
-SETTINGS = {"weights": "int4", "equalize": False, "headroom": 3.0}
+SETTINGS = {"weights": "int4", "equalize": False, "headroom": 3.0, "weight_ranges": "min-max"}  # scales as given
 
 
 def test_learning_begins_at_the_codes_it_is_given():

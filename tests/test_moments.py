@@ -15,8 +15,9 @@ from ptqjax.kernels.grouped import respond_to_constant
 from ptqjax.kernels.moments import clipped_normal, cumulative_normal, leaky_normal, passing_probability
 from ptqjax.lowering import apply
 from ptqjax.transforms import equalize, fold_batch_norms
+from ptqjax.transforms.input_moments import input_moments
 from ptqjax.transforms.linear import linear_layers, weight_view
-from ptqjax.transforms.moments import channel_moments, channel_ranges, input_moments, layer_inputs
+from ptqjax.transforms.moments import channel_moments, channel_ranges, layer_inputs
 from tests.models import Chain, build, mobile_block, node
 
 INF = np.inf

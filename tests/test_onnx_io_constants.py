@@ -91,8 +91,13 @@ def test_constants_of_constants_fold_inside_subgraphs():
     out = oh.make_tensor_value_info("out", onnx.TensorProto.FLOAT, None)
     bodies = {name: oh.make_graph(inner, name, [], [out]) for name in ("then_branch", "else_branch")}
     nodes = [oh.make_node("If", ["condition"], ["y"], **bodies)]
-    model = read(nodes, {"w": W[:1], "condition": np.array([True])})
-    assert [node.op_type for graph in model.graph.nodes[0].subgraphs for node in graph.nodes] == ["Add", "Add"]
+    nodes = [
+        oh.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        oh.make_node("Cast", ["largest"], ["condition"], to=onnx.TensorProto.BOOL),
+        oh.make_node("If", ["condition"], ["y"], **bodies),
+    ]
+    model = read(nodes, {"w": W[:1]})
+    assert [node.op_type for graph in model.graph.nodes[-1].subgraphs for node in graph.nodes] == ["Add", "Add"]
     assert len(model.params) == 2
     for value in model.params.values():
         np.testing.assert_array_equal(value, -W[:1])

@@ -163,7 +163,8 @@ def nested(depth):
         graph = field(1, node) + field(12, info("y", shape=None).SerializeToString())
         attribute = field(1, b"then_branch") + field(6, graph) + bytes([0xA0, 1, onnx.AttributeProto.GRAPH])
         node = field(1, b"condition") + field(2, b"y") + field(4, b"If") + field(5, attribute)
-    model = proto([], [onh.from_array(np.array([True]), "condition")])
+    model = proto([])
+    model.graph.input.append(oh.make_tensor_value_info("condition", onnx.TensorProto.BOOL, []))
     return model.SerializeToString() + field(7, field(1, node))
 
 

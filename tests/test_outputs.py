@@ -139,7 +139,7 @@ def test_tables_tell_each_output_and_name_the_worst(capsys):
     assert "the worst output: 'y: scores'" in told
     assert "47.8" not in told  # what the average hides
     stage = {"stage": "fold", "metrics": {"sqnr_db": 47.8, "worst_sqnr_db": 2.5}, "outputs": dict(found.outputs)}
-    print_stages([stage], "ONNX Runtime")
+    print_stages([stage], "ONNX Runtime", "4 samples")
     told = capsys.readouterr().out
     assert "47.8" not in told
     assert "the worst" in next(line for line in told.splitlines() if line.startswith("y: scores"))

@@ -306,7 +306,7 @@ def test_evaluate_has_the_figure_of_the_plain_session_and_beside_it_that_of_exac
 ):
     """Where they may differ: so it does anywhere here, for the answer of the processor is put in its place."""
     place, _ = quantized
-    monkeypatch.setattr(importlib.import_module("ptqjax.validate"), "saturates_here", lambda: True)
+    monkeypatch.setattr(importlib.import_module("ptqjax.agreement"), "saturates_here", lambda: True)
     file, data = place / out / "model.onnx", place / "data.npz"
     found = command("evaluate", file, "--data", data, "--reference", place / "m.onnx")
     assert ("plain session" in found.stdout, "exact sums" in found.stdout) == (told, told)

@@ -57,8 +57,8 @@ def rounded(model: Model, **settings) -> set[str]:
         ("c = Conv x v\nt = ConvTranspose c w\nr = Relu t\ny = Sigmoid r", "x v c"),
         ("c = Conv x w\np = PRelu c slope\ny = Conv p v", "x w c p v y"),
         ("c = Conv x w\np = HardSigmoid c\nq = Mul c p\ny = Conv q v", "x w c q v y"),  # one function in pieces
-        ("c = Conv x w\np = Sigmoid c\nq = Mul c p\nk = Concat q q\ny = MatMul k m", "x w c q k m y"),
-        ("c = Conv x w\np = Sigmoid c\nq = Mul c p\nd = Conv x v\ny = Add d q", "x w c q v d y"),
+        ("c = Conv x w\np = Sigmoid c\nq = Mul c p\nk = Concat q q\ny = MatMul k m", "x w c p q k m y"),
+        ("c = Conv x w\np = Sigmoid c\nq = Mul c p\nd = Conv x v\ny = Add d q", "x w c p q v d y"),
         ("c = Conv x w\nr = Relu c\ny = LayerNormalization r g h", "x w r"),
         ("c = Conv x w\ny = Softmax c", "x w c"),
         ("a = MatMul x m\ns = Softmax a\ny = MatMul s n", "x m s n y"),

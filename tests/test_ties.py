@@ -872,3 +872,11 @@ def test_an_activation_behind_a_flatten_of_single_places_passes_scales_on():
     net = Net()
     ties = assert_free(net.conv(4).add("GlobalAveragePool").add("Flatten").add("Relu").gemm(4, 3).build())
     assert net.nodes[0].output not in ties.reasons
+
+
+def test_channels_of_zeros_have_scales_of_their_own():
+    net = Net()
+    ties = assert_free(net.conv(3, kernel=1).pad(channels=(1, 2)).conv(2, kernel=1).build())
+    padded, conv = ties.channels[net.nodes[1].output].scales, ties.channels[net.nodes[0].output].scales
+    np.testing.assert_array_equal(padded[1:4], conv)
+    assert len({*padded.tolist(), *conv.tolist()} - {0}) == 6

@@ -31,21 +31,21 @@ class BlockProblem:
     params: Mapping[str, np.ndarray]
     """Its parameters at the beginning, rounded."""
     limits: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    """Of its weights, the smallest and the largest codes."""
+    """The smallest and the largest codes of each weight."""
     scales: Mapping[str, np.ndarray]
-    """Of its weights, ready to multiply codes."""
+    """The scales of each weight, ready to multiply codes."""
     paces: Mapping[str, np.float32]
-    """Of its weights: 1, and less where few are summed, since there each counts for more."""
+    """The pace of each weight: 1, and less where few are summed, since there each counts for more."""
     units: Mapping[str, np.ndarray]
-    """Of the biases that are learned."""
+    """The units of the biases that are learned."""
     grids: Encodings
-    """Of the activations that it computes, by the whole graph's names."""
+    """The encodings of the activations that the block computes, by the whole graph's names."""
     tied: tuple[tuple[str, ...], ...]
     """Activations whose steps are learned, those of one grid together, by the whole graph's names."""
     start: Variables
     """Where learning begins: at the parameters."""
     moved: Callable[[str, np.ndarray], np.ndarray] | None
-    """As in `Solving`."""
+    """The function that moves solved weights, as `Solving` has it."""
 
     @staticmethod
     def of(

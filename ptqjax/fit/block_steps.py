@@ -42,17 +42,17 @@ class Fixed(NamedTuple):
     params: dict[str, Any]
     """Its parameters, as they were solved for."""
     limits: dict[str, tuple[Any, Any]]
-    """Of its weights, the smallest and the largest codes, counted from the one that stands for 0."""
+    """The smallest and the largest codes of each weight, counted from the one that stands for 0."""
     scales: dict[str, Any]
-    """Of its weights, ready to multiply codes."""
+    """The scales of each weight, ready to multiply codes."""
     paces: dict[str, Any]
-    """Of its weights, what their rate is multiplied by."""
+    """The factor of each weight's rate."""
     units: dict[str, Any]
-    """Of its biases."""
+    """The units of each bias."""
     encodings: Encodings
-    """Of the activations that it computes."""
+    """The encodings of the activations that the block computes."""
     powers: tuple[Any, ...]
-    """Of its outputs in float, mean of squares."""
+    """The mean of squares of each output in float."""
     start: Any
     """The noise at the beginning, over the powers."""
     mixed: Any
@@ -63,9 +63,9 @@ class Sample(NamedTuple):
     """Inputs of a block in both networks, and its outputs in float; samples along the first axis."""
 
     quantized: tuple[dict[str, Any], dict[str, Any]]
-    """Those with their channels last, and the others."""
+    """The inputs with their channels last, and the others, behind blocks that are rounded."""
     exact: tuple[dict[str, Any], dict[str, Any]]
-    """The same in float."""
+    """The inputs with their channels last, and the others, in float."""
     targets: tuple[Any, ...]
     """The outputs."""
 
@@ -144,7 +144,7 @@ class Draw(NamedTuple):
     seeds: Any
     """Seed and number of what is mixed, [2]."""
     rates: Any
-    """Of weights, in steps of their grids; of biases, in their units; of the logarithms of steps: [3]."""
+    """The rates of weights, in steps of their grids; of biases, in their units; of the logarithms of steps: [3]."""
 
 
 def _step(plan: Plan, progress: Progress, fixed: Fixed, data: Sample, draw: Draw) -> Progress:

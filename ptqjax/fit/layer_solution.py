@@ -23,9 +23,9 @@ class Halves(NamedTuple):
     """Moments of a layer over two halves of the samples."""
 
     first: Moments
-    """Of those that are solved on."""
+    """Moments of the samples that are solved on."""
     second: Moments
-    """Of those that judge."""
+    """Moments of the samples that judge."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -257,7 +257,7 @@ class _Judge(NamedTuple):
     targets: list[list[np.ndarray]]
     """In float64."""
     powers: tuple[float, ...]
-    """Of each output, mean of squares; 1 where it is zero."""
+    """The mean of squares of each output; 1 where it is zero."""
 
     @staticmethod
     def of(outputs: Sequence[Sequence[Pair]]) -> _Judge:

@@ -183,7 +183,7 @@ def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> C
         return Choice(model=model, report=report, **asked)
     policy = POLICIES[config.effort]
     learns = config.granularity == "tensor" and policy.learning_steps > 0
-    expected = _expected_gain(ways, config)
+    expected = _expected_gain(ways, config, asks_absorption=plain is not None)
     candidates = _candidates(policy, expected.gain)
     left_out = () if plain is None or len(candidates) > 1 else _absorption_left_out(plain, expected, config)
     absorbs = not left_out
@@ -265,13 +265,19 @@ class _Expected(NamedTuple):
     record: Record
     """The gain as a record for the report."""
     unscaled: float | None
-    """The predicted noise of the model as it is, in dB below the output's power; None where nothing is known."""
+    """The predicted noise of the model as it is, in dB below the output's power; None where not known or not asked."""
     is_implied: bool
     """Whether batch norms tell it."""
 
 
-def _expected_gain(ways: Ways, config: QuantizationConfig) -> _Expected:
-    """Returns what scales of least predicted noise are predicted to gain, from as little data as tells it."""
+def _expected_gain(ways: Ways, config: QuantizationConfig, *, asks_absorption: bool) -> _Expected:
+    """Returns what scales of least predicted noise are predicted to gain, from as little data as tells it.
+
+    Args:
+        ways: The ways.
+        config: The settings.
+        asks_absorption: Whether the noise of the model as it is matters: it is what absorption is decided by.
+    """
     implied: Mapping[str, Behaviour] = implied_behaviour(ways.model) if ways.model.statistics else {}
     is_implied = covers_noise(ways.model, implied, per_channel=steps_of(config).per_channel)
     try:
@@ -289,6 +295,8 @@ def _expected_gain(ways: Ways, config: QuantizationConfig) -> _Expected:
         reason=f"by the closed form, from {source}: tried from {_MAY_WIN:g} dB on",
         after={"predicted gain, dB": float(gain)},
     )
+    if not asks_absorption:
+        return _Expected(float(gain), record, None, is_implied)
     behaviour = implied if is_implied else ways.behaviour(config.seed, BATCH)
     return _Expected(float(gain), record, unscaled_decibels(ways.model, behaviour, steps_of(config)), is_implied)
 

@@ -32,9 +32,9 @@ class Pair(NamedTuple):
     """A tensor in both networks."""
 
     quantized: Value
-    """As it is behind parts that are rounded."""
+    """The tensor as it is behind parts that are rounded."""
     exact: Value
-    """As it is in float."""
+    """The tensor as it is in float."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,13 @@ class Walk:
     model: Model
     """The float model."""
     encodings: Encodings
-    """Those of weights and activations."""
+    """The encodings of weights and activations."""
     activations: Encodings
-    """Those of activations."""
+    """The encodings of activations."""
     rounded: Mapping[str, Any]
     """All parameters on their grids, rounded to nearest."""
     layers: Mapping[str, Linear]
-    """Those to round, by the tensor that their node writes."""
+    """The layers to round, by the tensor that their node writes."""
     parts: tuple[Stretch, ...]
     """The way, as far as there are layers."""
     states: list[dict[str, Pair]]

@@ -67,7 +67,7 @@ class _ExactProduct(NamedTuple):
     """A convolution of integers of 8 bits, channels last, for GPUs."""
 
     attributes: Mapping[str, Any]
-    """Those of the node."""
+    """The attributes of the node."""
 
     def sum_of(self, x: Any, x_zero_point: Any, w: Any, w_zero_point: Any) -> Any:
         """Returns the exact sums, int32."""

@@ -1,7 +1,8 @@
 """Which tensors are rounded, on which grid, and why: one plan, used by calibration, simulation and export alike.
 
 Every floating tensor of the graph gets exactly one of: a `Site` (it has an encoding, its own or a shared one), a
-`BiasSite` (int32 with a scale that follows from input and weight), or a `Skipped` entry with the reason.
+`BiasSite` (int32 with a scale that follows from input and weight), or a `Skipped` entry with the reason. The file is
+long because these decisions refer to each other: they are taken in one pass.
 """
 
 from __future__ import annotations

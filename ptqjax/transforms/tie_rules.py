@@ -206,9 +206,10 @@ def _routed(marks: Marks, node: Node) -> list[Channels | None] | str:
 
 def _along(marks: Marks, route: Route, known: Sequence[Channels | None]) -> Channels:
     scales = route.gather([None if each is None else each.scales for each in known], np, zero=FIXED)
+    scales = np.array(scales, int)
     zeros = route.source == ZEROS
-    scales = np.where(zeros, np.cumsum(zeros) - 1 + marks.scales.new(int(zeros.sum())).min(initial=0), scales)
-    return Channels(axis=route.axis, scales=scales.astype(int), repeats=route.repeats)
+    scales[zeros] = marks.scales.new(int(zeros.sum()))  # zeros take any scale
+    return Channels(axis=route.axis, scales=scales, repeats=route.repeats)
 
 
 def _concat(marks: Marks, node: Node) -> list[Channels | None] | str:
