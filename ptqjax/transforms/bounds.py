@@ -81,7 +81,7 @@ def _moved_bounds(facts: Facts, node: Node, bounds: Mapping[str, Bounds]) -> dic
     found = routes(facts, node, [None if each is None else Lying(1, each[0].size) for each in known])
     moved: dict[str, Bounds] = {}
     for name, route in zip(node.outputs, found if isinstance(found, list) else [], strict=False):
-        if not name or route is None or (route.axis, route.repeats) != (1, ONE):
+        if not name or route is None or not route.stays_within or (route.axis, route.repeats) != (1, ONE):
             continue
         xp = array_namespace(*(each[0] for each in known if each is not None))
         low, high = (route.gather([each and each[end] for each in known], xp) for end in (0, 1))
