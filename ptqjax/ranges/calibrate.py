@@ -11,6 +11,7 @@ from ptqjax.config import RUN_TIME, QuantizationConfig, load_target, near_names
 from ptqjax.encodings.bias_resolution import resolve_biases
 from ptqjax.encodings.biases import float_bias, guard_biases, sums_in_fixed_point
 from ptqjax.encodings.encoding import Encoding, Encodings, dynamic_encoding
+from ptqjax.encodings.taken import check_taken
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.ir import Model, Report
 from ptqjax.kernels.ranges import stack_kinds
@@ -74,8 +75,8 @@ def calibrate_and_report(
         DataError: The batches do not fit the model, a tensor takes a value that is not finite, or an observer has no
             room for more samples (after half a million or more); the message names the tensor or input and the batch.
             Without batches: nothing is known of some activations; it names them.
-        ConfigError: A pattern of `config.exclude` matches nothing, the target cannot be read, or a frozen tensor is
-            none that is rounded.
+        ConfigError: A pattern of `config.exclude` matches nothing, the target cannot be read, a frozen tensor is none
+            that is rounded, or the target does not take its grid.
         ModelError: The model is quantized already, or a tensor to be rounded is not float32.
         UnsupportedOperatorError: A node has no lowering.
     """
@@ -188,6 +189,7 @@ class _Search:
 def _task(model: Model, config: QuantizationConfig, frozen: Mapping[str, Encoding]) -> _Task:
     placement = place(model, config)
     _check_frozen(frozen, placement.sites)
+    check_taken(model, {**frozen}, load_target(config.target))
     has_no_joints = config.compatibility or config.activations in RUN_TIME
     joints = Joints() if has_no_joints else find_joints(model, placement, load_target(config.target))
     sites = (*placement.sites, *(site for site in joints.untied if site.tensor not in frozen))
