@@ -203,3 +203,17 @@ def test_places_that_a_slice_keeps_are_those_that_it_gives(cut, kept):
     (value,) = apply(model.graph, model.params, {"x0": places.copy()}).values()
     assert np.asarray(value)[0, 0, :, 0].tolist() == kept
     assert kept_places(Facts(model), model.graph.nodes[0], 2, 4).tolist() == kept
+
+
+@pytest.mark.parametrize("opset", [6, 9, 12])
+def test_a_clip_bounds_what_it_gives_in_every_operator_set(opset):
+    bounds = {"low": np.float32(0), "high": np.float32(2)} if opset > 10 else {}
+    clip = node("Clip", ("a", *bounds), "y", **({} if bounds else {"min": 0.0, "max": 2.0}))
+    graph = Graph(
+        name="clipped", inputs=(TensorSpec(name="x", dtype=F32, shape=IMAGE),),
+        outputs=(TensorSpec(name="y", dtype=F32, shape=None),), nodes=(node("Conv", ("x", "w"), "a"), clip),
+        constants=(), parameters=tuple(sorted(["w", *bounds])), opsets=(("", opset),),
+    )  # fmt: skip
+    model = Model(graph=graph, params=bounds | {"w": np.ones((2, 3, 1, 1), np.float32)})
+    low, high = channel_bounds(model, linear_layers(model))["y"]
+    np.testing.assert_array_equal([low, high], [[0, 0], [2, 2]])

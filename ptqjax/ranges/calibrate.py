@@ -61,8 +61,9 @@ def calibrate_and_report(
     `data_free.encode_from_statistics`, and weights as with data. Batches are read once, one at a time, in any order and
     of any sizes (each new size is compiled anew); memory does not grow with their number. Extremes are those of all
     values; schemes that look at more count `observers.SAMPLES` values of each tensor and sample, always at the same
-    places. With `config.compatibility`, batches count one by one and in their order. Ranges are what was seen, times
-    `config.headroom`; what `quantize` leaves a tensor of few values is not added.
+    places. With `config.compatibility`, batches count one by one and in their order. Ranges of
+    activations are what was seen, times `config.headroom`; where that is None, wider where a tensor had few values, see
+    `headroom.widened`.
 
     Args:
         model: The model; nothing in it changes.
@@ -81,8 +82,9 @@ def calibrate_and_report(
         UnsupportedOperatorError: A node has no lowering.
     """
     config = QuantizationConfig() if config is None else config
-    encodings, report = _calibrated(model, batches, [_task(model, config, frozen or {})]).each[0]
-    wide = widened(model, encodings, config.headroom or 1.0, config, {})
+    found = _calibrated(model, batches, [_task(model, config, frozen or {})])
+    encodings, report = found.each[0]
+    wide = widened(model, encodings, config.headroom or 1.0, config, found.num_values)
     return wide | {name: encodings[name] for name in frozen or {}}, report
 
 
