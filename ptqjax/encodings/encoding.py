@@ -81,7 +81,7 @@ class Encoding(PyTreeNode):
 
 
 Encodings: TypeAlias = dict[str, Encoding]
-"""Encodings by tensor name: weights and activations. Biases have none, see `quantize.bias`."""
+"""Encodings by tensor name: weights and activations. Biases have none, see `encodings.biases`."""
 
 
 def make_encoding(

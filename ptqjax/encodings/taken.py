@@ -1,4 +1,4 @@
-"""Checks that a runtime takes the grids of a model: those that are frozen before work begins, all before they are written."""
+"""Checks that a runtime takes the grids of a model: frozen ones before work begins, all before they are written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MIDDLE = {True, "strict"}
 
 
 def check_taken(model: Model, encodings: Encodings, target: Target) -> None:
-    """Checks that `target` takes the type of every enabled grid, where its zero lies, and for weights how many there are.
+    """Checks that `target` takes each enabled grid: its type, where its zero lies, and the granularity of a weight's.
 
     Raises:
         ConfigError: It does not; the message names the tensor, what its grid is, what the target takes and the remedy.

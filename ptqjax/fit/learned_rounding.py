@@ -46,8 +46,8 @@ class RoundingLearning:
     """How roundings are learned, beside what `Solving` says."""
 
     num_steps: int = 100
-    """Steps of Adam for each block; the rates fall along a cosine, and are such that a weight goes half a step of its
-    grid at most; and as many again at a fifth of the rate."""
+    """Steps of Adam for each block. The rates fall along a cosine, and are such that a weight goes 0.3 steps of its grid
+    at most; and as many again from the same start, where it goes 0.05 at most (half of each of `TRAVELS`)."""
     mixed: float = 0.0
     """Share of a block's input that is taken from the float network, element by element."""
     steps: frozenset[str] = frozenset()
