@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import ptqjax
 
 PACKAGE = Path(__file__).parents[1] / "ptqjax"
@@ -35,6 +37,19 @@ def test_a_fields_sentence_can_be_read_without_its_neighbours():
         if LEANS.match(text)
     ]
     assert leaning == []
+
+
+@pytest.mark.parametrize("name", ["fit/learned_rounding.py", "fit/trials.py", "report/measure.py"])
+def test_every_field_has_a_sentence(name):
+    source = (PACKAGE / name).read_text()
+    every = {
+        f"{found.name}.{ast.unparse(field.target)}"
+        for found in ast.walk(ast.parse(source))
+        if isinstance(found, ast.ClassDef)
+        for field in found.body
+        if isinstance(field, ast.AnnAssign)
+    }
+    assert every - {field for field, _ in fields(source)} == set()
 
 
 def test_a_sentence_that_leans_is_found():
