@@ -16,6 +16,7 @@ from ptqjax.config.target import target_names as target_names
 from ptqjax.decoders import Decoded as Decoded
 from ptqjax.decoders import decoding_batches as decoding_batches
 from ptqjax.drafts import Result as Result
+from ptqjax.drafts import Stage as Stage
 from ptqjax.encoding_files import Mismatch as Mismatch
 from ptqjax.encoding_files import read_encodings as read_encodings
 from ptqjax.encoding_files import read_quantized as read_quantized
@@ -93,7 +94,7 @@ from ptqjax.simulation import simulate as simulate
 from ptqjax.transforms import equalize as equalize
 from ptqjax.transforms import fold_batch_norms as fold_batch_norms
 from ptqjax.transforms import prepare as prepare
+from ptqjax.transforms.behaviour import Behaviour as Behaviour
 from ptqjax.transforms.noise import Steps as Steps
 
 __version__: str
-from ptqjax.transforms.behaviour import Behaviour as Behaviour

@@ -76,8 +76,8 @@ def evaluate(
 
     Args:
         model: A file (run in ONNX Runtime, in a session without options) or a function, such as
-            `lambda x: simulate(params, encodings, x)`; `validate.exact_function` has a file's sums exact on x86 without
-            VNNI as well.
+            `lambda x: simulate(params, encodings, x)`; `agreement.exact_function` has a file's sums exact on x86
+            without VNNI as well.
         batches: Inputs by name, samples along the first axis. Of a batch that lies on several devices, each part goes
             through the function on its device; what the function reads besides is to lie on the host, or nowhere fixed.
         labels: In the order of the batches, the index of the class of each sample [N]: the classes are the elements of

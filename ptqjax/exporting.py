@@ -17,6 +17,7 @@ from ptqjax import onnx_io
 from ptqjax.config import load_target
 from ptqjax.encoding_files import encodings_json
 from ptqjax.encodings.encoding import Encoding, Encodings, concrete
+from ptqjax.encodings.taken import check_taken
 from ptqjax.errors import ConfigError, ModelError
 from ptqjax.ir import Model, Node, place_of
 from ptqjax.mapped import release
@@ -42,7 +43,6 @@ from ptqjax.qdq.stored_grids import (
 )
 from ptqjax.qdq.stored_once import store_once
 from ptqjax.qdq.table_codes import gather_codes
-from ptqjax.qdq.taken import check_taken
 from ptqjax.versions import versions
 
 __all__ = ["encodings_json", "export", "insert_qdq", "quantized_model"]

@@ -56,8 +56,8 @@ def quantize(
 
     Raises:
         DataError: The batches do not fit the model.
-        ConfigError: A setting does not fit the model or the data; or encodings are frozen, and equalization, which
-            scales what they are for, is on.
+        ConfigError: A setting does not fit the model or the data; encodings are frozen, and equalization, which
+            scales what they are for, is on; or a frozen one is none that the target takes.
         ModelError: The model is quantized already, is not in float32, or its parameters are not finite.
     """
     batches = tuple(batches) if isinstance(batches, Iterator) else batches

@@ -1,15 +1,20 @@
 """What spares passes and programs changes no result: parameters rounded before, means kept, either side's table."""
 
 import importlib
+import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
+import ptqjax
+from ptqjax.agreement import saturates_here
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError
 from ptqjax.fit.bias_correction import correct_each, layer_axes
 from ptqjax.ranges.calibrate import calibrate, calibrate_and_measure
+from ptqjax.report.facts import PLAIN_SESSION
 from ptqjax.report.measure import RUNTIME, SIMULATION, MeasuredStage, measure
 from ptqjax.simulation import round_parameters, simulate
 from tests.models import mobile_block
@@ -60,3 +65,46 @@ def test_the_table_is_simulated_where_the_runtime_takes_a_model_not(model, monke
     assert (in_runtime.by, simulated.by) == (RUNTIME, SIMULATION)
     one, other = (table.rows[1].metrics["sqnr_db"] for table in (in_runtime, simulated))
     assert abs(one - other) < 3  # roundings that fall otherwise, on a few numbers
+
+
+def test_a_simulated_table_has_no_row_of_a_plain_session(model, monkeypatch):
+    """The simulation's sums are exact: such a row would show what no session without options computes."""
+    encodings = calibrate(model, BATCHES)
+    stage = MeasuredStage(name="fold", model=model, encodings=encodings, keeps_function=True)
+    plain = replace(stage, name=PLAIN_SESSION, is_plain=True, keeps_function=False)
+    stages = [stage, plain]
+    assert [row.stage for row in measure(model, stages, BATCHES, None).rows] == ["float", "fold", PLAIN_SESSION]
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert [row.stage for row in measure(model, stages, BATCHES, None).rows] == ["float", "fold"]
+
+
+def test_a_model_whose_sums_may_saturate_is_explained_without_the_runtime(model, monkeypatch):
+    config = QuantizationConfig(equalize=False, correct="none", ranges="min-max")
+    result = ptqjax.quantize(model, BATCHES, replace(config, target="generic-per-channel"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    saturates_here.cache_clear()
+    try:
+        facts = ptqjax.explain(model, result, BATCHES, config, full=False)
+        assert not saturates_here()
+    finally:
+        saturates_here.cache_clear()
+    assert facts["saturating"]
+    assert [row["stage"] for row in facts["stages"]] == ["float", "fold"]
+
+
+def test_grids_of_all_rows_are_from_the_same_samples(model, monkeypatch):
+    """Also where the table itself is of the first 64 alone."""
+    explanation = importlib.import_module("ptqjax.report.explanation")
+    seen = []
+
+    def watched(model, batches, config):
+        seen.append(sum(len(batch["x"]) for batch in batches))
+        return calibrate(model, batches, config)
+
+    batches = [{"x": np.tile(X, (12, 1, 1, 1))}, {"x": 2 * X}]
+    config = QuantizationConfig(scaling="ranges", correct="none", ranges="min-max", rounding="nearest")
+    result = ptqjax.quantize(model, batches, config)
+    monkeypatch.setattr(explanation, "calibrate", watched)
+    facts = ptqjax.explain(model, result, batches, config, full=False)
+    assert facts["measured_on"] == "72 of the 78 calibration samples"
+    assert seen == [78]

@@ -116,6 +116,22 @@ def test_what_signatures_mention_is_public():
     assert mentioned - set(ptqjax.__all__) - KNOWN == set()
 
 
+@pytest.mark.parametrize("name", ["experiments", "recipes"])
+def test_result_types_stand_beside_their_functions(name):
+    """What a room makes public is complete in its namespace: whoever imports from there can name what they get."""
+    own = {each for each in ptqjax.__all__ if getattr(ptqjax, each).__module__.startswith(f"ptqjax.{name}.")}
+    namespace = importlib.import_module(f"ptqjax.{name}")
+    assert own <= set(namespace.__all__)
+    stub = (ROOT / "ptqjax" / name / "__init__.pyi").read_text()
+    assert set(re.findall(r" as (\w+)$", stub, re.MULTILINE)) == set(namespace.__all__)
+
+
+def test_what_a_result_consists_of_is_public():
+    fields = (str(field.type) for field in dataclasses.fields(ptqjax.Result))
+    mentioned = {word for text in fields for word in re.findall(r"[A-Z]\w+", text)}
+    assert mentioned - set(ptqjax.__all__) - KNOWN == set()
+
+
 def test_documentation_names_every_public_name():
     documentation = (ROOT / "docs" / "architecture.md").read_text()
     assert [name for name in ptqjax.__all__ if f"`{name}" not in documentation] == []

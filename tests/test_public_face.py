@@ -64,6 +64,39 @@ def test_export_refuses_a_zero_point_where_the_target_has_none(model, tmp_path):
         ptqjax.export(model, ptqjax.calibrate(model, BATCHES, config), tmp_path / "out", "m", target="tensorrt")
 
 
+@pytest.mark.parametrize(
+    ("granularity", "target", "taken"),
+    [
+        ("channel", "generic-per-tensor", "tensor"),
+        ("block:3", "generic-per-channel", "channel, tensor"),
+        ("lpbq:3", "tensorrt", "channel, tensor, block"),
+    ],
+)
+def test_a_target_takes_weights_of_its_granularity_alone(model, tmp_path, granularity, target, taken):
+    config = ptqjax.QuantizationConfig.for_target("tensorrt", granularity="channel", ranges="min-max")
+    config = dataclasses.replace(config, target="ort-cpu", granularity=granularity, weights="int4")
+    found = ptqjax.calibrate(model, BATCHES, config)
+    message = f"granularity {granularity.partition(':')[0]!r}; target {target!r} takes {taken} for weights"
+    with pytest.raises(ptqjax.ConfigError, match=message):
+        ptqjax.export(model, found, tmp_path / "out", "m", target=target)
+    assert not (tmp_path / "out").exists()
+
+
+class Unread:
+    """Batches that must not be gone through."""
+
+    def __iter__(self):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("work", [ptqjax.quantize, ptqjax.calibrate])
+def test_a_frozen_grid_that_the_target_does_not_take_is_refused_before_data_are_read(model, encodings, work):
+    config = ptqjax.QuantizationConfig.for_target("generic-per-tensor", equalize=False)
+    assert encodings["w1"].granularity == "channel"
+    with pytest.raises(ptqjax.ConfigError, match="'w1' has a grid of granularity 'channel'; target 'generic-per-ten"):
+        work(model, Unread(), config, frozen={"w1": encodings["w1"]})
+
+
 @pytest.mark.parametrize("arithmetic", ["float", "integer"])
 def test_apply_quantized_is_simulate(model, encodings, arithmetic):
     found = ptqjax.apply_quantized(model.graph, model.params, encodings, {"x": X}, arithmetic=arithmetic)

@@ -13,6 +13,7 @@ from ptqjax.errors import ConfigError
 from ptqjax.fit import scale_as_configured, selection, trials
 from ptqjax.fit.trials import Trial, judged
 from ptqjax.fit.ways import steps_of
+from ptqjax.metrics.sums import decibels_of_mean, mean_ratio
 from ptqjax.transforms import prepare
 from ptqjax.transforms.rescale import with_free_bounds
 
@@ -205,6 +206,35 @@ def test_absorption_that_is_predicted_to_gain_nothing_is_left_out_without_a_tria
     assert record.after["predicted gain, dB"] < -3
     assert not [record for record in choice.report if record.what == "stage equalize"]
     assert scale_as_configured(alike, batches(), config, plain=unequal).absorbs
+
+
+def test_what_is_learned_begins_without_the_absorption_that_was_left_out(unequal, alike, monkeypatch):
+    begun = []
+
+    def learned(model, *_, **__):
+        begun.append(model)
+        return model, ()
+
+    monkeypatch.setattr(selection, "_candidates", lambda *_: ("off",))
+    monkeypatch.setattr(selection, "learn_scales", learned)
+    policy = replace(selection.POLICIES["balanced"], learning_steps=1)
+    monkeypatch.setattr(selection, "POLICIES", {**selection.POLICIES, "balanced": policy})
+    choice = scale_as_configured(unequal, batches(), QuantizationConfig(granularity="tensor"), plain=alike)
+    assert not choice.absorbs
+    (model,) = begun
+    expected = with_free_bounds(alike).params
+    assert model.params.keys() == expected.keys()
+    assert all(np.array_equal(model.params[name], value) for name, value in expected.items())
+
+
+def test_an_output_of_zeros_adds_nothing_to_the_noise_that_trials_are_judged_by():
+    one, other, zeros = (4.0, 1.0), (2.0, 0.25), (0.0, 3.0)
+    assert decibels_of_mean({"a": one, "b": other, "c": zeros}) == -10 * np.log10(
+        mean_ratio({"a": one, "b": other, "c": zeros})
+    )
+    assert mean_ratio({"a": one, "b": other, "c": zeros}) == pytest.approx((1 / 4 + 1 / 8) / 3)
+    assert decibels_of_mean({"a": zeros}) == decibels_of_mean({}) == decibels_of_mean({"a": (4.0, np.nan)}) == -np.inf
+    assert decibels_of_mean({"a": (4.0, 0.0)}) > 3000
 
 
 def test_what_changes_nothing_is_not_judged(alike):

@@ -66,10 +66,10 @@ class Target:
     where activations are in float or in blocks as ONNX Runtime's MatMulNBits and GatherBlockQuantized."""
     fixed_point: bool = False
     """Whether sums are multiplied by s_x s_w / s_y in integers, with the output's zero point in the sum: weights then
-    get scales for which both fit (`quantize.bias.guard_biases`)."""
+    get scales for which both fit (`encodings.biases.guard_biases`)."""
     pairs_in_16_bits: bool = False
     """Whether some of its processors add products of 8 bits two by two in 16 bits, saturating: weights are then chosen
-    so that no pair does (`quantize.pairs.fit_pairs`)."""
+    so that no pair does (`ranges.pairs.fit_pairs`)."""
     stored_weights: frozenset[str] = frozenset()
     """Operators that compute in float, or only move data, whose weights are kept in integers all the same: Gather (its
     tables), GRU, LSTM, RNN."""

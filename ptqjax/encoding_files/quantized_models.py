@@ -16,7 +16,7 @@ def read_quantized(source: Any) -> tuple[Model, Encodings, Report]:
     `export` is its inverse: what it writes of the two is the file again, with the same codes, grids and outputs. Of a
     file that `export` wrote, the encodings are those that it was given, to the bit, except where scales of blocks serve
     several places (they are repeated), and of what equal nodes make once. Files of ONNX Runtime's `quantize_static` and
-    AIMET's `to_onnx_qdq` are read as well; see `quantize.unquantize` for what becomes of each node, and what is left.
+    AIMET's `to_onnx_qdq` are read as well; see `qdq.unquantize` for what becomes of each node, and what is left.
     Note that Relu and Clip are missing where grids imply them: with encodings the model computes what it did, without
     them it does not.
 

@@ -70,9 +70,18 @@ class Encoding(PyTreeNode):
             return float_formats.num_bits_of(self.float_format)
         return (int(self.qmax) - int(self.qmin)).bit_length()
 
+    @property
+    def granularity(self) -> str:
+        """Which parts of the tensor have a scale of their own: "tensor" (none), "channel", "block" or "lpbq"."""
+        if self.scale_bits is not None:
+            return "lpbq"
+        if self.block_size is not None:
+            return "block"
+        return "tensor" if self.axis is None else "channel"
+
 
 Encodings: TypeAlias = dict[str, Encoding]
-"""Encodings by tensor name: weights and activations. Biases have none, see `quantize.bias`."""
+"""Encodings by tensor name: weights and activations. Biases have none, see `encodings.biases`."""
 
 
 def make_encoding(

@@ -1,5 +1,6 @@
 from ptqjax.experiments.budgets import Budget as Budget
 from ptqjax.experiments.budgets import Drop as Drop
+from ptqjax.experiments.front import MixedPrecision as MixedPrecision
 from ptqjax.experiments.many import quantize_each as quantize_each
 from ptqjax.experiments.metrics import Metric as Metric
 from ptqjax.experiments.sensitivities import Sensitivity as Sensitivity
@@ -7,4 +8,5 @@ from ptqjax.experiments.sensitivities import ranking as ranking
 from ptqjax.experiments.sensitivities import sensitivity as sensitivity
 from ptqjax.experiments.sweeping import sweep as sweep
 from ptqjax.experiments.table import SweepTable as SweepTable
+from ptqjax.experiments.tied_tensors import Group as Group
 from ptqjax.experiments.width_search import mixed_precision as mixed_precision

@@ -80,7 +80,7 @@ def correct_biases(
         batches: Arrays by input name; samples along the first axis. Checked one by one as they come. None where there
             is no data.
         method: "empirical" or "analytic"; None for the empirical one where there is data, else the analytic one.
-        weights: Parameters, by name, that the quantized model has in place of `model`'s (`quantize.fit_pairs`); the
+        weights: Parameters, by name, that the quantized model has in place of `model`'s (`ranges.pairs.fit_pairs`); the
             result has them. None: it has the model's.
 
     Returns:

@@ -46,8 +46,8 @@ class RoundingLearning:
     """How roundings are learned, beside what `Solving` says."""
 
     num_steps: int = 100
-    """Steps of Adam for each block; the rates fall along a cosine, and are such that a weight goes half a step of its
-    grid at most; and as many again at a fifth of the rate."""
+    """Steps of Adam for each block. The rates fall along a cosine, and are such that a weight goes 0.3 steps of its
+    grid at most; and as many again from the same start, where it goes 0.05 at most (half of each of `TRAVELS`)."""
     mixed: float = 0.0
     """Share of a block's input that is taken from the float network, element by element."""
     steps: frozenset[str] = frozenset()
@@ -122,8 +122,11 @@ class _Learned(NamedTuple):
     """A network whose blocks were learned."""
 
     params: dict[str, Any]
+    """The parameters of the model that was solved for, with the weights and biases that were learned."""
     encodings: Encodings
+    """The grid of every quantized tensor, steps of activations as they were learned."""
     report: Report
+    """A record for each block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +134,13 @@ class _Learner:
     """What is learned, and how."""
 
     walk: Walk
-    """At its beginning; its parts are `layers_of_blocks`."""
+    """A pass through the network, at its beginning; its parts are `layers_of_blocks`."""
     solved: Model
-    """With the roundings to begin at."""
+    """The model with the roundings to begin at."""
     solving: Solving
+    """How layers are solved for again, behind blocks that have changed."""
     learning: RoundingLearning
+    """How blocks are learned."""
 
     def learned(self) -> _Learned:
         """Returns the network learned block by block."""

@@ -138,7 +138,8 @@ def learn_scales(
     batches = first_samples(model.graph, batches)
     used, held = _divided(model, batches, learning)
     size = max(num_samples(batch) for batch in batches)
-    encodings = calibrate(model, _regrouped(model, [sample.inputs for sample in used], size), config)
+    as_seen = replace(config, headroom=config.headroom or 1.0)  # what is learned is what meets the data
+    encodings = calibrate(model, _regrouped(model, [sample.inputs for sample in used], size), as_seen)
     task = _Task(
         model=model,
         ties=ties,

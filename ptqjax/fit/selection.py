@@ -195,7 +195,7 @@ def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> C
     headrooms = HEADROOMS if len(candidates) > 1 else HEADROOMS[:1]  # it is for scaled channels, see _OF_SCALED
     free_plain = plain if absorbs else None
     if (learns or len(candidates) > 1) and bounds_of(config) == "exact":
-        ways = Ways(with_free_bounds(model), ways.batches)  # one structure, and so one set of programs, for all
+        ways = Ways(with_free_bounds(ways.model), ways.batches)  # one structure, and so one set of programs, for all
         free_plain = None if free_plain is None else with_free_bounds(free_plain)
     is_of_correction = len(candidates) == 1 and free_plain is None and len(headrooms) == 1
     judge = (Judge.of_correction if is_of_correction else Judge.of)(ways, config, policy.trial_samples, absorbs=absorbs)

@@ -23,7 +23,7 @@ from ptqjax.fit.ways import Ways, bounds_of
 from ptqjax.ir import Model, Record, Report
 from ptqjax.lowering import apply
 from ptqjax.metrics.records import added
-from ptqjax.metrics.sums import Energies, energies
+from ptqjax.metrics.sums import Energies, decibels_of_mean, energies
 from ptqjax.placement.tensors import is_floating
 from ptqjax.ranges.calibrate import Calibrated, calibrate_and_measure
 from ptqjax.ranges.headroom import widened
@@ -45,13 +45,19 @@ class Trial:
     """A candidate and what it gave."""
 
     name: str
+    """The way of scaling, one of `config.settings.SCALINGS` that a search tries, such as "noise"; or "off"."""
     model: Model
+    """The float model, scaled this way."""
     report: Report
+    """What the way of scaling did and left alone."""
     headroom: float
+    """The factor by which ranges of activations are widened."""
     correct: str
+    """How biases are corrected, one of `config.settings.CORRECTIONS`."""
     absorbs: bool = True
     """Whether biases are absorbed, where that is asked for."""
     decibels: float = -np.inf
+    """The SQNR on samples held back, in dB; minus infinity until it is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +67,15 @@ class Judge:
     ways: Ways
     """The ways, on the samples that calibrate."""
     config: QuantizationConfig
+    """The settings that candidates are quantized under."""
     used: list[Batch]
+    """The samples that calibrate."""
     held: list[Batch]
+    """The samples held back, which judge."""
     left_out: int
     """How many batches are in neither, for their shapes."""
     tried: list[Trial]
+    """All candidates that were measured, in order."""
     wanted: list[dict[str, Any]]
     """The float model's outputs on the samples held back, once there are any."""
     calibrated: list[tuple[Model, Calibrated]]
@@ -188,27 +198,17 @@ class Judge:
             self.wanted.extend(outputs(exact, off))
         elif not self.wanted:
             self.wanted.extend(apply(self.ways.model.graph, self.ways.model.params, batch) for batch in self.held)
-        return _signal_to_noise(self.wanted, outputs(model, encodings))
+        sums: Energies = {}
+        for wanted, rounded in zip(self.wanted, outputs(model, encodings), strict=True):
+            floating = {name: value for name, value in wanted.items() if is_floating(np.asarray(value).dtype)}
+            sums = added(sums, energies(floating, rounded))
+        return decibels_of_mean(sums)
 
 
 def _uncorrected(corrected: Model, model: Model) -> Model:
     """Returns `model` in the graph of its corrected form, in which some layers have got a bias: of zeros."""
     params = {name: model.params.get(name, np.zeros_like(value)) for name, value in corrected.params.items()}
     return corrected.replace(params=params)
-
-
-def _signal_to_noise(wanted: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> float:
-    """Returns the signal of the outputs over their noise in dB, of the mean over outputs of noise over signal.
-
-    So the choice does not rest on the largest output alone, as a figure of all outputs together would.
-    """
-    sums: Energies = {}
-    for exact, rounded in zip(wanted, found, strict=True):
-        floating = {name: value for name, value in exact.items() if is_floating(np.asarray(value).dtype)}
-        sums = added(sums, energies(floating, rounded))
-    ratios = [noise / power for power, noise in sums.values() if power > 0]
-    ratio = float(np.mean(ratios)) if ratios else np.inf
-    return -np.inf if np.isnan(ratio) else float(-10 * np.log10(max(ratio, np.finfo(float).tiny)))
 
 
 class _Divided(NamedTuple):

@@ -29,11 +29,11 @@ BEHAVIOUR_SHAPES = 2
 """Shapes of batches that cannot be regrouped (text of unlike lengths) that behaviour is measured on. Each is compiled
 for, four times as long as for one that runs the model; what it predicts is off by 1 to 3 dB."""
 
-# How far a channel may reach above the median one: chosen on calibration pictures alone (MobileNetV1-0.25: 15.7 dB from
-# statistics at 2, 17.8 from data at 1.5; MobileNetV2: 17.4 both).
 PREDICTED = "predicted SQNR, dB"
 """The figure that `scale_for_noise` records."""
 _CLEARLY = 0.25  # dB that factors which cost a product of their own must be predicted to gain
+# How far a channel may reach above the median one: chosen on calibration pictures alone (MobileNetV1-0.25: 15.7 dB from
+# statistics at 2, 17.8 from data at 1.5; MobileNetV2: 17.4 both).
 _LIMIT = 1.5
 
 

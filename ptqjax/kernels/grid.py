@@ -1,7 +1,7 @@
 """Integer grids: real numbers to codes and back, on NumPy or JAX, with gradients that pass straight through.
 
 A grid is given by arrays: `scale`, `zero_point`, `qmin`, `qmax`, each of them a scalar or of the rank of `x` and
-broadcastable to it (`quantize.encodings` brings per-channel and per-block scales into that shape). Nothing is static:
+broadcastable to it (`encodings.encoding` brings per-channel and per-block scales into that shape). Nothing is static:
 one compiled program serves all bit widths.
 """
 

@@ -50,6 +50,15 @@ def mean_ratio(state: Energies) -> float:
     return sum(ratios) / len(state) if ratios else float("nan")
 
 
+def decibels_of_mean(state: Energies) -> float:
+    """Returns `mean_ratio` in dB below the signal, minus infinity where it is not a number; at most some 3000 dB.
+
+    Unlike `decibels_of_all`, it does not rest on the largest output alone.
+    """
+    ratio = mean_ratio(state)
+    return -np.inf if np.isnan(ratio) else float(-10 * np.log10(max(ratio, np.finfo(float).tiny)))
+
+
 def sqnr_db(output: str | None = None) -> Metric:
     """Returns the metric 10 log10(sum y^2 / sum (y - y_q)^2), y the reference's, in dB; over all outputs, or of one."""
     name = f"sqnr_db:{output}" if output else "sqnr_db"

@@ -11,6 +11,7 @@ from ptqjax.config import RUN_TIME, QuantizationConfig, load_target, near_names
 from ptqjax.encodings.bias_resolution import resolve_biases
 from ptqjax.encodings.biases import float_bias, guard_biases, sums_in_fixed_point
 from ptqjax.encodings.encoding import Encoding, Encodings, dynamic_encoding
+from ptqjax.encodings.taken import check_taken
 from ptqjax.errors import ConfigError, DataError
 from ptqjax.ir import Model, Report
 from ptqjax.kernels.ranges import stack_kinds
@@ -60,8 +61,9 @@ def calibrate_and_report(
     `data_free.encode_from_statistics`, and weights as with data. Batches are read once, one at a time, in any order and
     of any sizes (each new size is compiled anew); memory does not grow with their number. Extremes are those of all
     values; schemes that look at more count `observers.SAMPLES` values of each tensor and sample, always at the same
-    places. With `config.compatibility`, batches count one by one and in their order. Ranges are what was seen, times
-    `config.headroom`; what `quantize` leaves a tensor of few values is not added.
+    places. With `config.compatibility`, batches count one by one and in their order. Ranges of
+    activations are what was seen, times `config.headroom`; where that is None, wider where a tensor had few values, see
+    `headroom.widened`.
 
     Args:
         model: The model; nothing in it changes.
@@ -74,14 +76,15 @@ def calibrate_and_report(
         DataError: The batches do not fit the model, a tensor takes a value that is not finite, or an observer has no
             room for more samples (after half a million or more); the message names the tensor or input and the batch.
             Without batches: nothing is known of some activations; it names them.
-        ConfigError: A pattern of `config.exclude` matches nothing, the target cannot be read, or a frozen tensor is
-            none that is rounded.
+        ConfigError: A pattern of `config.exclude` matches nothing, the target cannot be read, a frozen tensor is none
+            that is rounded, or the target does not take its grid.
         ModelError: The model is quantized already, or a tensor to be rounded is not float32.
         UnsupportedOperatorError: A node has no lowering.
     """
     config = QuantizationConfig() if config is None else config
-    encodings, report = _calibrated(model, batches, [_task(model, config, frozen or {})]).each[0]
-    wide = widened(model, encodings, config.headroom or 1.0, config, {})
+    found = _calibrated(model, batches, [_task(model, config, frozen or {})])
+    encodings, report = found.each[0]
+    wide = widened(model, encodings, config.headroom or 1.0, config, found.num_values)
     return wide | {name: encodings[name] for name in frozen or {}}, report
 
 
@@ -188,6 +191,7 @@ class _Search:
 def _task(model: Model, config: QuantizationConfig, frozen: Mapping[str, Encoding]) -> _Task:
     placement = place(model, config)
     _check_frozen(frozen, placement.sites)
+    check_taken(model, {**frozen}, load_target(config.target))
     has_no_joints = config.compatibility or config.activations in RUN_TIME
     joints = Joints() if has_no_joints else find_joints(model, placement, load_target(config.target))
     sites = (*placement.sites, *(site for site in joints.untied if site.tensor not in frozen))

@@ -1,6 +1,6 @@
 """What is kept of streamed data: bounded, mergeable state of many tensors at once, as records of pure functions.
 
-What ranges are made of it is told in `quantize.schemes`.
+What ranges are made of it is told in `ranges.schemes`.
 """
 
 from __future__ import annotations

@@ -89,11 +89,10 @@ def explain(
     config, follow = config or QuantizationConfig(), follow or _unseen
     batches = tuple(batches) if isinstance(batches, Iterator) else batches
     compared = batches if batches is None or labels is not None else _first(batches, _TABLE_SAMPLES[config.effort])
-    table = (
-        None
-        if compared is None
-        else measured(source, result, follow(compared, "measuring"), labels, config, metrics=metrics)
-    )
+    table = None
+    if batches is not None and compared is not None:
+        shown = follow(compared, "measuring")
+        table = measured(source, result, shown, labels, config, metrics=metrics, calibration=batches)
     facts = report.facts(
         source={"num_samples": 0 if batches is None else sum(map(num_samples, batches))} | dict(origin or {}),
         settings=asdict(config),
@@ -157,17 +156,18 @@ def measured(
     config: QuantizationConfig,
     *,
     metrics: Sequence[Asked] = (),
+    calibration: Iterable[Mapping[str, Any]],
 ) -> report.Measured:
-    """Returns the table of the run.
+    """Returns the table of the run, on `batches`.
 
-    Where channels were scaled, the model before gets grids of its own, to show what that gained; else, what is before
-    is measured in float alone.
+    Where channels were scaled, the model before gets grids of its own, to show what that gained: from `calibration`, on
+    which those of the others were found. Else, what is before is measured in float alone.
     """
     folded = result.stages[0].model
     encodings: dict[str, Encodings | None] = {stage.name: result.encodings for stage in result.stages}
     if config.equalize:
         is_scaled = any(record.done and record.transform in _SCALE for record in result.reports["equalize"])
-        encodings["fold"] = calibrate(folded, batches, _fitting(config, folded)) if is_scaled else None
+        encodings["fold"] = calibrate(folded, calibration, _fitting(config, folded)) if is_scaled else None
     stages = [
         report.MeasuredStage(
             name=stage.name,

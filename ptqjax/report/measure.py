@@ -43,7 +43,8 @@ class MeasuredStage:
     encodings: Encodings | None
     """Grids that were calibrated for it; None: it is not measured quantized."""
     is_plain: bool = False
-    """Whether ONNX Runtime computes it with the sums of a session without options; else with exact ones."""
+    """Whether ONNX Runtime computes it with the sums of a session without options; else with exact ones. Such a stage
+    has a row only where ONNX Runtime computes the table."""
     keeps_function: bool
     """Whether the stage promises the same function in float (a bias correction does not: it anticipates rounding)."""
 
@@ -77,7 +78,10 @@ def measure(
         labels: The classes of the samples, or of their tokens, in the order of the batches; None where unknown.
         metrics: What to measure although no output looks so, see `evaluate`.
     """
-    programs = _in_runtime(source, stages) or _simulated(source, stages)
+    programs = _in_runtime(source, stages)
+    if programs is None:
+        stages = [stage for stage in stages if not stage.is_plain]  # sums of a simulation are exact
+        programs = _simulated(source, stages)
     compared = list(programs.quantized)
     itself = [] if labels is None else [programs.reference]
     every = [*itself, *(programs.quantized[name] for name in compared)]
@@ -111,9 +115,13 @@ class _Programs(NamedTuple):
     """The models as functions of a batch, by stage."""
 
     reference: Function
+    """The float model as it was read."""
     in_float: Mapping[str, Function]
+    """The stages that promise the same function, in float."""
     quantized: Mapping[str, Function]
+    """The stages that have grids, quantized."""
     by: str
+    """What computes them: `RUNTIME` or `SIMULATION`."""
 
 
 def _in_runtime(source: Model, stages: Sequence[MeasuredStage]) -> _Programs | None:

@@ -32,9 +32,15 @@ def is_activation(model: Model, node: Node, tensor: str, num_channels: int, kern
         is_scalar = slope in model.params and model.params[slope].size == 1
         return node.inputs[0] == tensor and (is_scalar or _is_per_channel(model, slope, num_channels, kernel_rank))
     if node.op_type == "Clip":
-        constant = all(name in model.params for name in node.inputs[1:] if name)
-        return constant and (commutes_with_scaling(model, node) or model.graph.opset() >= _BROADCASTING)
+        is_old = model.graph.opset() < _BROADCASTING
+        return is_known_clip(model, node) and not (is_old and not commutes_with_scaling(model, node))
     return node.op_type in {"Relu", "LeakyRelu"}
+
+
+def is_known_clip(model: Model, node: Node) -> bool:
+    """Tells whether `node` is a Clip between numbers that are known, in whatever operator set."""
+    known = all(name in model.params for name in node.inputs[1:] if name)
+    return node.op_type == "Clip" and not node.domain and known
 
 
 def limits_of(model: Model, node: Node) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from ptqjax.transforms.gains import channel_gains
 from ptqjax.transforms.moments import Distribution, distributions, within_bounds
 
 NUM_STD = 6.0
-"""Standard deviations of each channel that a range holds, those that `quantize.data_free` calibrates."""
+"""Standard deviations of each channel that a range holds, those that `ranges.data_free` calibrates."""
 NUM_STD_OF_INPUTS = 3.0
 """The same for graph inputs."""
 
@@ -36,7 +36,7 @@ class Behaviour(PyTreeNode):
 def implied_behaviour(model: Model) -> dict[str, Behaviour]:
     """Returns what batch norms imply of each tensor: what `fit.observe_behaviour` measures on data, without data.
 
-    Ranges are those that `quantize.data_free` calibrates; mean and power are those of `moments.distributions`, gains
+    Ranges are those that `ranges.data_free` calibrates; mean and power are those of `moments.distributions`, gains
     those of `gains.channel_gains`. Tensors of which one of these does not follow are left out.
     """
     model = model.replace(params=jax.tree.map(np.asarray, dict(model.params)))

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from ptqjax.ir import Model, Node
 from ptqjax.kernels.intervals import UNBOUNDED, linear_interval
 from ptqjax.kernels.namespace import array_namespace
-from ptqjax.transforms.activations import activated_interval, is_activation
+from ptqjax.transforms.activations import activated_interval, is_activation, is_known_clip
 from ptqjax.transforms.linear import Linear, bias_of, weight_view
 from ptqjax.transforms.routes import ROUTED, Facts, Lying, routes
 from ptqjax.transforms.sizes import ONE
@@ -70,7 +70,8 @@ def _other_bounds(model: Model, node: Node, ranks: Mapping[str, int], bounds: Ma
     if node.op_type == "Add" and len(known) == len(node.inputs) and known[1][0].shape == low.shape:
         return low + known[1][0], high + known[1][1]
     tensor = next(name for name in node.inputs if name in bounds)
-    if tensor in ranks and is_activation(model, node, tensor, low.size, ranks[tensor] - 2):
+    is_known = tensor in ranks and is_activation(model, node, tensor, low.size, ranks[tensor] - 2)
+    if is_known or is_known_clip(model, node):
         return activated_interval(model, node, low, high)
     return None
 
@@ -81,7 +82,7 @@ def _moved_bounds(facts: Facts, node: Node, bounds: Mapping[str, Bounds]) -> dic
     found = routes(facts, node, [None if each is None else Lying(1, each[0].size) for each in known])
     moved: dict[str, Bounds] = {}
     for name, route in zip(node.outputs, found if isinstance(found, list) else [], strict=False):
-        if not name or route is None or (route.axis, route.repeats) != (1, ONE):
+        if not name or route is None or not route.stays_within or (route.axis, route.repeats) != (1, ONE):
             continue
         xp = array_namespace(*(each[0] for each in known if each is not None))
         low, high = (route.gather([each and each[end] for each in known], xp) for end in (0, 1))

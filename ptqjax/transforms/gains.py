@@ -89,8 +89,8 @@ class _Sweep:
 
     def __init__(self, model: Model, known: Known) -> None:
         self.model, self.known = model, known
-        self.places = places_of(model)
         self.facts = Facts(model)
+        self.places = places_of(model)
         self.layers = {layer.output: layer for layer in linear_layers(model).values()}
         self.products = {layer.node.output for layer in self.layers.values() if layer.bias_node is not None}
         self.num_directions = _PROBES
@@ -263,7 +263,7 @@ class _Sweep:
         known = [self.known.get(name) for name in node.inputs]
         found = routes(self.facts, node, [each and each.lying for each in known])
         if not isinstance(found, list):
-            return self.joined(node, gains)
+            return self.joined(node, gains) if node.op_type == "Concat" else None
         ways = zip(node.outputs, found, strict=True)
         reached = [(route, gains[out]) for out, route in ways if route is not None and out in gains]
         sent: dict[str, Gain] = {}
@@ -285,11 +285,11 @@ class _Sweep:
         if count is None:
             return None
         axis, sizes = self.known[node.inputs[0]].axis, self.places[node.inputs[0]]
-        kept = kept_places(self.model, node, axis, count)
+        kept = kept_places(self.facts, node, axis, count)
         if len(kept) != len(gain.rest):
             return None
         taken = (kept[:, None] == np.arange(count)).astype(gain.rest.dtype)  # [channels behind, channels]
-        within = [kept_places(self.model, node, i, size) for i, size in enumerate(sizes, 2) if i != axis]
+        within = [kept_places(self.facts, node, i, size) for i, size in enumerate(sizes, 2) if i != axis]
         seen, behind = prod(int((places >= 0).sum()) for places in within), prod(map(len, within))
         mean, rest = gain.mean @ taken, gain.rest @ taken
         whole = ((mean**2).sum(axis=0) + rest) * seen / max(behind, 1)

@@ -290,7 +290,10 @@ def _along(route: Route, known: Sequence[Distribution | None]) -> Distribution:
         name: route.gather([each and getattr(each, name) for each in known], xp, zero=float(name == "slope"))
         for name in ("mean", "std", "low", "high", "slope")
     }
-    return first.replace(**fields, axis=route.axis, repeats=route.repeats)
+    found = first.replace(**fields, axis=route.axis, repeats=route.repeats)
+    if route.stays_within:
+        return found
+    return normal(found.moments.mean, found.moments.std, axis=route.axis).replace(repeats=route.repeats)
 
 
 def _affine(known: Distribution, factor: Any, shift: Any) -> Distribution:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ptqjax.ir import Model, Node, value_of
+from ptqjax.ir import Model, Node
 from ptqjax.kernels.windows import explicit_padding, output_sizes
-from ptqjax.transforms.rank import ranks_of
+from ptqjax.transforms.routes import Facts, kept_by_slice, pads_of, slices_of
 
 _INPUT_SIDE = 224  # places along an axis of an input that declares none: the pictures of ImageNet, 49 places at the end
 _SIDE = 7  # the same for tensors whose size cannot be followed
@@ -18,7 +18,7 @@ _IMAGE = 3  # axes from which there are places behind the channels
 
 def places_of(model: Model) -> dict[str, tuple[int, ...]]:
     """Returns the size of each tensor behind its channels, from the declared shapes of the inputs; () for matrices."""
-    ranks, found = ranks_of(model), {}
+    facts, found = Facts(model), {}
     for spec in model.graph.inputs:
         sizes = spec.shape[2:] if spec.shape is not None else ()
         found[spec.name] = tuple(size if isinstance(size, int) and size > 0 else _INPUT_SIDE for size in sizes)
@@ -26,14 +26,15 @@ def places_of(model: Model) -> dict[str, tuple[int, ...]]:
         before = next((found[name] for name in node.inputs if name in found), ())
         if (kernel := _kernel(model, node)) and len(kernel) != len(before):  # behind a Reshape, say
             before = found[node.inputs[0]] = (_SIDE,) * len(kernel)
-        rank = ranks.get(node.output, 2)
-        after = _places_behind(model, node, before) if rank >= _IMAGE else ()
+        rank = facts.ranks.get(node.output, 2)
+        after = _places_behind(facts, node, before) if rank >= _IMAGE else ()
         after = after if len(after) == max(rank - 2, 0) else (_SIDE,) * max(rank - 2, 0)
         found |= dict.fromkeys((name for name in node.outputs if name), after)
     return found
 
 
-def _places_behind(model: Model, node: Node, sizes: tuple[int, ...]) -> tuple[int, ...]:
+def _places_behind(facts: Facts, node: Node, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    model = facts.model
     if node.op_type.startswith("Global") or node.op_type == "ReduceMean":
         return (1,) * len(sizes)
     if _kernel(model, node):
@@ -46,7 +47,7 @@ def _places_behind(model: Model, node: Node, sizes: tuple[int, ...]) -> tuple[in
     if node.op_type == "ConvTranspose":
         return tuple(size * stride for size, stride in zip(sizes, _setting(node, "strides", len(sizes)), strict=True))
     if node.op_type in {"Pad", "Slice"}:
-        return tuple(len(kept_places(model, node, axis + 2, size)) for axis, size in enumerate(sizes))
+        return tuple(len(kept_places(facts, node, axis + 2, size)) for axis, size in enumerate(sizes))
     return sizes
 
 
@@ -74,24 +75,16 @@ def window(model: Model, node: Node, sizes: Sequence[int]) -> tuple[Any, Any, An
     return tuple(kernel), strides, dilations, padding
 
 
-def kept_places(model: Model, node: Node, axis: int, size: int) -> np.ndarray:
-    """Returns for each place of the output of a Pad or Slice along an axis its place in the input, -1 for none."""
+def kept_places(facts: Facts, node: Node, axis: int, size: int) -> np.ndarray:
+    """Returns for each place of the output of a Pad or Slice along an axis its place in the input, -1 for none.
+
+    Where the operator's settings are not known, every place.
+    """
     places = np.arange(size)
-    settings = [value_of(model, name) if name else None for name in node.inputs[1:]]
     if node.op_type == "Pad":
-        pads = settings[0] if settings else node.attribute("pads")
-        before, after = (0, 0) if pads is None else np.asarray(pads).reshape(2, -1)[:, axis].tolist()
+        pads = pads_of(facts, node)
+        before, after = (0, 0) if pads is None else pads[:, axis].tolist()
         places = np.pad(places, (max(before, 0), max(after, 0)), constant_values=-1)
         return places[max(-before, 0) : len(places) - max(-after, 0)]
-    names = ("starts", "ends", "axes", "steps")
-    given = {name: node.attribute(name) for name in names} | dict(zip(names, settings, strict=False))
-    starts, ends = given["starts"], given["ends"]
-    if starts is None or ends is None:
-        return places
-    starts, ends = np.ravel(starts).tolist(), np.ravel(ends).tolist()
-    axes = range(len(starts)) if given["axes"] is None else np.ravel(given["axes"]).tolist()
-    steps = [1] * len(starts) if given["steps"] is None else np.ravel(given["steps"]).tolist()
-    for start, end, at, step in zip(starts, ends, axes, steps, strict=True):
-        if at == axis:
-            places = places[slice(start, None if step < 0 and end < -size else end, step)]
-    return places
+    cuts, rank = slices_of(facts, node), facts.ranks.get(node.inputs[0])
+    return places if cuts is None or rank is None else np.array(kept_by_slice(cuts, axis, rank=rank, size=size), int)

@@ -48,6 +48,8 @@ class Route:
     """How many neighbours along the axis belong to one channel of the result."""
     fills: bool = False
     """Whether zeros are added along other axes, as by a Pad."""
+    stays_within: bool = True
+    """Whether no value of a channel lies outside of what the input's channel holds, as behind a cubic Resize."""
 
     def gather(self, arrays: Sequence[Any], xp: Any, *, zero: Any = 0.0) -> Any:
         """Returns one number for each channel of the result from one for each channel of each input, [c].
@@ -102,7 +104,8 @@ def routes(facts: Facts, node: Node, known: Sequence[Lying | None]) -> Routes | 
     """Returns for each result of a node where its channels come from; None where the node does more than move values.
 
     Law: where all values of a channel are one number, those of the result are what `Route.gather` gives of them,
-    beside zeros where the route `fills`.
+    beside zeros where the route `fills`. Where the values differ, those of the result lie between the channel's least
+    and largest, if the route `stays_within`.
 
     Args:
         facts: The graph's.
@@ -220,18 +223,33 @@ def _slice(facts: Facts, node: Node, known: Sequence[Lying | None]) -> Routes:
     cuts = slices_of(facts, node)
     if rank is None or cuts is None:
         return "where it starts and ends is not known"
-    own = [cut for axis, cut in cuts if axis % rank == first.axis]
-    if own and first.repeats != ONE:
+    if all(axis % rank != first.axis for axis, _ in cuts):
+        return [_straight(first)]
+    if first.repeats != ONE:
         return "how many numbers a channel has is not known"
-    kept = range(first.count)
-    for cut in own:
-        kept = kept[_within(cut, len(kept))]
-    return [_picked(first, kept) if own else _straight(first)]
+    return [_picked(first, kept_by_slice(cuts, first.axis, rank=rank, size=first.count))]
 
 
 def _within(cut: slice, size: int) -> slice:
-    """Returns a slice as Python has it, where ONNX's end before the first element means that it is included."""
-    return slice(cut.start, None if cut.stop < -size else cut.stop, cut.step)
+    """Returns a slice as Python has it, where ONNX's, going back, is at the first element if it lies before that."""
+    if cut.step > 0:
+        return cut
+    return slice(max(cut.start, -size), None if cut.stop < -size else cut.stop, cut.step)
+
+
+def kept_by_slice(cuts: Iterable[tuple[int, slice]], axis: int, *, rank: int, size: int) -> range:
+    """Returns the places along one axis that a Slice keeps, in their new order.
+
+    Args:
+        cuts: The axes that it cuts and how, as `slices_of` returns them.
+        axis: The axis, from the front.
+        rank: The number of axes.
+        size: The number of places along the axis.
+    """
+    kept = range(size)
+    for cut in (cut for at, cut in cuts if at % rank == axis):
+        kept = kept[_within(cut, len(kept))]
+    return kept
 
 
 def slices_of(facts: Facts, node: Node) -> list[tuple[int, slice]] | None:
@@ -249,14 +267,20 @@ def slices_of(facts: Facts, node: Node) -> list[tuple[int, slice]] | None:
     return [(int(axis), slice(int(start), int(end), int(step))) for axis, start, end, step in found]
 
 
-def _pad(facts: Facts, node: Node, known: Sequence[Lying | None]) -> Routes:
-    first, rank = known[0], facts.ranks.get(node.inputs[0])
-    pads = facts.setting(node, 1, "pads")
+def pads_of(facts: Facts, node: Node) -> np.ndarray | None:
+    """Returns how much a Pad adds before and behind each axis, [2, rank]; None where that is not known."""
+    rank, pads = facts.ranks.get(node.inputs[0]), facts.setting(node, 1, "pads")
     if rank is None or pads is None or any(node.inputs[3:]) or np.size(pads) != 2 * rank:
+        return None
+    return np.asarray(pads).reshape(2, rank)
+
+
+def _pad(facts: Facts, node: Node, known: Sequence[Lying | None]) -> Routes:
+    first, ends = known[0], pads_of(facts, node)
+    if ends is None:
         return "how much it pads is not known"
     if first is None:
         return [None]
-    ends = np.asarray(pads).reshape(2, rank)
     before, after = ends[:, first.axis].tolist()
     if node.attribute("mode", "constant") != "constant":
         return "it pads with other channels" if before or after else [_straight(first)]
@@ -280,7 +304,8 @@ def _resize(facts: Facts, node: Node, known: Sequence[Lying | None]) -> Routes:
         return "what it does to the channels is not known"
     if float(np.ravel(factors)[first.axis]) != 1.0:
         return "it resizes along the channels"
-    return [_straight(first)]
+    is_mean = node.attribute("mode", "nearest") != "cubic"  # of neighbours, weights from 0 to 1; cubic ones overshoot
+    return [replace(_straight(first), stays_within=is_mean)]
 
 
 _RULES: Mapping[str, Callable[[Facts, Node, Sequence[Lying | None]], Routes]] = {

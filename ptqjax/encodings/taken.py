@@ -1,4 +1,4 @@
-"""Checks that a runtime takes the grids of a model before they are written for it."""
+"""Checks that a runtime takes the grids of a model: frozen ones before work begins, all before they are written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MIDDLE = {True, "strict"}
 
 
 def check_taken(model: Model, encodings: Encodings, target: Target) -> None:
-    """Checks that `target` takes the type of every enabled grid, and grids that lie anywhere where it takes no other.
+    """Checks that `target` takes each enabled grid: its type, where its zero lies, and the granularity of a weight's.
 
     Raises:
         ConfigError: It does not; the message names the tensor, what its grid is, what the target takes and the remedy.
@@ -27,9 +27,11 @@ def check_taken(model: Model, encodings: Encodings, target: Target) -> None:
             continue
         roles = ("weights", "activations") if name in model.params else ("activations",)
         refusals = [list(_refused(encoding, role, target)) for role in roles]
-        if all(refusals):
+        found = refusals[0] if all(refusals) else []
+        found += _refused_scales(encoding, target) if name in model.params else []
+        if found:
             raise ConfigError(
-                f"'{name}' has a grid of {refusals[0][0]} for {roles[0]}; calibrate for it, with "
+                f"'{name}' has a grid of {found[0]} for {roles[0]}; calibrate for it, with "
                 f"QuantizationConfig.for_target({target.name!r})"
             )
 
@@ -43,3 +45,9 @@ def _refused(encoding: Encoding, role: str, target: Target) -> Iterator[str]:
     is_signed = not encoding.dtype.startswith("u")
     if symmetries is not None and set(symmetries) <= _MIDDLE and is_signed and np.any(encoding.zero_point):
         yield f"zero point {np.ravel(encoding.zero_point)[0]:g}; target {target.name!r} takes 0"
+
+
+def _refused_scales(encoding: Encoding, target: Target) -> Iterator[str]:
+    allowed = dict(target.allowed).get("granularity")
+    if allowed is not None and encoding.granularity not in allowed:
+        yield f"granularity {encoding.granularity!r}; target {target.name!r} takes {', '.join(allowed)}"
