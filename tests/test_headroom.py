@@ -117,3 +117,9 @@ def test_powers_of_two_stay_powers_of_two(dense, headroom):
     config = replace(PLAIN, power_of_two=True, headroom=headroom)
     found = scales(dense, [{"x": samples(4)}], config)
     assert all(math.frexp(scale)[0] == 0.5 for scale in found.values())
+
+
+@pytest.mark.parametrize("headroom", [None, 1.5])
+def test_a_cast_to_16_bits_has_no_range_to_widen(dense, headroom):
+    config = replace(PLAIN, activations="float16", weights="int8", biases="float", headroom=headroom)
+    assert set(scales(dense, [{"x": samples(4)}], config).values()) == {1.0}

@@ -82,10 +82,7 @@ def calibrate_and_report(
         UnsupportedOperatorError: A node has no lowering.
     """
     config = QuantizationConfig() if config is None else config
-    found = _calibrated(model, batches, [_task(model, config, frozen or {})])
-    encodings, report = found.each[0]
-    wide = widened(model, encodings, config.headroom or 1.0, config, found.num_values)
-    return wide | {name: encodings[name] for name in frozen or {}}, report
+    return calibrate_each(model, batches, [config], frozen=frozen, labels=[""])[0]
 
 
 def calibrate_each(
@@ -111,7 +108,12 @@ def calibrate_each(
     Raises:
         PtqjaxError: As `calibrate_and_report` does; a ConfigError's message says which configuration it is about.
     """
-    return calibrate_and_measure(model, batches, configs, frozen=frozen, labels=labels).each
+    found = calibrate_and_measure(model, batches, configs, frozen=frozen, labels=labels)
+    each = []
+    for config, (encodings, report) in zip(configs, found.each, strict=True):
+        wide = widened(model, encodings, config.headroom or 1.0, config, found.num_values)
+        each.append((wide | {name: encodings[name] for name in frozen or {}}, report))
+    return tuple(each)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,9 +137,10 @@ def calibrate_and_measure(
     labels: Sequence[str] | None = None,
     measured: Axes = (),
 ) -> Calibrated:
-    """Returns what `calibrate_each` returns, and the channel means of tensors from the same pass, see `observe`.
+    """Returns what `calibrate_each` returns, of ranges as they were seen, and more from the same pass.
 
-    The other arguments and the errors are those of `calibrate_each`.
+    Nothing is widened: that is for whoever chooses a headroom, see `headroom.widened`. `measured` are tensors whose
+    channel means are kept, see `observe`. The other arguments and the errors are those of `calibrate_each`.
     """
     labels = [f"configuration {index}: " for index in range(len(configs))] if labels is None else labels
     tasks = []

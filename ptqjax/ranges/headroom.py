@@ -12,6 +12,7 @@ from ptqjax.encodings.encoding import Encoding, Encodings
 from ptqjax.ir import Model
 from ptqjax.placement.place import ACTIVATION, Site, place_as_found
 from ptqjax.ranges.observing import MANY
+from ptqjax.ranges.site_encodings import needs_range
 from ptqjax.transforms.bounds import Bounds, channel_bounds
 from ptqjax.transforms.linear import linear_layers
 
@@ -37,7 +38,8 @@ def widened(
     `factor` times as wide; where `config.headroom` is None, at least as wide as the number of values that a range is
     from asks for (`headroom_of_few`). Where operators bound a tensor (a Clip, bounds per channel), what lies beyond
     never occurs. The zero point stays, and a power of two goes to the nearest one. Tensors that share an encoding share
-    the new one; ranges that are known beforehand stay.
+    the new one; ranges that are known beforehand stay, and so do casts
+    to 16 bits, which have none.
 
     Args:
         model: The model that the encodings belong to.
@@ -47,7 +49,7 @@ def widened(
         num_values: How many values the range of each tensor is from, as `calibrate_and_measure` counts them.
     """
     plan = place_as_found(model, config, encodings)
-    found = (site for site in plan.sites if site.kind == ACTIVATION and not site.is_dynamic)
+    found = (site for site in plan.sites if site.kind == ACTIVATION and needs_range(site))
     sites = [site for site in found if site.fixed_range is None]
     roots = {site.root: site for site in sites if site.root in encodings and site.root not in model.params}
     factors = {root: max(factor, _least(num_values.get(root, MANY), config)) for root in roots}
