@@ -77,7 +77,7 @@ def test_a_length_more_compiles_two_programs_more(compilations: list[str]) -> No
     assert set(compilations) <= PROGRAMS
     found = Counter(compilations)
     assert found["absorb"] == 1
-    assert found["measure"] <= 2
+    assert found["measure"] <= 4  # two shapes, with factors of readers' own and without those that cost a product
     assert found["look"] <= len(lengths) + 4
     assert found["run"] <= len(lengths) + 4
     assert "without 6 batches of other shapes than the 2" in result.reports["equalize"][0].reason  # of the first 8
