@@ -6,7 +6,7 @@ from typing import Self
 import numpy as np
 from onnx.reference import ReferenceEvaluator
 
-from ptqjax.ir import Graph, Model, Node, TensorSpec, verify
+from ptqjax.ir import Constant, Graph, Model, Node, TensorSpec, verify
 from ptqjax.lowering import apply
 from ptqjax.onnx_io import to_proto
 
@@ -35,6 +35,24 @@ def build(
 def node(op_type: str, inputs: Sequence[str], output: str, **attributes: object) -> Node:
     """An unnamed node with one output; attributes that are not given are absent."""
     return Node(op_type=op_type, inputs=tuple(inputs), outputs=(output,), attributes=tuple(sorted(attributes.items())))
+
+
+class Tensors:
+    """Parameters and constants of a graph under construction, named in their order."""
+
+    params: dict[str, np.ndarray]
+    constants: dict[str, Constant]
+    dtype: type
+
+    def param(self, value: object) -> str:
+        name = f"p{len(self.params)}"
+        self.params[name] = np.asarray(value, self.dtype)
+        return name
+
+    def ints(self, *values: int) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants[name] = Constant(np.array(values, np.int64))
+        return name
 
 
 def random_input(model: Model, seed: int) -> dict[str, np.ndarray]:

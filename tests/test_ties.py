@@ -19,12 +19,12 @@ from ptqjax.transforms.relaxation import relax_bounds
 from ptqjax.transforms.rescale import rescale
 from ptqjax.transforms.ties import Ties, find_ties
 from tests import models
-from tests.models import node, random_input
+from tests.models import Tensors, node, random_input
 
 EXACT = {np.float64: 1e-12, np.float32: 1e-5}  # some ten layers of some fifty products, each rounded once
 
 
-class Net:
+class Net(Tensors):
     """A graph under construction: methods add nodes behind `tensor`; a branch begins by setting `tensor`."""
 
     def __init__(
@@ -44,16 +44,6 @@ class Net:
         self.nodes.append(node(op_type, (self.tensor, *others), output, **attributes))
         self.tensor = output
         return self
-
-    def param(self, value: object) -> str:
-        name = f"p{len(self.params)}"
-        self.params[name] = np.asarray(value, self.dtype)
-        return name
-
-    def ints(self, *values: int) -> str:
-        name = f"c{len(self.constants)}"
-        self.constants[name] = Constant(np.array(values, np.int64))
-        return name
 
     def normal(self, *shape: int) -> np.ndarray:
         return self.random.normal(size=shape)

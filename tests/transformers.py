@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from ptqjax.ir import Constant, Graph, Model, Node, TensorSpec, verify
-from tests.models import node
+from tests.models import Tensors, node
 
 
-class Blocks:
+class Blocks(Tensors):
     """A graph under construction: tensors are [samples, places, width]; methods return the tensor that they produce."""
 
     def __init__(
@@ -26,16 +26,6 @@ class Blocks:
         output = f"{op_type}{len(self.nodes)}"
         self.nodes.append(node(op_type, inputs, output, **attributes))
         return output
-
-    def param(self, value: Any) -> str:
-        name = f"p{len(self.params)}"
-        self.params[name] = np.asarray(value, self.dtype)
-        return name
-
-    def ints(self, *values: int) -> str:
-        name = f"c{len(self.constants)}"
-        self.constants[name] = Constant(np.array(values, np.int64))
-        return name
 
     def linear(self, x: str, inputs: int, outputs: int, *, bias: bool = True) -> str:
         y = self.add("MatMul", x, self.param(self.random.normal(size=(inputs, outputs)) / np.sqrt(inputs)))

@@ -1,21 +1,20 @@
 """Which tensors are rounded, on which grid, and why: one plan, used by calibration, simulation and export alike.
 
 Every floating tensor of the graph gets exactly one of: a `Site` (it has an encoding, its own or a shared one), a
-`BiasSite` (int32 with a scale that follows from input and weight), or a `Skipped` entry with the reason. The file is
-long because these decisions refer to each other: they are taken in one pass.
+`BiasSite` (int32 with a scale that follows from input and weight), or a `Skipped` entry with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ptqjax.config import RUN_TIME, QuantizationConfig, Target, load_target
 from ptqjax.encodings.biases import BiasSite, bias_sites
-from ptqjax.errors import ConfigError
 from ptqjax.ir import Model, Node, Origin, only_reader, origins_of
+from ptqjax.placement.biases import biases_in_float, check_biases, float_biases_by, has_grids
 from ptqjax.placement.counting import WithoutNever
 from ptqjax.placement.effects import check_effects
 from ptqjax.placement.granularity import Use, all_uses, parameter_site, rounded_parameters, weight_site
@@ -112,7 +111,7 @@ def place(
     for tensor in floating:
         if tensor not in model.params:
             decided[tensor] = _decision(plan, tensor, decided)
-    placement = _with_biases(plan, decided, layers, _float_biases_by(config, target))
+    placement = _with_biases(plan, decided, layers, float_biases_by(config, target))
     check_effects(settled, placement)
     check_types(model, (*(site.tensor for site in placement.sites), *(site.bias for site in placement.biases)))
     return placement
@@ -134,10 +133,10 @@ def _with_biases(plan: _Plan, decided: Decided, layers: Mapping[str, BiasSite], 
         layers: The layers with a bias, by bias.
         by: What leaves all biases in float; "" where they are integers.
     """
-    integers = tuple(site for site in layers.values() if _has_grids(site, decided))
+    integers = tuple(site for site in layers.values() if has_grids(site, decided))
     names = {site.bias for site in integers}
-    _check_biases(plan, names)
-    decided = {**decided, **_in_float(plan, layers, names, by)}
+    check_biases(plan.settings, names)
+    decided = {**decided, **biases_in_float(plan.settings, layers, names, by)}
     order = [decided[tensor] for tensor in plan.settings if tensor in decided]
     shared = adopted_roots(plan.model.graph, plan.target, decided)
     return Placement(
@@ -191,46 +190,6 @@ def _weight_site(plan: _Plan, tensor: str) -> Site:
     settings, uses = plan.settings[tensor], plan.weights[tensor]
     is_asymmetric = settings.given_symmetry is None and stores_zero_points(plan.target, plan.run_time, settings, uses)
     return weight_site(plan.model, tensor, uses, replace(settings, given_symmetry=False) if is_asymmetric else settings)
-
-
-# Biases
-
-
-def _has_grids(site: BiasSite, decided: Decided) -> bool:
-    """Tells whether a bias's scale follows from those of its input and weight, one for each channel."""
-    x, weight = decided.get(site.input), decided.get(site.weight)
-    is_activation = isinstance(x, Site) and x.kind == ACTIVATION and not x.is_dynamic
-    return is_activation and isinstance(weight, Site) and weight.kind == WEIGHT and weight.block_size is None
-
-
-def _float_biases_by(config: QuantizationConfig, target: Target) -> str:
-    """Returns what leaves all biases in float, for people; "" where they are integers."""
-    if (config.biases or target.biases) == "int32":
-        return ""
-    return "biases='float'" if config.biases else f"target {target.name!r}"
-
-
-def _check_biases(plan: _Plan, biases: set[str]) -> None:
-    """Checks that nothing leaves biases alone in float: they follow their layers."""
-    others = {found.off for tensor, found in plan.settings.items() if tensor not in biases}
-    alone = {plan.settings[name].off for name in biases} - others - {""}
-    if alone:
-        raise ConfigError(
-            f"what is {min(alone)} matches only biases; a bias follows its layer: leave the layer's weight or input in "
-            "float, or all biases by biases='float'"
-        )
-
-
-def _in_float(plan: _Plan, layers: Iterable[str], integers: set[str], by: str) -> dict[str, Skipped]:
-    """Returns the biases that stay in float, with the reason."""
-    found: dict[str, Skipped] = {}
-    for name in layers:
-        if name in integers and not by:
-            continue
-        reason = f"bias, added in float by {by}" if name in integers else plan.settings[name].off
-        reason = reason or "bias of a layer whose input or weight stays in float"
-        found[name] = Skipped(tensor=name, reason=reason)
-    return found
 
 
 # Parameters
