@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError
 from ptqjax.fit.learned_scales import Learning, learn_scales
-from ptqjax.fit.trials import HEADROOMS, TRIAL_SHAPES, Judge, Trial, best_of, judged, record_of
-from ptqjax.fit.ways import BATCH, BEHAVIOUR_SHAPES, POLICIES, Policy, Ways, bounds_of, steps_of, without
+from ptqjax.fit.trials import HEADROOMS, Judge, Trial, best_of, judged, record_of
+from ptqjax.fit.ways import BATCH, BEHAVIOUR_SHAPES, POLICIES, TRIAL_SHAPES, Policy, Ways, bounds_of, steps_of, without
 from ptqjax.ir import Model, Record, Report
 from ptqjax.placement.place import place
 from ptqjax.placement.tensors import is_floating
@@ -26,7 +26,7 @@ _PREDICTED = 1.5  # dB that scales must be predicted to gain where nothing can b
 
 # dB that scales must be predicted to gain before they are tried. With a scale per channel the MobileNets, ResNet-20 and
 # EfficientNet-Lite0 are predicted to gain 0.6 to 1.8, and lose when they are scaled; SqueezeNet (4) and a network for
-# super-resolution (10) gain 5 and 13. From 8 dB on, no scaling at all has never won.
+# super-resolution (10) gain 5 and 13. From 8 dB on, no scaling at all has never won, and is tried once.
 _MAY_WIN, _WINS = 3.0, 8.0
 _ABSORBS = (
     0.5  # dB that absorbed biases must be predicted to gain (MobileNetV2 0.05, EfficientNet 0.02, MobileNetV1 -0.9)
@@ -175,13 +175,15 @@ def _as_asked(config: QuantizationConfig, *, has_data: bool) -> dict[str, Any]:
 
 def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> Choice:
     model, asked = ways.model, _as_asked(config, has_data=True)
+    policy = POLICIES[config.effort]
     if config.scaling != "auto":
+        if config.scaling in {"ranges", "noise"} and policy.trial_samples:  # what was chosen is what its name gives
+            ways = ways.on_half(policy.trial_samples)
         scaled, report = ways.scaled(config.scaling, config)
         return Choice(model=scaled, report=report, **asked)
     if not any(is_floating(spec.dtype) for spec in model.graph.outputs):
         report = unscaled(model, "no output holds floating numbers, by which ways could be compared")
         return Choice(model=model, report=report, **asked)
-    policy = POLICIES[config.effort]
     learns = config.granularity == "tensor" and policy.learning_steps > 0
     expected = _expected_gain(ways, config, asks_absorption=plain is not None)
     candidates = _candidates(policy, expected.gain)
@@ -192,22 +194,24 @@ def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> C
     if not policy.trial_samples:
         found = _by_prediction(ways, config, expected, "off" if len(candidates) == 1 else "noise")
         return replace(found, absorbs=absorbs, report=(*left_out, *found.report))
+    is_clear = expected.gain >= _WINS and not policy.tries_all  # no scaling at all is then only what is to be beaten
     headrooms = HEADROOMS if len(candidates) > 1 else HEADROOMS[:1]  # it is for scaled channels, see _OF_SCALED
-    free_plain = plain if absorbs else None
+    free_plain = plain if absorbs and not is_clear else None
     if (learns or len(candidates) > 1) and bounds_of(config) == "exact":
         ways = Ways(with_free_bounds(ways.model), ways.batches)  # one structure, and so one set of programs, for all
         free_plain = None if free_plain is None else with_free_bounds(free_plain)
     is_of_correction = len(candidates) == 1 and free_plain is None and len(headrooms) == 1
     judge = (Judge.of_correction if is_of_correction else Judge.of)(ways, config, policy.trial_samples, absorbs=absorbs)
-    trials = [trial for name in candidates for trial in judge.trials(name, headrooms)]
+    tried = {name: HEADROOMS[:1] if is_clear and name == "off" else headrooms for name in candidates}
+    trials = [trial for name, factors in tried.items() for trial in judge.trials(name, factors)]
     corrected = judged("correct", (best := best_of(trials)), judge.corrections(best))
     best = best_of([corrected.kept, *judge.headrooms(corrected.kept, best)])
-    equalized = judged("equalize", best, _without_equalization(judge, best, trials, free_plain))
+    equalized = judged("equalize", best, _without_equalization(judge, best, free_plain))
     best = equalized.kept
     less = without(judge.left_out, TRIAL_SHAPES)
     records = (expected.record, *left_out, *(record_of(trial, less, is_chosen=trial is best) for trial in judge.tried))
     records = (*records, *corrected.records, *equalized.records)
-    scaled, report = ways.scaled(best.name, config) if best.absorbs else (best.model, best.report)
+    scaled, report = best.model, best.report
     is_scaled = best.name != "off"
     if learns:
         samples = judge.used + judge.held
@@ -229,13 +233,17 @@ def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> C
     )
 
 
-def _without_equalization(judge: Judge, best: Trial, trials: Sequence[Trial], plain: Model | None) -> list[Trial]:
-    """Returns what is left of the best way without equalization; nothing where that is the same, or cannot win."""
-    unscaled_ones = [trial for trial in trials if trial.name == "off"]
-    if plain is not None and unscaled_ones:
-        return judge.unequalized(best, plain)
-    is_alike = bool(unscaled_ones) and best.name != "off" and best.correct == unscaled_ones[0].correct
-    return unscaled_ones if is_alike else []
+def _without_equalization(judge: Judge, best: Trial, plain: Model | None) -> list[Trial]:
+    """Returns what there is without equalization, with the correction of the best way too; nothing where it is that."""
+    if plain is not None:
+        unequalized = judge.unequalized(best, plain)
+        return unequalized if best.name == "off" else [*_unscaled(judge, best), *unequalized]
+    return [] if best.name == "off" else _unscaled(judge, best)
+
+
+def _unscaled(judge: Judge, best: Trial) -> list[Trial]:
+    found = [trial for trial in judge.tried if trial.name == "off"]
+    return found if any(trial.correct == best.correct for trial in found) else [*found, *judge.corrections(found[0])]
 
 
 def _absorption_left_out(plain: Model, expected: _Expected, config: QuantizationConfig) -> Report:
@@ -252,9 +260,7 @@ def _absorption_left_out(plain: Model, expected: _Expected, config: Quantization
 
 def _candidates(policy: Policy, gain: float) -> tuple[str, ...]:
     """Returns the ways that are tried, the simplest first."""
-    if not policy.tries_all and gain < _MAY_WIN:
-        return ("off",)
-    return ("ranges", "noise") if not policy.tries_all and gain >= _WINS else ("off", "ranges", "noise")
+    return ("off", "ranges", "noise") if policy.tries_all or gain >= _MAY_WIN else ("off",)
 
 
 class _Expected(NamedTuple):

@@ -1,13 +1,16 @@
 """Ways to scale, headrooms and corrections, tried on some calibration samples and judged on others.
 
 Half of the samples stand for calibration data, the others for data to come: what is chosen is chosen on calibration
-data alone, and judged on samples that neither ranges nor corrections have seen. Where nothing but the correction is to
-be judged, ranges are those of all samples on both sides, and with them the pass that calibrates is the result's.
+data alone, and judged on samples that neither scales, ranges nor corrections have seen. What was judged is what is
+chosen: that model, with its own reads, headroom and correction as the pipeline gives them. Grids are then found on all
+samples, and roundings of weights are solved for where the settings say so; trials round to nearest. Where nothing but
+the correction is to be judged, ranges are those of all samples on both sides, and with them the pass that calibrates is
+the result's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -15,23 +18,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ptqjax.config import QuantizationConfig
-from ptqjax.data.regroup import Batch, can_be_regrouped, first_samples, grouped, joined, of_few_shapes
+from ptqjax.data.regroup import Batch
 from ptqjax.encodings.encoding import Encodings
 from ptqjax.fit.bias_correction import correct_each, corrected_axes, layer_axes
 from ptqjax.fit.quantized_pass import QuantizedPass
-from ptqjax.fit.ways import Ways, bounds_of
+from ptqjax.fit.ways import Ways, bounds_of, divided
 from ptqjax.ir import Model, Record, Report
 from ptqjax.lowering import apply
 from ptqjax.metrics.records import added
 from ptqjax.metrics.sums import Energies, decibels_of_mean, energies
+from ptqjax.placement.own_reads import with_own_reads
 from ptqjax.placement.tensors import is_floating
 from ptqjax.ranges.calibrate import Calibrated, calibrate_and_measure
 from ptqjax.ranges.headroom import widened
 from ptqjax.ranges.observing import Means
 from ptqjax.transforms.equalize import unscaled
 
-TRIAL_SHAPES = 4
-"""Shapes of batches that cannot be regrouped that ways are tried on; each is compiled for."""
 JUDGED = "stage "
 """What the record of a stage that was judged by itself begins with."""
 _CLEARLY = 0.25  # dB by which something must be better than what is simpler
@@ -151,12 +153,13 @@ class Judge:
         return self._measured([replace(best, name="off", model=model, report=report, absorbs=False)])
 
     def _calibrated(self, model: Model) -> Calibrated:
-        """Returns what calibrating gives, from one pass for each model."""
+        """Returns what calibrating gives the model with the reads of its own, from one pass for each model."""
         known = next((found for each, found in self.calibrated if each is model), None)
         if known is not None:
             return known
         samples = self.used if self.ranging is None else self.ranging
-        found = calibrate_and_measure(model, samples, [self.config], labels=[""], measured=layer_axes(model))
+        own = with_own_reads(model, self.config)
+        found = calibrate_and_measure(own, samples, [self.config], labels=[""], measured=layer_axes(own))
         self.calibrated.append((model, found))
         return found
 
@@ -170,12 +173,12 @@ class Judge:
         return measured
 
     def _outcome(self, trial: Trial, found: Calibrated) -> float:
-        encodings = widened(trial.model, found.each[0][0], trial.headroom, self.config, found.num_values)
-        model = trial.model
+        own = model = with_own_reads(trial.model, self.config)
+        encodings = widened(own, found.each[0][0], trial.headroom, self.config, found.num_values)
         if trial.correct != "none":
             data = self.used if trial.correct == "empirical" else None
             ((model, _),) = correct_each(model, (encodings,), data, method=trial.correct, means=found.means)
-        return self._decibels(model, _uncorrected(model, trial.model), encodings, found.means)
+        return self._decibels(model, _uncorrected(model, own), encodings, found.means)
 
     def _decibels(self, model: Model, exact: Model, encodings: Encodings, means: Means | None) -> float:
         """Returns the mean over outputs of noise over signal on the samples held back, by the program that corrects.
@@ -209,36 +212,6 @@ def _uncorrected(corrected: Model, model: Model) -> Model:
     """Returns `model` in the graph of its corrected form, in which some layers have got a bias: of zeros."""
     params = {name: model.params.get(name, np.zeros_like(value)) for name, value in corrected.params.items()}
     return corrected.replace(params=params)
-
-
-class _Divided(NamedTuple):
-    """Samples in two parts."""
-
-    used: list[Batch]
-    """The samples to work with."""
-    held: list[Batch]
-    """The samples held back."""
-    left_out: int
-    """How many batches are in neither."""
-
-
-def divided(model: Model, batches: Iterable[Mapping[str, Any]], num_samples: int) -> _Divided:
-    """Returns two halves of the first `num_samples` samples; a single sample is in both.
-
-    In batches as large as those given where there are enough samples, since programs are compiled for a size. Of
-    batches of unlike shapes, which stay whole, those of the four shapes that hold most of these samples.
-    """
-    found = first_samples(model.graph, batches, num_samples)
-    if not can_be_regrouped(model.graph, found):
-        few = of_few_shapes(found, TRIAL_SHAPES)
-        return _Divided(few[::2], few[1::2] or few, len(found) - len(few))
-    samples = joined(found)
-    count = min(len(next(iter(samples.values()))), num_samples)
-    if count == 1:
-        return _Divided(found, found, 0)
-    size = min(max(len(next(iter(batch.values()))) for batch in found), count // 2)
-    used, held = (grouped(samples, np.arange(start, count, 2), size) for start in range(2))
-    return _Divided(used, held, 0)
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptqjax.config import FLOAT_DTYPES, QuantizationConfig, load_target
-from ptqjax.data.regroup import can_be_regrouped, first_samples, grouped, joined, of_few_shapes
+from ptqjax.data.regroup import Batch, can_be_regrouped, first_samples, grouped, joined, of_few_shapes
 from ptqjax.fit.behaviour import observe_behaviour, observe_shares_beyond
 from ptqjax.fit.forking import Forked, forked
 from ptqjax.fit.learned_scales import Learning, learn_scales
@@ -29,6 +29,8 @@ BEHAVIOUR_SHAPES = 2
 """Shapes of batches that cannot be regrouped (text of unlike lengths) that behaviour is measured on. Each is compiled
 for, four times as long as for one that runs the model; what it predicts is off by 1 to 3 dB."""
 
+TRIAL_SHAPES = 4
+"""Shapes of batches that cannot be regrouped that ways are tried on; each is compiled for."""
 PREDICTED = "predicted SQNR, dB"
 """The figure that `scale_for_noise` records."""
 _CLEARLY = 0.25  # dB that factors which cost a product of their own must be predicted to gain
@@ -115,6 +117,13 @@ class Ways:
         self._behaviour: dict[tuple[Any, ...], dict[str, Behaviour]] = {}
         self._left_out: dict[int, int] = {}
         self._beyond: dict[str, float] | None = None
+        self._halves: dict[int, Ways] = {}
+
+    def on_half(self, num_samples: int) -> Ways:
+        """Returns the ways on the half of the first samples that trials of so many find scales on."""
+        if num_samples not in self._halves:
+            self._halves[num_samples] = Ways(self.model, divided(self.model, self.batches, num_samples).used)
+        return self._halves[num_samples]
 
     def scaled(self, name: str, config: QuantizationConfig) -> tuple[Model, Report]:
         """Returns the model scaled in one of the ways, and what that did."""
@@ -201,6 +210,36 @@ class Ways:
         if self._beyond is None:
             self._beyond = observe_shares_beyond(self.model, self.batches)
         return self._beyond
+
+
+class Divided(NamedTuple):
+    """Samples in two parts."""
+
+    used: list[Batch]
+    """The samples to work with."""
+    held: list[Batch]
+    """The samples held back."""
+    left_out: int
+    """How many batches are in neither."""
+
+
+def divided(model: Model, batches: Iterable[Mapping[str, Any]], num_samples: int) -> Divided:
+    """Returns two halves of the first `num_samples` samples; a single sample is in both.
+
+    In batches as large as those given where there are enough samples, since programs are compiled for a size. Of
+    batches of unlike shapes, which stay whole, those of the four shapes that hold most of these samples.
+    """
+    found = first_samples(model.graph, batches, num_samples)
+    if not can_be_regrouped(model.graph, found):
+        few = of_few_shapes(found, TRIAL_SHAPES)
+        return Divided(few[::2], few[1::2] or few, len(found) - len(few))
+    samples = joined(found)
+    count = min(len(next(iter(samples.values()))), num_samples)
+    if count == 1:
+        return Divided(found, found, 0)
+    size = min(max(len(next(iter(batch.values()))) for batch in found), count // 2)
+    used, held = (grouped(samples, np.arange(start, count, 2), size) for start in range(2))
+    return Divided(used, held, 0)
 
 
 def _predicted(report: Report) -> float:

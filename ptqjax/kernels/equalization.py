@@ -32,6 +32,9 @@ Scalar = Float[Array | np.ndarray | np.floating, ""]  # a sum in NumPy is no arr
 NextView = Float[Array | np.ndarray, "h p j m"]  # the view of the layer that reads the channels: a shape of its own
 NextBias = Float[Array | np.ndarray, " q"]
 
+FARTHEST = 16 * float(np.log(2.0))
+"""How far a log scale may lie from the median of its set: what is farther off is nothing beside it on any grid."""
+
 
 def tap_ranges(view: View) -> TapRanges:
     """Returns the largest absolute weight over the taps: all that scaling of channels needs to know of a weight."""
@@ -65,8 +68,8 @@ def log_scales(
     small weights and a large bias, and one quantizer must hold all channels; so none may exceed T, which is `limit`
     times the median over the channels that live. Where several tensors hold the channels, each has a T of its own, and
     the largest A / T counts. A factor common to all channels of r1 or r2 comes out as a factor of s, and dead channels
-    get the mean of the others. Scales are not rounded to powers of two: rounding would cost balance, and gain nothing
-    but exact float weights.
+    get the mean of the others. No log s lies farther than `FARTHEST` from their median. Scales are not rounded to
+    powers of two: rounding would cost balance, and gain nothing but exact float weights.
 
     Args:
         r1: Weight range of the channel in the layer that produces it.
@@ -162,8 +165,10 @@ def unused_channels(first: View, second: NextView) -> Mask:
 
 
 def _filled(values: Channels, is_known: Mask) -> Channels:
-    """Returns the values, and where there is none their mean: a dead channel goes along with the others."""
+    """Returns the values within bounds; where there is none their mean: a dead channel goes along with the others."""
     xp = array_namespace(values)
+    middle = _medians(values[None], is_known[None])[0, 0]
+    values = xp.clip(values, middle - FARTHEST, middle + FARTHEST)
     mean = xp.where(is_known, values, 0.0).sum() / xp.maximum(is_known.sum(), 1)
     return xp.where(is_known, values, mean)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ptqjax.ir import Model
 from ptqjax.kernels.equalization import (
+    FARTHEST,
     common_factors,
     imbalance,
     level,
@@ -23,16 +24,20 @@ from ptqjax.kernels.grouped import largest_by_number
 from ptqjax.kernels.namespace import array_namespace
 from ptqjax.kernels.precision import is_traced
 from ptqjax.transforms.linear import weight_view
-from ptqjax.transforms.ties import TiedSet, Ties
+from ptqjax.transforms.ties import Ties
 
 _STEP = 1.4  # over-relaxation: a chain of 27 layers takes half the sweeps that it takes at 1 (measured)
 _CONVERGED = 3e-4  # largest change of a log scale in the last sweep: ranges equal to 0.1 %, an 8-bit step is 0.8 %
 _SWEEPS = 100
 _ROUNDS = 20
+_SHORTEST = 0.3  # of steps: where these lower nothing, ranges are as alike as they become
 _SETTLED = 1e-3  # largest change that a set asks for once its level is right
 _LARGE = 2**14
 _LEVELS = 8  # rounds of common factors: one is enough where each set has one producer and one consumer
 _BALANCED = 4e-3  # changes below this are what convergence and the rounding of weights left to an earlier run
+
+
+_Part = tuple[np.ndarray, Any, Any]  # places in a set (others lie outside), ranges there, the layer's largest one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,30 +55,40 @@ class Balance:
 
         Before it is the largest row among the layers that produce the channel, behind it the largest column among those
         that read it. Several layers on a side count by how much of their own tensor's range a channel takes, since each
-        has a quantizer of its own; the level is still that of the plain ranges.
+        has a quantizer of its own; the level is that of `level`.
         """
-        found = self.ties.sets[index]
-        r1, r2 = self._plain(log_scales, found, relative=False)
+        found, sides = self.ties.sets[index], self._sides(log_scales, index)
+        r1, r2 = (_gathered(parts, len(found.scales)) for parts in sides)
         if len(found.producers) <= 1 and len(found.consumers) <= 1:
             return r1, r2
-        q1, q2 = self._plain(log_scales, found, relative=True)
+        shares = [[(places, _shares(each, whole)) for places, each, whole in parts] for parts in sides]
+        q1, q2 = (_gathered([(*part, None) for part in parts], len(found.scales)) for parts in shares)
         xp, own = array_namespace(r1, r2), self.own(log_scales, index)
-        return q1 * xp.exp(level(r1, r2, own) - level(q1, q2, own)), q2
+        return q1 * xp.exp(_level_of(sides, own) - level(q1, q2, own)), q2
 
-    def _plain(self, log_scales: Any, found: TiedSet, *, relative: bool) -> tuple[Any, Any]:
-        xp, sides = array_namespace(log_scales, *self.ranges.values()), []
+    def level(self, log_scales: Any, index: int) -> Any:
+        """Returns how far a factor common to a set is missing: by how much the logarithms of ranges differ in the mean.
+
+        Each layer of a side counts alike, and so by a sum, not by the largest: a common factor moves it by as much as
+        `neighbours` says, whichever layer is the largest.
+        """
+        return _level_of(self._sides(log_scales, index), self.own(log_scales, index))
+
+    def _sides(self, log_scales: Any, index: int) -> tuple[list[_Part], list[_Part]]:
+        """Returns the places in a set, the ranges and the largest scaled range of each layer before and behind it."""
+        found = self.ties.sets[index]
+        offset = int(self.position[found.scales[0]])
+        xp = array_namespace(log_scales, *self.ranges.values())
+        sides: tuple[list[_Part], list[_Part]] = [], []
         kinds = ((found.producers, "outputs", "inputs", -1.0), (found.consumers, "inputs", "outputs", 1.0))
-        for names, side, other, sign in kinds:
-            parts = []
+        for parts, (names, side, other, sign) in zip(sides, kinds, strict=True):
             for output in names:
                 tied, of = self.ties.layers[output], ranges_of_outputs if side == "outputs" else ranges_of_inputs
                 ranges = of(self.ranges[output], self._of(log_scales, getattr(tied, other)))
-                if relative:
-                    whole = (ranges * xp.exp(sign * log_scales[getattr(tied, side)])).max()
-                    ranges = ranges / xp.where(whole > 0, whole, 1.0)
-                parts.append((self.position[getattr(tied, side)], ranges))
-            sides.append(_gathered(parts, int(self.position[found.scales[0]]), len(found.scales)))
-        return sides[0], sides[1]
+                numbers = getattr(tied, side)
+                whole = (ranges * xp.exp(sign * log_scales[numbers])).max()
+                parts.append((self.position[numbers] - offset, ranges, whole))
+        return sides
 
     def own(self, log_scales: Any, index: int) -> Any:
         """Returns the log scales of one set."""
@@ -130,7 +145,9 @@ def balanced(balance: Balance, sizes: Sequence[Any | None], limit: float) -> Any
     """Returns log scales [num_scales] at which no tied set asks for another, see `kernels.equalization.log_scales`.
 
     One set after the other, sweep after sweep, each step a little longer than it asks for. All that depends on a
-    factor common to a whole set are its neighbours' common factors: these are found at once in the end.
+    factor common to a whole set are its neighbours' common factors: these are found at once in the end. What is lowered
+    is `asked_for`; a round that does not lower it is undone, and made again with shorter steps. Common
+    factors, and the scales of a set beside each other, are bounded by `FARTHEST`.
 
     Args:
         balance: The weight ranges.
@@ -138,15 +155,32 @@ def balanced(balance: Balance, sizes: Sequence[Any | None], limit: float) -> Any
         limit: How far above the median a channel's activation may reach.
     """
     xp = array_namespace(*balance.ranges.values(), *sizes)
-    scales = xp.zeros(balance.ties.num_scales, dtype=np.float64 if xp is np else _dtype(balance))
+    best = xp.zeros(balance.ties.num_scales, dtype=np.float64 if xp is np else _dtype(balance))
+    least, step = asked_for(balance, sizes, limit, best), _STEP
     for _ in range(_ROUNDS):  # where sets meet in a layer (Concat), common factors move what each channel asks for
-        scales = _levelled(balance, _swept(balance, sizes, limit, scales))
-        if is_traced(scales) or _largest_step(balance, sizes, limit, scales) < _SETTLED:
+        scales = _levelled(balance, _swept(balance, sizes, limit, best, step))
+        asked = asked_for(balance, sizes, limit, scales)
+        if is_traced(asked):
+            return scales
+        if asked < least:
+            best, least = scales, asked
+        else:
+            step /= 2
+        if least < _SETTLED or step < _SHORTEST:
             break
-    return scales
+    return best
 
 
-def _swept(balance: Balance, sizes: Sequence[Any | None], limit: float, scales: Any) -> Any:
+def asked_for(balance: Balance, sizes: Sequence[Any | None], limit: float, scales: Any) -> Any:
+    """Returns the largest change of a log scale that a set asks for beside its others: 0 where all is balanced."""
+    steps = [
+        abs(_asked(balance, sizes, limit, scales, index) - balance.own(scales, index)).max()
+        for index in range(len(sizes))
+    ]
+    return array_namespace(*steps).stack(steps).max() if steps else 0.0
+
+
+def _swept(balance: Balance, sizes: Sequence[Any | None], limit: float, scales: Any, step: float) -> Any:
     """Returns the scales after sweeps over all sets, until none moves; the mean of each stays."""
     sets = balance.ties.sets
     near = (balance.neighbours + balance.neighbours.T > 0) | np.eye(len(sets), dtype=bool)
@@ -157,7 +191,7 @@ def _swept(balance: Balance, sizes: Sequence[Any | None], limit: float, scales: 
                 continue  # nothing around it has moved
             old = balance.own(scales, index)
             asked = _asked(balance, sizes, limit, scales, index)
-            new = asked if sweep == 0 else old + _STEP * (asked - old)
+            new = old + (min(step, 1.0) if sweep == 0 else step) * (asked - old)
             changes[index] = np.inf if sweep == 0 or is_traced(asked) else float(abs(asked - old).max())
             scales = _placed(scales, found.scales, new)
         if np.max(changes, initial=0.0) < _CONVERGED:
@@ -171,28 +205,32 @@ def _asked(balance: Balance, sizes: Sequence[Any | None], limit: float, scales: 
     return asked - asked.mean() + balance.own(scales, index).mean()
 
 
-def _largest_step(balance: Balance, sizes: Sequence[Any | None], limit: float, scales: Any) -> float:
-    steps = (
-        float(abs(_asked(balance, sizes, limit, scales, index) - balance.own(scales, index)).max())
-        for index in range(len(sizes))
-    )
-    return max(steps, default=0.0)
-
-
 def _levelled(balance: Balance, scales: Any) -> Any:
-    """Returns the scales with a factor common to each set, so that both sides have the same level."""
+    """Returns the scales with a factor common to each set, so that both sides have the same level.
+
+    Where sets meet in a layer, `neighbours` tells the effect of a factor roughly: what makes levels worse is left.
+    """
     sets = balance.ties.sets
     if not sets:
         return scales
-    xp = array_namespace(scales)
+    xp, best, least = array_namespace(scales), scales, np.inf
     for _ in range(_LEVELS):
-        levels = [level(*balance.around(scales, index), balance.own(scales, index)) for index in range(len(sets))]
-        if not any(map(is_traced, levels)) and max(map(abs, levels)) < _CONVERGED:
-            break
-        factors = common_factors(xp.stack(levels), balance.neighbours)
+        levels = xp.stack([balance.level(scales, index) for index in range(len(sets))])
+        if not is_traced(levels):
+            off = float(abs(levels).max())
+            if off >= least:
+                return best
+            best, least = scales, off
+            if off < _CONVERGED:
+                return best
+        factors = common_factors(levels, balance.neighbours)
+        means = xp.stack([balance.own(scales, index).mean() for index in range(len(sets))])
+        # No common factor leaves the bounds: a part of the way to the solution lowers levels by as large a part.
+        room = (FARTHEST - xp.sign(factors) * means) / xp.maximum(abs(factors), np.finfo(np.float32).tiny)
+        factors = factors * xp.clip(room.min(), 0.0, 1.0)
         for found, factor in zip(sets, factors, strict=True):
             scales = _placed(scales, found.scales, scales[found.scales] + factor)
-    return scales
+    return scales if is_traced(scales) else best
 
 
 def is_balanced(balance: Balance, sizes: Sequence[Any | None], limit: float) -> bool:
@@ -229,10 +267,34 @@ def _placed(scales: Any, numbers: np.ndarray, values: Any) -> Any:
     return xp.asarray(scales).at[numbers].set(values)
 
 
-def _gathered(parts: Sequence[tuple[np.ndarray, Any]], offset: int, size: int) -> Any:
+def _gathered(parts: Sequence[_Part], size: int) -> Any:
     """Returns the largest range of each scale of a set over the layers on one side; 0 where there is none."""
     found = None
-    for positions, ranges in parts:
-        own = largest_by_number(ranges, positions - offset, size)
+    for places, ranges, _ in parts:
+        own = largest_by_number(ranges, places, size)
         found = own if found is None else array_namespace(found, own).maximum(found, own)
     return np.zeros(size) if found is None else found
+
+
+def _shares(ranges: Any, whole: Any) -> Any:
+    return ranges / array_namespace(ranges, whole).where(whole > 0, whole, 1.0)
+
+
+def _level_of(sides: tuple[Sequence[_Part], Sequence[_Part]], own: Any) -> Any:
+    """Returns the mean over layers and live channels of log ranges before a set less that behind it, after scaling."""
+    r1, r2 = (_gathered(parts, len(own)) for parts in sides)
+    is_live, total = (r1 > 0) & (r2 > 0), 0.0
+    for parts, sign in zip(sides, (1.0, -1.0), strict=True):
+        means = [_mean_log(part, is_live, sign * own) for part in parts]
+        total = total + sign * sum(means) / max(len(means), 1)
+    return total
+
+
+def _mean_log(part: _Part, is_live: Any, less: Any) -> Any:
+    """Returns the mean of log ranges, each less what is said of its place, over the places that live; 0 for none."""
+    places, ranges, _ = part
+    xp, own = array_namespace(part[1], less), np.flatnonzero((places >= 0) & (places < len(less)))
+    ranges, places = ranges[own], places[own]
+    counts = is_live[places] & (ranges > 0)
+    logs = xp.where(counts, xp.log(xp.where(counts, ranges, 1.0)) - less[places], 0.0)
+    return logs.sum() / xp.maximum(counts.sum(), 1)
