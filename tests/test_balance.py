@@ -16,8 +16,9 @@ from tests.test_ties import BLOCKS, Net, grown
 def damaged(model: Model, share: float, seed: int) -> Model:
     """The model with so many rows of its weights, and as many columns, at zero, near it, or far beyond the others."""
     random, params = np.random.default_rng(seed), dict(model.params)
-    for name, value in params.items():
-        if value.ndim < 2:
+    for name, array in params.items():
+        value = array
+        if array.ndim < 2:
             continue
         for axis in (0, 1):
             factors = random.choice([0.0, 1e-30, 1e-6, 1e8], size=value.shape[axis])

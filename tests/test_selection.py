@@ -10,12 +10,17 @@ import pytest
 import ptqjax
 from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.errors import ConfigError
-from ptqjax.fit import scale_as_configured, selection, trials
+from ptqjax.fit import scale_as_configured, selection, trials, ways
 from ptqjax.fit.trials import Trial, judged
 from ptqjax.fit.ways import steps_of
 from ptqjax.metrics.sums import decibels_of_mean, mean_ratio
+from ptqjax.placement.own_reads import with_own_reads
+from ptqjax.ranges.calibrate import calibrate_and_measure
+from ptqjax.ranges.headroom import widened
 from ptqjax.transforms import prepare
-from ptqjax.transforms.rescale import with_free_bounds
+from ptqjax.transforms.rescale import rescale, with_free_bounds
+from ptqjax.transforms.ties import find_ties
+from tests.test_ties import Net
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PER_CHANNEL = QuantizationConfig(granularity="channel")
@@ -49,10 +54,11 @@ def predicted(report):
     return record.after["predicted gain, dB"]
 
 
-def test_what_is_predicted_to_win_clearly_is_tried_without_what_it_beats(unequal):
+def test_what_is_predicted_to_win_clearly_has_no_scaling_at_all_to_beat(unequal):
     choice = scale_as_configured(unequal, batches(), PER_CHANNEL)
     assert predicted(choice.report) > 20
-    assert set(tried(choice.report)) == {"ranges", "noise"}
+    assert set(tried(choice.report)) == {"off", "ranges", "noise"}
+    assert tried(choice.report).count("off") == 1 < tried(choice.report).count("noise")
     assert choice.scaling in {"ranges", "noise"}
 
 
@@ -140,6 +146,85 @@ def test_a_stage_is_kept_where_it_is_no_worse_on_samples_held_back(with_it, with
     assert record.what == "stage correct"
     assert record.reason.startswith("kept: on samples held back" if is_kept else "left out: on samples held back")
     assert judged("correct", best, []) == (best, ())
+
+
+@pytest.fixture
+def calibrated(monkeypatch):
+    """The models that trials calibrate, as they are told."""
+    found = []
+
+    def spied(model, *arguments, **settings):
+        found.append(model)
+        return calibrate_and_measure(model, *arguments, **settings)
+
+    monkeypatch.setattr(trials, "calibrate_and_measure", spied)
+    return found
+
+
+def test_what_is_chosen_is_what_was_judged_and_what_its_name_gives(unequal, calibrated):
+    choice = scale_as_configured(unequal, batches(), PER_CHANNEL)
+    assert any(choice.model is model for model in calibrated)
+    named = scale_as_configured(unequal, batches(), replace(PER_CHANNEL, scaling=choice.scaling))
+    assert named.model.graph == choice.model.graph
+    for name, value in choice.model.params.items():
+        np.testing.assert_array_equal(named.model.params[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("correct", ["empirical", "none"])
+def test_what_is_worse_than_no_scaling_on_samples_held_back_is_never_kept(unequal, monkeypatch, granularity, correct):
+    """Whatever is predicted: here scales are of another network, by mistake."""
+    whole = ways.Ways.scaled
+
+    def mistaken(self, name, config):
+        model, report = whole(self, name, config)
+        ties = find_ties(model)
+        wild = np.append(0.0, np.random.default_rng(0).normal(0, 3, ties.num_scales - 1))
+        return (model if name == "off" else rescale(model, ties, wild)), report
+
+    monkeypatch.setattr(ways.Ways, "scaled", mistaken)
+    config = QuantizationConfig(granularity=granularity, correct=correct)
+    choice = scale_as_configured(unequal, batches(), config)
+    assert predicted(choice.report) > 20
+    assert choice.scaling == "off"
+    assert choice.model is unequal
+
+
+def test_each_candidate_is_judged_with_the_grids_that_its_name_headroom_and_correction_give(unequal):
+    """As an independent path has it: scaled, calibrated, widened and corrected on one half, simulated on the other."""
+    config = replace(PER_CHANNEL, effort="thorough")
+    choice = scale_as_configured(unequal, batches(), config)
+    samples = np.concatenate([batch["input"] for batch in batches()])
+    used, held = ([{"input": samples[start::2][i : i + 16]} for i in (0, 16)] for start in (0, 1))
+    records = [record for record in choice.report if record.what.startswith("scaling")]
+    assert len(records) >= 6
+    for record in records:
+        name, headroom, correct = (part.split(" ")[-1] for part in record.what.split(", "))
+        one = replace(config, scaling=name, headroom=float(headroom), correct=correct)
+        model = scale_as_configured(unequal, batches(), one).model
+        seen = calibrate_and_measure(model, used, [one], labels=[""])
+        encodings = widened(model, seen.each[0][0], float(headroom), one, seen.num_values)
+        rounded = model if correct == "none" else ptqjax.correct_biases(model, encodings, used)[0]
+        simulate = ptqjax.simulate(rounded, encodings)
+        evaluated = ptqjax.evaluate(
+            lambda batch, params=rounded.params, given=encodings, simulate=simulate: simulate(params, given, batch),
+            held,
+            reference=lambda batch: ptqjax.apply(unequal.graph, unequal.params, batch),
+        )
+        assert record.after["SQNR on samples held back, dB"] == pytest.approx(evaluated.sqnr, abs=0.5), record.what
+
+
+def test_what_finds_grids_at_run_time_is_judged_with_reads_of_its_own(calibrated):
+    net = Net(rank=1, channels=8, dtype=np.float32).add("GlobalAveragePool").add("Flatten").matmul(8, 6).add("Relu")
+    shortcut = net.tensor
+    model = net.matmul(6, 6).add("Add", shortcut).matmul(6, 3).build()
+    config = QuantizationConfig(activations="dynamic", granularity="channel", effort="thorough")
+    random = np.random.default_rng(0)
+    samples = [{"x": random.normal(size=(16, 8, 5)).astype(np.float32)} for _ in range(4)]
+    assert with_own_reads(model, config) is not model, "the sum reads unrounded what a product rounds"
+    scale_as_configured(model, samples, config)
+    assert calibrated
+    assert all(with_own_reads(each, config) is each for each in calibrated)
 
 
 def stage_record(choice, stage):

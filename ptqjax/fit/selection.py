@@ -71,14 +71,15 @@ def scale_as_configured(
 ) -> Choice:
     """Returns `model` scaled as `config.scaling` says, with the headroom and the correction that were chosen.
 
-    "auto" asks the closed form of predicted noise first what scales may gain. What may win of nothing, "ranges" and
-    "noise" is tried, each with and without headroom, on one half of some samples against the other; the best is
-    repeated on more of them and, where a weight has one scale for all channels, gone on with by learning, which judges
-    itself on samples held back. Of batches that cannot be regrouped, such as text of unlike lengths, trials look at
-    four shapes and predictions at two, which the report says. `effort` "fast" tries and learns nothing: the prediction
-    decides; "thorough" tries all. The correction of biases, and equalization as a whole, are kept only where they are
-    no worse on the samples held back than the same without them; absorbed biases that are predicted to gain nothing are
-    left out without a trial, where nothing else is to be tried.
+    "auto" asks the closed form of predicted noise first what scales may gain. Where that is enough, nothing, "ranges"
+    and "noise" are tried, each with and without headroom, on one half of some samples against the other; the best,
+    which is none that nothing beats, is returned as it was judged. Where a weight has one scale for all channels,
+    "thorough" goes on with it by learning, which judges itself on samples held back. Of batches that cannot be
+    regrouped, such as text of unlike lengths, trials look at four shapes and predictions at two, which the report says.
+    `effort` "fast" tries and learns nothing: the prediction decides; "thorough" tries all. The correction of biases,
+    and equalization as a whole, are kept only where they are no worse on the samples held back than the same without
+    them; absorbed biases that are predicted to gain nothing are left out without a trial, where nothing else is to be
+    tried.
     Without data the scales of least predicted noise are taken, where the prediction is clearly better.
 
     Args:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ptqjax.config import QuantizationConfig
 from ptqjax.data.regroup import Batch
+from ptqjax.encodings.biases import guard_biases, sums_in_fixed_point
 from ptqjax.encodings.encoding import Encodings
 from ptqjax.fit.bias_correction import correct_each, corrected_axes, layer_axes
 from ptqjax.fit.quantized_pass import QuantizedPass
@@ -178,6 +179,7 @@ class Judge:
         if trial.correct != "none":
             data = self.used if trial.correct == "empirical" else None
             ((model, _),) = correct_each(model, (encodings,), data, method=trial.correct, means=found.means)
+        encodings, _ = guard_biases(model, encodings, fixed_point=sums_in_fixed_point(self.config))
         return self._decibels(model, _uncorrected(model, own), encodings, found.means)
 
     def _decibels(self, model: Model, exact: Model, encodings: Encodings, means: Means | None) -> float:

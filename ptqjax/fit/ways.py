@@ -46,7 +46,7 @@ class Policy:
     trial_samples: int
     """Samples that ways are tried on, half of them held back; 0: nothing is tried."""
     behaviour_samples: int
-    """Samples that channels' behaviour is measured on."""
+    """Samples that channels' behaviour is measured on, at most: in trials, half of theirs."""
     tries_all: bool
     """Whether also what is not predicted to win is tried."""
     learning_steps: int

@@ -32,8 +32,9 @@ Scalar = Float[Array | np.ndarray | np.floating, ""]  # a sum in NumPy is no arr
 NextView = Float[Array | np.ndarray, "h p j m"]  # the view of the layer that reads the channels: a shape of its own
 NextBias = Float[Array | np.ndarray, " q"]
 
-FARTHEST = 16 * float(np.log(2.0))
-"""How far a log scale may lie from the median of its set: what is farther off is nothing beside it on any grid."""
+FARTHEST = 12 * float(np.log(2.0))
+"""How far a log scale may lie from the median of its set, and the mean of a set from 0: beyond, grids of 8 bits tell
+channels no better apart, while bounds and activations come near what stands for infinity (1e9)."""
 
 
 def tap_ranges(view: View) -> TapRanges:
