@@ -186,8 +186,13 @@ def test_what_is_worse_than_no_scaling_on_samples_held_back_is_never_kept(unequa
     config = QuantizationConfig(granularity=granularity, correct=correct)
     choice = scale_as_configured(unequal, batches(), config)
     assert predicted(choice.report) > 20
-    assert choice.scaling == "off"
-    assert choice.model is unequal
+    records = [record for record in choice.report if record.what.startswith("scaling")]
+    found = {record.what: record.after["SQNR on samples held back, dB"] for record in records}
+    (kept,) = [record.what for record in records if record.done]
+    assert found[kept] >= max(value for what, value in found.items() if what.startswith("scaling off"))
+    if granularity == "channel":  # per tensor, the model as it is may be worse still
+        assert choice.scaling == "off"
+        assert choice.model is unequal
 
 
 def test_each_candidate_is_judged_with_the_grids_that_its_name_headroom_and_correction_give(unequal):
@@ -200,7 +205,7 @@ def test_each_candidate_is_judged_with_the_grids_that_its_name_headroom_and_corr
     assert len(records) >= 6
     for record in records:
         name, headroom, correct = (part.split(" ")[-1] for part in record.what.split(", "))
-        one = replace(config, scaling=name, headroom=float(headroom), correct=correct)
+        one = replace(config, scaling=name, correct=correct)
         model = scale_as_configured(unequal, batches(), one).model
         seen = calibrate_and_measure(model, used, [one], labels=[""])
         encodings = widened(model, seen.each[0][0], float(headroom), one, seen.num_values)

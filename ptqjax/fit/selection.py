@@ -195,7 +195,8 @@ def _with_data(ways: Ways, config: QuantizationConfig, plain: Model | None) -> C
     if not policy.trial_samples:
         found = _by_prediction(ways, config, expected, "off" if len(candidates) == 1 else "noise")
         return replace(found, absorbs=absorbs, report=(*left_out, *found.report))
-    is_clear = expected.gain >= _WINS and not policy.tries_all  # no scaling at all is then only what is to be beaten
+    # No scaling at all is then only what is to be beaten.
+    is_clear = len(candidates) > 1 and expected.gain >= _WINS and not policy.tries_all
     headrooms = HEADROOMS if len(candidates) > 1 else HEADROOMS[:1]  # it is for scaled channels, see _OF_SCALED
     free_plain = plain if absorbs and not is_clear else None
     if (learns or len(candidates) > 1) and bounds_of(config) == "exact":
