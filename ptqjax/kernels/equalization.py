@@ -33,8 +33,10 @@ NextView = Float[Array | np.ndarray, "h p j m"]  # the view of the layer that re
 NextBias = Float[Array | np.ndarray, " q"]
 
 FARTHEST = 12 * float(np.log(2.0))
-"""How far a log scale may lie from the median of its set, and the mean of a set from 0: chosen, not measured. Beyond,
-8 bits tell channels no better apart, and values far from those of the network lost its accuracy (EfficientNet-Lite0)."""
+"""How far a log scale may lie from the median of its set, and the mean of a set from 0: chosen, not measured.
+
+Beyond, 8 bits tell channels no better apart, and far larger factors cost EfficientNet-Lite0 its accuracy.
+"""
 
 
 def tap_ranges(view: View) -> TapRanges:
