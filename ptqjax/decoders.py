@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ from ptqjax.errors import DataError, PtqjaxError
 from ptqjax.ir import Graph, Model, TensorSpec
 from ptqjax.lowering import apply_few_times
 from ptqjax.metrics.labels import IGNORED, padded_labels
+from ptqjax.onnx_io import read, to_proto
 from ptqjax.ranges.ids import check_ids
 
+BRANCH = "use_cache_branch"
+"""The input that picks the branch of a merged file: true for the one with past."""
 _BATCH = 32
 _SHORTEST = 2  # tokens of a sequence that can be cut
 
@@ -51,6 +55,24 @@ class Decoded:
     def __len__(self) -> int:
         """Returns how many there are."""
         return len(self.batches)
+
+
+def read_with_past(path: Path) -> Model:
+    """Returns the model in a file; of one with merged branches the one with past, which takes an empty one as well."""
+    model = read(path)
+    return read(path, fixed={BRANCH: True}) if is_merged(model.graph) else model
+
+
+def is_merged(graph: Graph) -> bool:
+    """Tells whether an input picks between branches with and without past."""
+    return any(spec.name == BRANCH and spec.dtype.kind == "b" for spec in graph.inputs)
+
+
+def like_model(reference: Path, graph: Graph) -> Path | bytes:
+    """Returns a reference for a model: its file, or the branch with past where the file merges it and the model not."""
+    if is_merged(graph) or not is_merged(read(reference).graph):
+        return reference
+    return to_proto(read_with_past(reference)).SerializeToString()
 
 
 def decoding_batches(

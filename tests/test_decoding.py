@@ -180,12 +180,17 @@ def test_a_model_without_past_is_named(model):
         decoding_batches(model, SEQUENCES, labels=SEQUENCES[:2])
 
 
-def test_the_command_line_makes_the_past_of_token_ids(tmp_path):
-    onnx.save(merged_decoder(), tmp_path / "merged.onnx")
+def token_ids(folder):
+    """Writes a merged decoder, and sequences of unlike length with their labels."""
+    onnx.save(merged_decoder(), folder / "merged.onnx")
     ids, labels = (np.empty(3, object) for _ in range(2))
     for i, sequence in enumerate(SEQUENCES[:3]):
         ids[i], labels[i] = sequence, np.append(sequence[1:], -100)
-    np.savez(tmp_path / "ids.npz", input_ids=ids, labels=labels)
+    np.savez(folder / "ids.npz", input_ids=ids, labels=labels)
+
+
+def test_the_command_line_makes_the_past_of_token_ids(tmp_path):
+    token_ids(tmp_path)
     given = [f"{tmp_path}/merged.onnx", "--calibration", f"{tmp_path}/ids.npz", "--out", f"{tmp_path}/q"]
     done = CliRunner().invoke(commands, ["quantize", *given, "--report", "none", "--no-equalize", "--correct", "none"])
     assert done.exit_code == 0, done.output
@@ -194,3 +199,29 @@ def test_the_command_line_makes_the_past_of_token_ids(tmp_path):
     done = CliRunner().invoke(commands, ["evaluate", *given])
     assert done.exit_code == 0, done.output
     assert "perplexity, of the reference" in done.output
+
+
+def test_a_recipe_makes_the_past_of_token_ids_as_the_command_line_does(tmp_path):
+    token_ids(tmp_path)
+    recipe = """model = "merged.onnx"
+report = "none"
+[data]
+calibration = "ids.npz"
+evaluation = "ids.npz"
+[config]
+equalize = false
+correct = "none"
+"""
+    (tmp_path / "recipe.toml").write_text(recipe)
+    done = ptqjax.run_recipe(tmp_path / "recipe.toml", tmp_path / "runs")
+    assert {"sqnr_db", "perplexity"} <= done.metrics.keys()
+    assert done.metrics["num_samples"] == sum(
+        len(batch["input_ids"]) for batch in decoding_batches(ptqjax.read(decoder()), SEQUENCES[:3])
+    )
+    given = [f"{tmp_path}/merged.onnx", "--calibration", f"{tmp_path}/ids.npz", "--out", f"{tmp_path}/q"]
+    by_hand = CliRunner().invoke(
+        commands, ["quantize", *given, "--report", "none", "--no-equalize", "--correct", "none"]
+    )
+    assert by_hand.exit_code == 0, by_hand.output
+    assert ptqjax.read(done.model).params.keys() == ptqjax.read(tmp_path / "q" / "model.onnx").params.keys()
+    assert done.model.read_bytes() == (tmp_path / "q" / "model.onnx").read_bytes()
