@@ -225,3 +225,45 @@ correct = "none"
     assert by_hand.exit_code == 0, by_hand.output
     assert ptqjax.read(done.model).params.keys() == ptqjax.read(tmp_path / "q" / "model.onnx").params.keys()
     assert done.model.read_bytes() == (tmp_path / "q" / "model.onnx").read_bytes()
+
+
+def with_states():
+    """Writes a decoder that adds the mean of an encoder's states to what it decodes."""
+    info = onnx.helper.make_tensor_value_info
+    node, arrays = onnx.helper.make_node, onnx.numpy_helper.from_array
+    table = RANDOM.normal(size=(VOCABULARY, 4)).astype(np.float32)
+    nodes = [
+        node("Gather", ["table", "input_ids"], ["x"]),
+        node("ReduceMean", ["states"], ["m"], axes=[1]),
+        node("Add", ["x", "m"], ["h"]),
+        node("MatMul", ["h", "head"], ["logits"]),
+        node("Unsqueeze", ["h", "heads"], ["k"]),
+        node("Concat", ["past_0", "k"], ["present_0"], axis=2),
+    ]
+    inputs = [info("input_ids", 7, ["n", "t"]), info("states", 1, ["n", "s", 4]), info("past_0", 1, ["n", 1, "p", 4])]
+    outputs = [info("logits", 1, ["n", "t", VOCABULARY]), info("present_0", 1, ["n", 1, "q", 4])]
+    params = [arrays(table, "table"), arrays(np.ascontiguousarray(table.T), "head"), arrays(np.array([1]), "heads")]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs, params)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_each_sequence_is_fed_its_own_states_whatever_they_are_fed_with(tmp_path):
+    sequences = [np.full(length, index) for index, length in enumerate((4, 7, 4, 7, 4))]
+    states = [np.full((1 + index % 2, 4), index, np.float32) for index in range(5)]
+    model = ptqjax.read(with_states())
+    for size in (1, 32):
+        found = decoding_batches(model, sequences, others={"states": states}, size=size)
+        for batch in found:
+            for row, own in zip(batch["input_ids"], batch["states"], strict=True):
+                assert set(own.flat) == set(row)
+    ids, beside = (np.empty(5, object) for _ in range(2))
+    ids[:], beside[:] = sequences, states
+    np.savez(tmp_path / "ids.npz", input_ids=ids, states=beside)
+    onnx.save(with_states(), tmp_path / "model.onnx")
+    given = [f"{tmp_path}/model.onnx", "--calibration", f"{tmp_path}/ids.npz", "--out", f"{tmp_path}/q"]
+    done = CliRunner().invoke(commands, ["quantize", *given, "--report", "none", "--no-equalize", "--correct", "none"])
+    assert done.exit_code == 0, done.output
+    with pytest.raises(DataError, match=r"'states' besides ids and past; give it for each sequence.*DATA.npz"):
+        decoding_batches(model, sequences)
+    with pytest.raises(DataError, match=r"'states' is given 3 times; expected 5, one for each sequence"):
+        decoding_batches(model, sequences, others={"states": states[:3]})

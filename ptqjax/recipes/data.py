@@ -79,15 +79,13 @@ def _decoded(source: Path, decoder: Model, batch: int) -> Data | None:
     sequences = None if found is None else load_sequences([source], found)
     if sequences is None:
         return None
-    ids, labels = sequences
-    steps = decoding_batches(decoder, ids, labels=labels, size=batch)
+    steps = decoding_batches(decoder, sequences.ids, labels=sequences.labels, others=sequences.others, size=batch)
+    held: dict[str, list[np.ndarray]] = {"ids": sequences.ids, "labels": sequences.labels or [], **sequences.others}
     return Data(
         batches=steps,
         labels=steps.labels,
         num_samples=sum(map(num_samples, steps)),
-        digest=digest_of(
-            [_arrays_digest({str(place): row for place, row in enumerate(each or ())}) for each in sequences]
-        ),
+        digest=digest_of([[name, *map(_array_digest, rows)] for name, rows in sorted(held.items())]),
     )
 
 
@@ -117,15 +115,17 @@ def _digest(parts: Sequence[Samples], axes: Mapping[str, int | None] | None) -> 
 
 def _samples_digest(samples: Samples) -> str:
     labels = {} if samples.labels is None else {"labels": samples.labels}
-    return _arrays_digest({**samples.inputs, **labels})
-
-
-def _arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
+    for name, array in sorted({**samples.inputs, **labels}.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _array_digest(array: np.ndarray) -> str:
+    """Returns a hash of an array."""
+    head = f"{array.dtype.str} {array.shape}\n".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def _pictures(source: Pictures, graph: Graph, batch: int, *, keep: bool) -> Data:
