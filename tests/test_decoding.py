@@ -11,6 +11,7 @@ from ptqjax.commands.cli import commands
 from ptqjax.data.past import interface_of
 from ptqjax.decoders import decoding_batches
 from ptqjax.errors import ConfigError, DataError
+from ptqjax.fit.behaviour import observe_behaviour
 from tests.decoders import GROUPS, VOCABULARY, decoder, merged_decoder
 
 RANDOM = np.random.default_rng(1)
@@ -70,6 +71,18 @@ def test_a_decoder_is_quantized_past_and_all_and_its_file_is_the_simulation(mode
     likeness = ptqjax.validate(file, decoding_batches(model, SEQUENCES[:2]), in_float=False)
     assert likeness.largest <= 1
     assert likeness.integer.sqnr > 60
+
+
+def test_scales_are_looked_for_where_the_first_steps_have_no_past(model):
+    """A past of no length has no range and no power: it says nothing, and what later steps show is as without it."""
+    steps = decoding_batches(model, SEEN[:8])
+    whole, later = (observe_behaviour(model, batches) for batches in (steps, steps.batches[1:]))
+    key = "past_key_values.0.key"
+    for what in ("low", "high", "mean", "power"):
+        np.testing.assert_allclose(getattr(whole[key], what), getattr(later[key], what), rtol=1e-6)
+    config = ptqjax.QuantizationConfig(scaling="noise", effort="fast", correct="none", rounding="nearest")
+    result = ptqjax.quantize(model, steps, config)
+    assert all(np.all(np.isfinite(encoding.scale)) for encoding in result.encodings.values())
 
 
 def model_run(model):
