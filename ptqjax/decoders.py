@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ from ptqjax.errors import DataError, PtqjaxError
 from ptqjax.ir import Graph, Model, TensorSpec
 from ptqjax.lowering import apply_few_times
 from ptqjax.metrics.labels import IGNORED, padded_labels
+from ptqjax.onnx_io import read, to_proto
 from ptqjax.ranges.ids import check_ids
 
+BRANCH = "use_cache_branch"
+"""The input that picks the branch of a merged file: true for the one with past."""
 _BATCH = 32
 _SHORTEST = 2  # tokens of a sequence that can be cut
 
@@ -53,6 +57,24 @@ class Decoded:
         return len(self.batches)
 
 
+def read_with_past(path: Path) -> Model:
+    """Returns the model in a file; of one with merged branches the one with past, which takes an empty one as well."""
+    model = read(path)
+    return read(path, fixed={BRANCH: True}) if is_merged(model.graph) else model
+
+
+def is_merged(graph: Graph) -> bool:
+    """Tells whether an input picks between branches with and without past."""
+    return any(spec.name == BRANCH and spec.dtype.kind == "b" for spec in graph.inputs)
+
+
+def like_model(reference: Path, graph: Graph) -> Path | bytes:
+    """Returns a reference for a model: its file, or the branch with past where the file merges it and the model not."""
+    if is_merged(graph) or not is_merged(read(reference).graph):
+        return reference
+    return to_proto(read_with_past(reference)).SerializeToString()
+
+
 def decoding_batches(
     model: Model,
     sequences: Iterable[Any],
@@ -60,7 +82,7 @@ def decoding_batches(
     labels: Iterable[Any] | None = None,
     cuts: Callable[[int], Sequence[int]] | None = None,
     size: int = _BATCH,
-    others: Mapping[str, np.ndarray] | None = None,
+    others: Mapping[str, Any] | None = None,
     run_model: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Decoded:
     """Returns batches for a decoder with past, made by running it: each part of a sequence after the past of its own.
@@ -74,7 +96,8 @@ def decoding_batches(
         labels: The label [T] of each token of each sequence; None without.
         cuts: Where a sequence of so many tokens is cut; None: at the half, and before the last token.
         size: Sequences at a time.
-        others: What other inputs are fed, one value for all samples along the first axis, such as an encoder's states.
+        others: What other inputs are fed, such as an encoder's states: for each sequence its own, along the first axis
+            or in a list; a single one serves all.
         run_model: A function of inputs to outputs that gives the past; None: ONNX Runtime, or JAX where there is none.
 
     Raises:
@@ -83,14 +106,16 @@ def decoding_batches(
     """
     found = require_interface(model.graph, others or {})
     given = _sequences(sequences, labels)
-    feeder = _Feeder(model=model, interface=found, run=run_model or _function(model), others=others or {})
+    beside = {name: _for_each(name, (others or {})[name], len(given.ids)) for name in found.others}
+    feeder = _Feeder(model=model, interface=found, run=run_model or _function(model))
     batches, told = [], []
-    for length, rows in _by_length(given.ids).items():
+    for (length, *_), rows in _alike(given.ids, beside).items():
         ends = _ends(length, (cuts or _halves)(length))
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
             ids = np.stack([given.ids[row] for row in some])
-            for begin, end, batch in feeder.steps(ids, ends):
+            fed = {name: np.stack([values[row] for row in some]) for name, values in beside.items()}
+            for begin, end, batch in feeder.steps(ids, ends, fed):
                 batches.append(batch)
                 told += [] if given.labels is None else [given.labels[row][begin:end] for row in some]
     return Decoded(batches=tuple(batches), labels=padded_labels(told, "labels") if told else None)
@@ -110,7 +135,10 @@ def require_interface(graph: Graph, others: Mapping[str, Any]) -> Interface:
         )
     missing = next((name for name in found.others if name not in others), None)
     if missing is not None:
-        raise DataError(f"the model takes '{missing}' besides ids and past; give it: others={{'{missing}': ...}}")
+        raise DataError(
+            f"the model takes '{missing}' besides ids and past; give it for each sequence: an array '{missing}' beside "
+            f"the ids in a DATA.npz, or others={{'{missing}': ...}}"
+        )
     return found
 
 
@@ -130,10 +158,20 @@ def _sequences(sequences: Iterable[Any], labels: Iterable[Any] | None) -> Sequen
     return Sequences(ids=ids, labels=told)
 
 
-def _by_length(ids: Sequence[np.ndarray]) -> dict[int, list[int]]:
-    rows: dict[int, list[int]] = {}
+def _for_each(name: str, value: Any, count: int) -> list[np.ndarray]:
+    """Returns what an input is fed beside each of `count` sequences, without the axis of samples."""
+    if len(value) not in (1, count):
+        raise DataError(
+            f"'{name}' is given {len(value)} times; expected {count}, one for each sequence, or one for all"
+        )
+    return [np.asarray(value[row if len(value) > 1 else 0]) for row in range(count)]
+
+
+def _alike(ids: Sequence[np.ndarray], beside: Mapping[str, Sequence[np.ndarray]]) -> dict[tuple[Any, ...], list[int]]:
+    """Returns the sequences that can be fed together, by their length and the shapes of what is fed beside them."""
+    rows: dict[tuple[Any, ...], list[int]] = {}
     for index, row in enumerate(ids):
-        rows.setdefault(len(row), []).append(index)
+        rows.setdefault((len(row), *(np.shape(values[index]) for values in beside.values())), []).append(index)
     return rows
 
 
@@ -156,17 +194,16 @@ class _Feeder:
     """How it takes its past."""
     run: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     """Gives outputs for inputs."""
-    others: Mapping[str, np.ndarray]
-    """What other inputs are fed."""
 
     def steps(
-        self, ids: np.ndarray, ends: Sequence[tuple[int, int]]
+        self, ids: np.ndarray, ends: Sequence[tuple[int, int]], others: Mapping[str, np.ndarray]
     ) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
         """Yields where each step begins and ends, and its inputs."""
         specs = {spec.name: spec for spec in self.model.graph.inputs}
         past = {name: empty_past(specs[name], len(ids), "an empty past") for name in self.interface.pasts}
         for begin, end in ends:
-            batch = self._batch(specs, past, ids, begin, end)
+            made = {**self._batch(specs, past, ids, begin, end), **others}
+            batch = {name: made[name] for name in specs}
             check_ids(self.model.graph, self.model.params, batch, f"tokens {begin} to {end - 1}")
             yield begin, end, batch
             if end < ends[-1][1]:
@@ -185,8 +222,7 @@ class _Feeder:
             made[found.positions] = np.broadcast_to(places, (len(ids), end - begin)).copy()
         if found.branch is not None:
             made[found.branch] = np.full(1, begin > 0)
-        made |= {name: np.asarray(self.others[name])[: len(ids)] for name in found.others}
-        return {name: made[name] for name in specs}
+        return made
 
 
 def _function(model: Model) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:

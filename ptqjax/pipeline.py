@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,8 +17,7 @@ from ptqjax.drafts import Draft, Result, alike, drafted
 from ptqjax.encodings.encoding import Encoding
 from ptqjax.fit.adapting import adapt_each
 from ptqjax.fit.bias_correction import layer_axes
-from ptqjax.fit.selection import scale_each
-from ptqjax.placement.own_reads import with_own_reads
+from ptqjax.fit.selection import reading_apart, scale_each
 from ptqjax.ranges.calibrate import calibrate_and_measure
 from ptqjax.ranges.headroom import widened
 from ptqjax.transforms import fold_batch_norms, prepare, without_absorption
@@ -90,11 +88,9 @@ def _equalized(drafts: Sequence[Draft], batches: Batches, absorb: str | None) ->
     choices = scale_each(prepared, batches, sources, labels=labels, plain=plain and plain[0])
     for draft, choice in zip(drafts, choices, strict=True):
         first = report if choice.absorbs or plain is None else plain[1]
-        own = with_own_reads(choice.model, draft.config)
-        is_same = own is choice.model
-        kept = choice if is_same else replace(choice, calibrated=None)  # was of the model without these reads
-        chosen = draft.chosen(kept, shared=(absorb, choice.key, None if is_same else draft.config))
-        yield chosen.after("equalize", own, (*first, *choice.report), ran=draft.config.equalize)
+        apart = reading_apart(choice, draft.config)
+        chosen = draft.chosen(apart, shared=(absorb, apart.key))
+        yield chosen.after("equalize", apart.model, (*first, *choice.report), ran=draft.config.equalize)
 
 
 def calibrated(drafts: Sequence[Draft], batches: Batches) -> list[Draft]:

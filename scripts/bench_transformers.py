@@ -2,15 +2,20 @@
 
 Prints the table of docs/transformers.md, "Dynamic and weight-only": a small Llama (stories260k) by perplexity, an
 encoder (MiniLM) by SQNR of its logits and agreement, on data that took no part; beside files of ONNX Runtime's own
-tools. Times are processor time on one thread, the files in turns. Run as
-`python scripts/bench_transformers.py SHARED [--texts N]`, SHARED the folder with models/ and data/.
+tools. Rows whose name ends in "unscaled" leave the scales of channels as they are, the others are our defaults. Times
+are processor time on one thread, the files in turns. Run as `python scripts/bench_transformers.py SHARED`, SHARED the
+folder with models/ and data/. Files and measured rows are kept in --folder: what is there is not made again, so that a
+run that was interrupted goes on, and --rows adds to what there is.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,57 +28,88 @@ from ptqjax.agreement import milliseconds, plain_session
 
 _BATCH = 20
 _TOKENS = 64  # of the text that is timed
+_PARTS = ("calibration", "evaluation")
+_ROWS = "rows.json"
 
-ROWS = {
-    "dynamic": QuantizationConfig(activations="dynamic", equalize=False),
-    "int8, weights alone": QuantizationConfig(activations="float", weights="int8", equalize=False),
-    "int4, blocks of 32": QuantizationConfig(
-        activations="float", weights="int4", granularity="block:32", equalize=False
-    ),
-    "int4, blocks of 32, level 4": QuantizationConfig(
-        activations="dynamic", weights="int4", granularity="block:32", equalize=False
-    ),
-    "int4, a scale per channel": QuantizationConfig(activations="float", weights="int4", equalize=False),
-    "int3, blocks of 32": QuantizationConfig(
-        activations="float", weights="int3", granularity="block:32", equalize=False
-    ),
+_FORMS: dict[str, dict[str, Any]] = {
+    "dynamic": {"activations": "dynamic"},
+    "int8, weights alone": {"activations": "float"},
+    "int4, blocks of 32": {"activations": "float", "weights": "int4", "granularity": "block:32"},
+    "int4, blocks of 32, level 4": {"activations": "dynamic", "weights": "int4", "granularity": "block:32"},
+    "int4, a scale per channel": {"activations": "float", "weights": "int4"},
+    "int3, blocks of 32": {"activations": "float", "weights": "int3", "granularity": "block:32"},
 }
-"""What is measured of ours, by its name in the table."""
+ROWS = {f"{form}, unscaled": {**settings, "equalize": False} for form, settings in _FORMS.items()} | _FORMS
+"""The settings of what is measured of ours, by its name in the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A model of the folder, its samples, and what of it is measured."""
+
+    data: str
+    """What the names of its files of samples begin with."""
+    metric: Callable[[np.ndarray, np.ndarray, np.ndarray], str]
+    """A function of outputs, those of float, and labels."""
+    forms: tuple[str, ...]
+    """The forms that it is measured in."""
+    texts: int
+    """How many texts it is measured on."""
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shared", type=Path)
-    parser.add_argument("--texts", type=int, default=300)
+    parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ptqjax-bench-transformers")
     options = parser.parse_args()
+    for name in options.models:
+        rows = [row for row in options.rows if row.removesuffix(", unscaled") in NETWORKS[name].forms]
+        folder = options.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            measure(options.shared, name, row, folder)
     print(header(also="one thread, exported files in ONNX Runtime") + "\n")
     print("| network | form | of | measure | ms a run | MB |\n| --- | --- | --- | --- | --- | --- |")
-    for name, data, metric, rows in (
-        ("stories260k", "stories/stories260k", perplexity, tuple(ROWS)),
-        ("minilm_l6_sentiment", "text/minilm_l6_sentiment", likeness, ("dynamic", "int8, weights alone")),
-    ):
-        network(name, options.shared, data, metric=metric, rows=rows, texts=options.texts)
+    for name in options.models:
+        print_rows(options.shared, name, options.folder / name)
 
 
-def network(name: str, shared: Path, data: str, *, metric: Any, rows: tuple[str, ...], texts: int) -> None:
-    """Prints the rows of one network."""
-    source = shared / "models" / f"{name}.onnx"
-    calibration, evaluation = (
-        np.load(shared / "data" / f"{data}_{which}.npz") for which in ("calibration", "evaluation")
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        files = {("float", "-"): source}
-        for row in rows:
-            files[row, "ptqjax"] = ours(source, Path(folder), row, list(batches(calibration)))
-            tool = Path(folder) / f"{row} of the tool.onnx"
-            if runtimes_own(source, tool, row):
-                files[row, "ONNX Runtime"] = tool
-        timed = dict(zip(files, times(files.values(), evaluation), strict=True))
-        wanted = outputs(source, evaluation, texts)
-        for (row, who), file in files.items():
-            measured = metric(outputs(file, evaluation, texts), wanted, evaluation["labels"][:texts])
-            print(f"| {name} | {row} | {who} | {measured} | {timed[row, who]:.2f} | {size(file):.2f} |", flush=True)
+def measure(shared: Path, name: str, row: str, folder: Path) -> None:
+    """Writes the files of a row, and measures them, as far as that was not done; each result is kept at once."""
+    network, source = NETWORKS[name], shared / "models" / f"{name}.onnx"
+    calibration, evaluation = (np.load(shared / "data" / f"{network.data}_{part}.npz") for part in _PARTS)
+    makers = {"ptqjax": lambda: ours(source, folder, row, list(batches(calibration)))}
+    if not row.endswith("unscaled"):
+        makers["ONNX Runtime"] = lambda: runtimes_own(source, folder / f"{row} of ONNX Runtime.onnx", row)
+    kept = _kept(folder)
+    for who, make in makers.items():
+        file = folder / (f"{row}.onnx" if who == "ptqjax" else f"{row} of ONNX Runtime.onnx")
+        if [row, who] in [entry[:2] for entry in kept] or not make():
+            continue
+        wanted = outputs(source, evaluation, network.texts)
+        found = network.metric(outputs(file, evaluation, network.texts), wanted, evaluation["labels"][: network.texts])
+        kept.append([row, who, str(file), found])
+        (folder / _ROWS).write_text(json.dumps(kept, indent=1))
+        print(f"{name}, {row}, {who}: {found}", file=sys.stderr, flush=True)
+
+
+def print_rows(shared: Path, name: str, folder: Path) -> None:
+    """Prints the rows of one network that were measured so far, each with its time."""
+    network, source = NETWORKS[name], shared / "models" / f"{name}.onnx"
+    evaluation = np.load(shared / "data" / f"{network.data}_{_PARTS[1]}.npz")
+    wanted = outputs(source, evaluation, network.texts)
+    itself = network.metric(wanted, wanted, evaluation["labels"][: network.texts])
+    rows = [["float", "-", str(source), itself], *_kept(folder)]
+    for (row, who, file, found), time in zip(rows, times([Path(row[2]) for row in rows], evaluation), strict=True):
+        print(f"| {name} | {row} | {who} | {found} | {time:.2f} | {size(Path(file)):.2f} |", flush=True)
+
+
+def _kept(folder: Path) -> list[list[str]]:
+    file = folder / _ROWS
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def batches(data: Mapping[str, Any], most: int | None = None) -> Iterator[dict[str, Any]]:
@@ -83,11 +119,11 @@ def batches(data: Mapping[str, Any], most: int | None = None) -> Iterator[dict[s
     return ({key: value[i : i + _BATCH] for key, value in inputs.items()} for i in range(0, count, _BATCH))
 
 
-def ours(source: Path, folder: Path, row: str, calibration: list[dict[str, Any]]) -> Path:
-    """Returns the file that ptqjax makes."""
-    result = quantize(read(source), calibration, ROWS[row])
+def ours(source: Path, folder: Path, row: str, calibration: list[dict[str, Any]]) -> bool:
+    """Writes the file that ptqjax makes."""
+    result = quantize(read(source), calibration, QuantizationConfig(**ROWS[row]))
     export(result.model, result.encodings, folder, row, weights="matmul-nbits")
-    return folder / f"{row}.onnx"
+    return True
 
 
 def runtimes_own(source: Path, tool: Path, row: str) -> bool:
@@ -155,6 +191,17 @@ def likeness(logits: np.ndarray, wanted: np.ndarray, labels: np.ndarray) -> str:
     sqnr = 10 * np.log10(np.sum(wanted**2) / noise) if noise else np.inf
     same = np.mean(wanted.argmax(-1) == logits.argmax(-1))
     return f"{sqnr:.1f} dB, agreement {100 * same:.1f} %, accuracy {100 * np.mean(logits.argmax(-1) == labels):.1f} %"
+
+
+NETWORKS = {
+    "stories260k": Network(data="stories/stories260k", metric=perplexity, forms=tuple(_FORMS), texts=100),
+    "minilm_l6_sentiment": Network(
+        data="text/minilm_l6_sentiment",
+        metric=likeness,
+        forms=("dynamic", "int8, weights alone"),
+        texts=300,
+    ),
+}
 
 
 if __name__ == "__main__":

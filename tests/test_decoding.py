@@ -11,6 +11,7 @@ from ptqjax.commands.cli import commands
 from ptqjax.data.past import interface_of
 from ptqjax.decoders import decoding_batches
 from ptqjax.errors import ConfigError, DataError
+from ptqjax.fit.behaviour import observe_behaviour
 from tests.decoders import GROUPS, VOCABULARY, decoder, merged_decoder
 
 RANDOM = np.random.default_rng(1)
@@ -70,6 +71,18 @@ def test_a_decoder_is_quantized_past_and_all_and_its_file_is_the_simulation(mode
     likeness = ptqjax.validate(file, decoding_batches(model, SEQUENCES[:2]), in_float=False)
     assert likeness.largest <= 1
     assert likeness.integer.sqnr > 60
+
+
+def test_scales_are_looked_for_where_the_first_steps_have_no_past(model):
+    """A past of no length has no range and no power: it says nothing, and what later steps show is as without it."""
+    steps = decoding_batches(model, SEEN[:8])
+    whole, later = (observe_behaviour(model, batches) for batches in (steps, steps.batches[1:]))
+    key = "past_key_values.0.key"
+    for what in ("low", "high", "mean", "power"):
+        np.testing.assert_allclose(getattr(whole[key], what), getattr(later[key], what), rtol=1e-6)
+    config = ptqjax.QuantizationConfig(scaling="noise", effort="fast", correct="none", rounding="nearest")
+    result = ptqjax.quantize(model, steps, config)
+    assert all(np.all(np.isfinite(encoding.scale)) for encoding in result.encodings.values())
 
 
 def model_run(model):
@@ -180,12 +193,17 @@ def test_a_model_without_past_is_named(model):
         decoding_batches(model, SEQUENCES, labels=SEQUENCES[:2])
 
 
-def test_the_command_line_makes_the_past_of_token_ids(tmp_path):
-    onnx.save(merged_decoder(), tmp_path / "merged.onnx")
+def token_ids(folder):
+    """Writes a merged decoder, and sequences of unlike length with their labels."""
+    onnx.save(merged_decoder(), folder / "merged.onnx")
     ids, labels = (np.empty(3, object) for _ in range(2))
     for i, sequence in enumerate(SEQUENCES[:3]):
         ids[i], labels[i] = sequence, np.append(sequence[1:], -100)
-    np.savez(tmp_path / "ids.npz", input_ids=ids, labels=labels)
+    np.savez(folder / "ids.npz", input_ids=ids, labels=labels)
+
+
+def test_the_command_line_makes_the_past_of_token_ids(tmp_path):
+    token_ids(tmp_path)
     given = [f"{tmp_path}/merged.onnx", "--calibration", f"{tmp_path}/ids.npz", "--out", f"{tmp_path}/q"]
     done = CliRunner().invoke(commands, ["quantize", *given, "--report", "none", "--no-equalize", "--correct", "none"])
     assert done.exit_code == 0, done.output
@@ -194,3 +212,71 @@ def test_the_command_line_makes_the_past_of_token_ids(tmp_path):
     done = CliRunner().invoke(commands, ["evaluate", *given])
     assert done.exit_code == 0, done.output
     assert "perplexity, of the reference" in done.output
+
+
+def test_a_recipe_makes_the_past_of_token_ids_as_the_command_line_does(tmp_path):
+    token_ids(tmp_path)
+    recipe = """model = "merged.onnx"
+report = "none"
+[data]
+calibration = "ids.npz"
+evaluation = "ids.npz"
+[config]
+equalize = false
+correct = "none"
+"""
+    (tmp_path / "recipe.toml").write_text(recipe)
+    done = ptqjax.run_recipe(tmp_path / "recipe.toml", tmp_path / "runs")
+    assert {"sqnr_db", "perplexity"} <= done.metrics.keys()
+    assert done.metrics["num_samples"] == sum(
+        len(batch["input_ids"]) for batch in decoding_batches(ptqjax.read(decoder()), SEQUENCES[:3])
+    )
+    given = [f"{tmp_path}/merged.onnx", "--calibration", f"{tmp_path}/ids.npz", "--out", f"{tmp_path}/q"]
+    by_hand = CliRunner().invoke(
+        commands, ["quantize", *given, "--report", "none", "--no-equalize", "--correct", "none"]
+    )
+    assert by_hand.exit_code == 0, by_hand.output
+    assert ptqjax.read(done.model).params.keys() == ptqjax.read(tmp_path / "q" / "model.onnx").params.keys()
+    assert done.model.read_bytes() == (tmp_path / "q" / "model.onnx").read_bytes()
+
+
+def with_states():
+    """Writes a decoder that adds the mean of an encoder's states to what it decodes."""
+    info = onnx.helper.make_tensor_value_info
+    node, arrays = onnx.helper.make_node, onnx.numpy_helper.from_array
+    table = RANDOM.normal(size=(VOCABULARY, 4)).astype(np.float32)
+    nodes = [
+        node("Gather", ["table", "input_ids"], ["x"]),
+        node("ReduceMean", ["states"], ["m"], axes=[1]),
+        node("Add", ["x", "m"], ["h"]),
+        node("MatMul", ["h", "head"], ["logits"]),
+        node("Unsqueeze", ["h", "heads"], ["k"]),
+        node("Concat", ["past_0", "k"], ["present_0"], axis=2),
+    ]
+    inputs = [info("input_ids", 7, ["n", "t"]), info("states", 1, ["n", "s", 4]), info("past_0", 1, ["n", 1, "p", 4])]
+    outputs = [info("logits", 1, ["n", "t", VOCABULARY]), info("present_0", 1, ["n", 1, "q", 4])]
+    params = [arrays(table, "table"), arrays(np.ascontiguousarray(table.T), "head"), arrays(np.array([1]), "heads")]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs, params)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_each_sequence_is_fed_its_own_states_whatever_they_are_fed_with(tmp_path):
+    sequences = [np.full(length, index) for index, length in enumerate((4, 7, 4, 7, 4))]
+    states = [np.full((1 + index % 2, 4), index, np.float32) for index in range(5)]
+    model = ptqjax.read(with_states())
+    for size in (1, 32):
+        found = decoding_batches(model, sequences, others={"states": states}, size=size)
+        for batch in found:
+            for row, own in zip(batch["input_ids"], batch["states"], strict=True):
+                assert set(own.flat) == set(row)
+    ids, beside = (np.empty(5, object) for _ in range(2))
+    ids[:], beside[:] = sequences, states
+    np.savez(tmp_path / "ids.npz", input_ids=ids, states=beside)
+    onnx.save(with_states(), tmp_path / "model.onnx")
+    given = [f"{tmp_path}/model.onnx", "--calibration", f"{tmp_path}/ids.npz", "--out", f"{tmp_path}/q"]
+    done = CliRunner().invoke(commands, ["quantize", *given, "--report", "none", "--no-equalize", "--correct", "none"])
+    assert done.exit_code == 0, done.output
+    with pytest.raises(DataError, match=r"'states' besides ids and past; give it for each sequence.*DATA.npz"):
+        decoding_batches(model, sequences)
+    with pytest.raises(DataError, match=r"'states' is given 3 times; expected 5, one for each sequence"):
+        decoding_batches(model, sequences, others={"states": states[:3]})

@@ -66,13 +66,14 @@ def test_ranges_of_few_values_reach_what_other_samples_have(dense):
 
 
 @pytest.mark.parametrize("ranges", ["min-max", "moving-average", "sqnr", "percentile:100", "mse", "entropy"])
-def test_a_set_headroom_is_what_is_taken(dense, ranges):
+def test_a_set_headroom_is_the_least_and_1_leaves_ranges_alone(dense, ranges):
     config = replace(PLAIN, ranges=ranges)
     batches = [{"x": samples(4)}]
     plain, own = scales(dense, batches, replace(config, headroom=1.0)), scales(dense, batches, config)
     assert {name: own[name] / plain[name] for name in plain} == pytest.approx(dict.fromkeys(plain, 2.0))
-    set_by_hand = scales(dense, batches, replace(config, headroom=1.25))
-    assert {name: set_by_hand[name] / plain[name] for name in plain} == pytest.approx(dict.fromkeys(plain, 1.25))
+    for least, found in ((1.25, 2.0), (3.0, 3.0)):
+        wide = scales(dense, batches, replace(config, headroom=least))
+        assert {name: wide[name] / plain[name] for name in plain} == pytest.approx(dict.fromkeys(plain, found))
 
 
 def test_many_values_are_taken_at_their_word_to_the_bit(dense):

@@ -213,6 +213,17 @@ def test_quantize_gives_the_chosen_widths_within_the_budget(budget, tmp_path):
         assert 0.8 * limit < getattr(costs, name) <= limit
 
 
+def test_a_chosen_headroom_leaves_what_few_values_ask_for():
+    """With a headroom that trials chose as a setting, ranges are those of `quantize` with the choice left to it."""
+    few = [{"x": each["x"][:2]} for each in data(1)]
+    config = QuantizationConfig(weights="int6", granularity="tensor", effort="fast", correct="none", rounding="nearest")
+    _, chosen, headroom = prepared_as_configured(network(), few, config)
+    assert chosen.headroom == headroom == 1.2
+    left, taken = (quantize(network(), few, each).encodings for each in (config, chosen))
+    assert left.keys() == taken.keys()
+    assert all(np.array_equal(left[name].scale, each.scale) for name, each in taken.items())
+
+
 def test_what_is_chosen_is_no_worse_than_uniform_widths_that_cost_as_much():
     mixed = usual()
     uniform = [point for point in mixed.points if point.is_uniform and point.costs.mean_weight_bits <= 4.5]

@@ -252,7 +252,7 @@ def test_the_parts_of_the_work_are_entered_in_order_by_their_names(model):
 @pytest.mark.parametrize("scaling", ["off", "weights", "ranges", "noise"])
 @pytest.mark.parametrize(("has_data", "headroom"), [(True, None), (True, 1.1), (False, None)])
 def test_public_steps_composed_by_hand_give_the_bits_of_quantize(model, scaling, has_data, headroom):
-    """Also where tensors have few values, for which ranges are wider unless a headroom is set."""
+    """Also where tensors have few values, for which ranges are wider than a headroom that is set."""
     batches = [{"x": X[:8]}, {"x": X[8:]}] if has_data else None
     config = ptqjax.QuantizationConfig(scaling=scaling, granularity="tensor", rounding="nearest", headroom=headroom)
     result = ptqjax.quantize(model, batches, config)

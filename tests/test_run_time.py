@@ -10,12 +10,25 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ptqjax import apply, export, quantize, read_encodings, simulate, write_encodings
+from ptqjax import (
+    adapt,
+    apply,
+    calibrate,
+    export,
+    fold_batch_norms,
+    prepare,
+    quantize,
+    read_encodings,
+    read_quantized,
+    simulate,
+    write_encodings,
+)
 from ptqjax.agreement import accuracy_levels, run, session, validate
 from ptqjax.config import QuantizationConfig, Rule
 from ptqjax.encoding_files.own_fields import is_identical
 from ptqjax.encodings.encoding import dynamic_encoding, fake_quantize
-from ptqjax.errors import ConfigError
+from ptqjax.errors import ConfigError, ModelError
+from ptqjax.experiments import Budget, mixed_precision
 from ptqjax.exporting import fingerprint, quantized_model
 from ptqjax.fit.selection import scale_as_configured, scale_each
 from ptqjax.ir import Model
@@ -124,6 +137,25 @@ def test_validate_compares_tensor_by_tensor(settings: dict, operator: str) -> No
     assert found.num_samples == 4
 
 
+@pytest.mark.parametrize("settings", [CASES[1].values[0], {"activations": "dynamic"}], ids=["float", "dynamic"])
+def test_a_file_with_a_scale_for_each_channel_of_a_convolution_is_validated(settings: dict, tmp_path: Path) -> None:
+    """Its weight is dequantized by Cast and Mul, which reading makes DequantizeLinear again."""
+    result = quantized(**settings)
+    export(result.model, result.encodings, tmp_path, "m", target="ort-cpu")
+    assert any(
+        node.op_type == "Cast" and node.input[0] == "K_quantized" for node in onnx.load(tmp_path / "m.onnx").graph.node
+    )
+    assert max(group.alone for group in validate(tmp_path / "m.onnx", [IDS]).run_time) < ROUNDING
+
+
+@pytest.mark.parametrize("settings", [CASES[1].values[0], {"activations": "dynamic"}], ids=["float", "dynamic"])
+def test_packed_weights_are_not_read_back(settings: dict, tmp_path: Path) -> None:
+    result = quantized(**settings)
+    export(result.model, result.encodings, tmp_path, "m", target="ort-cpu")
+    with pytest.raises(ModelError, match=r"holds its weight packed, which is not read back.*weights='integer'"):
+        read_quantized(tmp_path / "m.onnx")
+
+
 def test_levels_are_told() -> None:
     result = quantized(activations="dynamic", weights="int4", **BLOCKS)
     written = quantized_model(result.model, result.encodings, weights="matmul-nbits")
@@ -201,6 +233,8 @@ def test_a_block_of_zeros_and_a_partial_block_have_grids() -> None:
         ({"activations": "dynamic", "activations_symmetric": True}, "activations_symmetric=True.*found at run time"),
         ({"activations": "dynamic", "activation_ranges": "mse"}, "activation_ranges='mse'.*found at run time"),
         ({"activations": "float", "activations_symmetric": "strict"}, "activations_symmetric='strict'.*have no grid"),
+        ({"activations": "float", "headroom": 1.2}, "headroom=1.2.*have no grid; leave it out"),
+        ({"activations": "dynamic", "headroom": 3.0}, "headroom=3.*found at run time"),
     ],
 )
 def test_what_the_target_has_not_is_an_error(settings: dict, message: str) -> None:
@@ -302,6 +336,39 @@ def test_how_data_are_cut_into_batches_decides_nothing_about_grids() -> None:
         {"e_read", "f", "c"}
     ] * 2
     assert found[0].encodings.keys() == found[1].encodings.keys()
+
+
+@pytest.mark.parametrize("settings", [CASES[0].values[0], *DYNAMIC], ids=["float", "whole", "in blocks"])
+def test_public_steps_by_hand_give_the_bits_of_quantize(settings: dict) -> None:
+    """What others read as well has tensors of its own for products that round it, scaled or not."""
+    batches = [{"ids": RNG.integers(0, ROWS, (16, 6))} for _ in range(2)]
+    for more in ({"equalize": False}, {"scaling": "noise", "effort": "fast"}):
+        config = QuantizationConfig(**settings, rounding="nearest", **more)
+        folded, _ = fold_batch_norms(network())
+        prepared = prepare(folded, config.absorb)[0] if config.equalize else folded
+        scaled = scale_as_configured(prepared, batches, config).model
+        found = adapt(scaled, calibrate(scaled, batches, config), batches, config)
+        result = quantize(network(), batches, config)
+        assert found.model.graph == result.model.graph
+        assert all(np.array_equal(value, result.model.params[name]) for name, value in found.model.params.items())
+        assert found.encodings.keys() == result.encodings.keys()
+        assert all(is_identical(found.encodings[name], each) for name, each in result.encodings.items())
+
+
+@pytest.mark.parametrize("activations", ["float", "dynamic"])
+def test_widths_of_weights_are_chosen_where_activations_have_none(activations: str) -> None:
+    """A table and the layer that it is transposed, both named by the rules that come out, still have one grid."""
+    batches = [{"ids": RNG.integers(0, ROWS, (16, 6))}]
+    config = QuantizationConfig(activations=activations, equalize=False, rounding="nearest", correct="none")
+    mixed = mixed_precision(
+        network(), batches, config, budget=Budget(mean_weight_bits=6), widths=(4, 8), activation_widths=(4, 8), points=3
+    )
+    result = quantize(network(), batches, mixed.config)
+    found = {name: result.encodings[name].num_bits for name in mixed.chosen.widths}
+    assert found == mixed.chosen.widths
+    assert set(found.values()) == {4, 8}
+    with pytest.raises(ConfigError, match=f"mean_activation_bits, and activations='{activations}' have no width"):
+        mixed_precision(network(), batches, config, budget=Budget(mean_activation_bits=6))
 
 
 def test_a_model_scaled_for_one_plan_of_activations_is_not_that_of_another() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from ptqjax.commands.branch import like_model
 from ptqjax.commands.cache import cache_option, kept_programs
 from ptqjax.commands.data import NO_DATA, axes_option, data_files, data_option, load, say_reading
 from ptqjax.commands.device import device_option, use_device
@@ -275,6 +274,7 @@ def evaluate(
     import ptqjax
     from ptqjax.agreement import accuracy_levels, exact_function, may_saturate, saturates_here
     from ptqjax.data.batches import checked_batches
+    from ptqjax.decoders import like_model
     from ptqjax.evaluation import evaluate_each
     from ptqjax.report import tables
     from ptqjax.transforms.saturation import warn_of_saturation

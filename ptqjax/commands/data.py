@@ -190,7 +190,7 @@ def _decoded(files: Sequence[Path], decoder: Model) -> Decoded | None:
     sequences = None if found is None else load_sequences(files, found)
     if sequences is None:
         return None
-    return decoding_batches(decoder, sequences[0], labels=sequences[1], size=_BATCH)
+    return decoding_batches(decoder, sequences.ids, labels=sequences.labels, others=sequences.others, size=_BATCH)
 
 
 def _check(file: Path, parts: Sequence[Samples], graph: Graph) -> None:

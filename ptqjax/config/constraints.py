@@ -56,12 +56,12 @@ def _check_run_time(config: QuantizationConfig) -> None:
     """Checks that nothing is set that activations without a grid beforehand cannot obey."""
     if config.activations not in RUN_TIME:
         return
-    remedies = {"activations_symmetric": "leave it out", "activation_ranges": "leave it out"}
+    remedies = dict.fromkeys(("activations_symmetric", "activation_ranges", "headroom"), "leave it out")
     if config.activations == "dynamic":
         remedies["power_of_two"] = "set it by a rule with of='weights' for weights alone"
     for key, remedy in remedies.items():
         value = getattr(config, key)
-        if value:
+        if value and not (key == "headroom" and value == 1):  # once as wide as the data is what these are
             why = (
                 "no grid" if config.activations == "float" else "grids that are found at run time, as the runtime does"
             )

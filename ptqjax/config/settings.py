@@ -124,7 +124,8 @@ class QuantizationConfig:
     channels or activations are "dynamic" and `effort` is not "fast", and everywhere where that is "thorough"."""
     headroom: float | None = None
     """Factor by which activation ranges are widened beyond calibration, never past provable bounds; None:
-    as measures best (`scaling="auto"`), else 1, and more for a tensor of few values (`ranges.headroom`)."""
+    as measures best (`scaling="auto"`), else 1. A tensor of few values is given more (`ranges.headroom`), unless the
+    setting is 1."""
     effort: str = "balanced"
     """How much time choices may take, one of `EFFORTS`: what closed forms say is taken ("fast"), what may win by them
     is tried on samples held back ("balanced"), or all is tried and scales are learned to the end ("thorough")."""

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,10 +103,19 @@ def load_samples(path: str | os.PathLike[str], graph: Graph, *, axes: Given | No
     return grouped(one_by_one)
 
 
-def load_sequences(
-    paths: Sequence[str | os.PathLike[str]], found: Interface
-) -> tuple[list[np.ndarray], list[np.ndarray] | None] | None:
-    """Returns the token ids of each sequence in files, and the labels of each token; None where a file holds more.
+class Sequences(NamedTuple):
+    """Sequences of tokens, of unlike length."""
+
+    ids: list[np.ndarray]
+    """The ids [T] of each."""
+    labels: list[np.ndarray] | None
+    """The label [T] of each token; None without."""
+    others: dict[str, list[np.ndarray]]
+    """What other inputs are fed beside each sequence, without an axis of samples."""
+
+
+def load_sequences(paths: Sequence[str | os.PathLike[str]], found: Interface) -> Sequences | None:
+    """Returns the token ids of each sequence in files, with what goes with them; None where a file holds a past.
 
     Where a file holds the decoder's attention mask as well, the tokens that it leaves out are left out.
 
@@ -115,9 +124,10 @@ def load_sequences(
     """
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
+    beside: dict[str, list[np.ndarray]] = {}
     for path in paths:
         arrays = _read(Path(path))
-        if found.ids not in arrays or set(arrays) - {found.ids, found.mask, _LABELS}:
+        if found.ids not in arrays or set(arrays) - {found.ids, found.mask, _LABELS, *found.others}:
             return None
         rows = [np.asarray(row).reshape(-1) for row in arrays[found.ids]]
         kept = [np.ones(len(row), bool) for row in rows]
@@ -133,9 +143,11 @@ def load_sequences(
             else:
                 labels += [row[keep] for row, keep in zip(others, kept, strict=True)]
         ids += [row[keep] for row, keep in zip(rows, kept, strict=True)]
+        for name in set(found.others) & set(arrays):
+            beside.setdefault(name, []).extend(np.asarray(each) for each in arrays[name])
     if labels and len(labels) != len(ids):
         raise DataError(f"some files have '{_LABELS}' and others have none; give labels to all of them, or to none")
-    return ids, labels or None
+    return Sequences(ids=ids, labels=labels or None, others=beside)
 
 
 def _of_sample(value: Listed, axis: SampleAxis, index: int) -> np.ndarray:

@@ -24,7 +24,7 @@ def read_quantized(source: Any) -> tuple[Model, Encodings, Report]:
         source: A path, the bytes of a file, a ModelProto, or a `Model` as `read` returns it.
 
     Raises:
-        ModelError: The file cannot be read as a model, an operator in it works on integers (QLinearConv), or a tensor
-            is quantized and dequantized on different grids.
+        ModelError: The file cannot be read as a model, an operator in it works on integers (QLinearConv) or holds them
+            packed (MatMulNBits, GatherBlockQuantized), or a tensor is quantized and dequantized on different grids.
     """
     return unquantize(source if isinstance(source, Model) else onnx_io.read(source))

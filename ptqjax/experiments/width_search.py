@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import RUN_TIME, QuantizationConfig
 from ptqjax.config.checks import check_choice
 from ptqjax.errors import ConfigError
 from ptqjax.experiments.budgets import COSTS, Budget, Drop, require_possible
@@ -86,8 +86,9 @@ def mixed_precision(
         labels=labels,
         follow=follow,
     )
-    candidates = _candidates(budget, widths, activation_widths)
-    study = study_of(model, config or QuantizationConfig(), candidates, data)
+    config = config or QuantizationConfig()
+    candidates = _candidates(budget, widths, activation_widths, config.activations)
+    study = study_of(model, config, candidates, data)
     if isinstance(budget, Budget):
         require_possible(study.functions, budget.limits, study.narrowest())
     path = SEARCHES[search](study, tuple(budget.limits) if isinstance(budget, Budget) else (budget.cost,))
@@ -100,14 +101,23 @@ def mixed_precision(
     )
 
 
-def _candidates(budget: Budget | Drop, widths: Sequence[int], activation_widths: Sequence[int]) -> Candidates:
-    """Returns the widths to choose from, by the kinds that the budget is about.
+def _candidates(
+    budget: Budget | Drop, widths: Sequence[int], activation_widths: Sequence[int], activations: str
+) -> Candidates:
+    """Returns the widths to choose from, by the kinds that the budget is about: of activations where they have a type.
 
     Raises:
         ConfigError: A width is none, or there are none.
     """
     names = budget.limits if isinstance(budget, Budget) else (budget.cost,)
     kinds: set[Kind] = {kind for name in names for kind in COSTS[name]}
+    if activations in RUN_TIME:
+        if (of_them := next((name for name in names if COSTS[name] == ("activation",)), None)) is not None:
+            raise ConfigError(
+                f"the budget is about {of_them}, and activations={activations!r} have no width to choose; limit the "
+                "weights alone, or set activations to an integer type"
+            )
+        kinds -= {"activation"}
     given: Candidates = {"weight": tuple(widths), "activation": tuple(activation_widths)}
     found: dict[Kind, tuple[int, ...]] = {
         kind: tuple(sorted(set(some))) for kind, some in given.items() if kind in kinds and some

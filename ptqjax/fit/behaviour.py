@@ -31,7 +31,8 @@ def observe_behaviour(
 
     Gains are measured: a random vector of signs is sent back from the outputs of each sample, each output in units of
     its own size (the root of its mean sum of squares); the squares of what arrives at a channel, summed over its
-    places, have as their mean the power that noise in the channel has in the outputs.
+    places, have as their mean the power that noise in the channel has in the outputs. What has no values in a batch,
+    such as the past of a first step, tells nothing there.
 
     Raises:
         DataError: The batches do not fit the model, or there are none.
@@ -48,10 +49,10 @@ def observe_behaviour(
         total, count = _merged(total, found, size), count + size
     return {
         name: Behaviour(
-            low=parts["low"], high=parts["high"], mean=parts["mean"] / count, power=parts["power"] / count,
-            gain=parts["gain"] / count,
+            low=parts["low"], high=parts["high"], mean=parts["mean"] / parts["count"],
+            power=parts["power"] / parts["count"], gain=parts["gain"] / count,
         )
-        for name, parts in total.items()
+        for name, parts in total.items() if parts is not None
     }  # fmt: skip
 
 
@@ -87,7 +88,9 @@ def _beyond(
     graph: Graph, limits: tuple[tuple[str, tuple[str, float]], ...], params: Mapping[str, Any], batch: Any
 ) -> dict[str, jax.Array]:
     def shares(name: str, value: jax.Array, _: int | None) -> tuple[jax.Array, Any]:
-        found = {output: jnp.mean(value > high) for output, (tensor, high) in limits if tensor == name}
+        found = {
+            output: jnp.sum(value > high) / max(value.size, 1) for output, (tensor, high) in limits if tensor == name
+        }
         return value, found or None
 
     seen = interpret(graph, params, batch, intercept=shares)[1]
@@ -102,20 +105,19 @@ def _merged(total: Any, found: Any, size: int) -> Any:
             "mean": parts["mean"].astype(np.float64) * size,
             "power": parts["power"].astype(np.float64) * size,
             "gain": parts["gain"].astype(np.float64),
+            "count": size,
         }
         for name, parts in found.items()
     }
-    if not total:
-        return weighted
+    return total | {name: _joined(total[name], parts) if name in total else parts for name, parts in weighted.items()}
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """Returns both parts as one; None where they are unlike: axis 1 may count no channels, and differ in length."""
+    if one is None or np.shape(one["low"]) != np.shape(other["low"]):
+        return None
     join = {"low": np.minimum, "high": np.maximum}
-    # Where axis 1 does not count channels, its length may differ from batch to batch: such a tensor is left out.
-    alike = [
-        name for name in total if name in weighted and np.shape(total[name]["low"]) == np.shape(weighted[name]["low"])
-    ]
-    return {
-        name: {key: join.get(key, np.add)(total[name][key], value) for key, value in weighted[name].items()}
-        for name in alike
-    }
+    return {key: join.get(key, np.add)(one[key], value) for key, value in other.items()}
 
 
 @partial(compiled, num_static=2, is_brief=True)
@@ -157,7 +159,7 @@ def _forward(
     axis_of = dict(axes)
 
     def intercept(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, Any]:
-        if name not in axis_of or value.ndim < _RANK:
+        if name not in axis_of or value.ndim < _RANK or not value.size:
             return value, None
         axis = axis_in_layout(axis_of[name], channel_axis)
         others = tuple(i for i in range(value.ndim) if i != axis)

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from ptqjax.config import QuantizationConfig
 from ptqjax.errors import ConfigError
 from ptqjax.fit.learned_scales import Learning, learn_scales
-from ptqjax.fit.trials import HEADROOMS, Judge, Trial, best_of, judged, record_of
+from ptqjax.fit.trials import HEADROOMS, Judge, Trial, best_of, fixed_headroom, judged, record_of
 from ptqjax.fit.ways import BATCH, BEHAVIOUR_SHAPES, POLICIES, TRIAL_SHAPES, Policy, Ways, bounds_of, steps_of, without
 from ptqjax.ir import Model, Record, Report
+from ptqjax.placement.own_reads import with_own_reads
 from ptqjax.placement.place import place
 from ptqjax.placement.tensors import is_floating
 from ptqjax.ranges.calibrate import Calibrated
@@ -92,7 +93,16 @@ def scale_as_configured(
         ConfigError: The scaling needs data, and there are none.
         DataError: The batches do not fit the model.
     """
-    return next(scale_each(model, batches, [config], plain=plain))
+    return reading_apart(next(scale_each(model, batches, [config], plain=plain)), config)
+
+
+def reading_apart(choice: Choice, config: QuantizationConfig) -> Choice:
+    """Returns the choice with the own reads of products that find grids at run time under `config`.
+
+    What calibrating gave is gone with them: it was of the model without these reads.
+    """
+    own = with_own_reads(choice.model, config)
+    return choice if own is choice.model else replace(choice, model=own, calibrated=None, key=(choice.key, config))
 
 
 def scale_each(
@@ -105,6 +115,7 @@ def scale_each(
 ) -> Iterator[Choice]:
     """Yields what `scale_as_configured` returns for each configuration, in order, each made when it is asked for.
 
+    Products that find grids at run time have no reads of their own yet (`reading_apart`).
     What several ask for is made once: configurations that ask for the same scaling share one model, and one `key`.
 
     Args:
@@ -312,7 +323,7 @@ def _expected_gain(ways: Ways, config: QuantizationConfig, *, asks_absorption: b
 def _by_prediction(ways: Ways, config: QuantizationConfig, expected: _Expected, name: str) -> Choice:
     """Returns the choice of a way without a trial."""
     scaled, report = ways.scaled(name, config)
-    headroom = config.headroom or (1.0 if name == "off" else _OF_SCALED)
+    headroom = fixed_headroom(config) or (1.0 if name == "off" else _OF_SCALED)
     return Choice(
         model=scaled,
         headroom=headroom,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptqjax.config import QuantizationConfig
+from ptqjax.config import RUN_TIME, QuantizationConfig
 from ptqjax.data.regroup import Batch
 from ptqjax.encodings.biases import guard_biases, sums_in_fixed_point
 from ptqjax.encodings.encoding import Encodings
@@ -128,7 +128,8 @@ class Judge:
     def trials(self, name: str, headrooms: Sequence[float] = HEADROOMS) -> list[Trial]:
         """Returns what a way gives with each headroom, or with the one that is set."""
         model, report = self.ways.scaled(name, self.config)
-        chosen = headrooms if self.config.headroom is None else (self.config.headroom,)
+        fixed = fixed_headroom(self.config)
+        chosen = headrooms if fixed is None else (fixed,)
         trial = Trial(
             name=name, model=model, report=report, headroom=1.0, correct=self.config.correct, absorbs=self.absorbs
         )
@@ -143,7 +144,7 @@ class Judge:
 
         The headroom was chosen with the correction on: what clipping an outlier takes off a mean is added everywhere.
         """
-        is_decided = self.config.headroom is not None or self.ranging is not None  # ranges of all samples clip nothing
+        is_decided = fixed_headroom(self.config) is not None or self.ranging is not None  # all samples: nothing clipped
         if is_decided or best.decibels < corrected.decibels + _MUCH:
             return []
         return self._measured([replace(best, headroom=each) for each in HEADROOMS if each != best.headroom])
@@ -214,6 +215,11 @@ def _uncorrected(corrected: Model, model: Model) -> Model:
     """Returns `model` in the graph of its corrected form, in which some layers have got a bias: of zeros."""
     params = {name: model.params.get(name, np.zeros_like(value)) for name, value in corrected.params.items()}
     return corrected.replace(params=params)
+
+
+def fixed_headroom(config: QuantizationConfig) -> float | None:
+    """Returns the headroom where there is none to choose: the one that is set, or 1 where no range is found before."""
+    return 1.0 if config.activations in RUN_TIME else config.headroom
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:

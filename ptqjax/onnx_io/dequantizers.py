@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ptqjax.ir import Constant, Graph, Node
+from ptqjax.ir import Constant, Graph, Node, fresh_name
 
 _FLOAT = 1  # the number of float32 as an element type in ONNX
 _PER_AXIS_SINCE = 13  # the opset of DequantizeLinear along an axis
@@ -18,7 +18,8 @@ def with_dequantizers(graph: Graph) -> Graph:
     """Returns the graph with DequantizeLinear for each product of codes that are cast to float32 and their scales.
 
     Codes are told by the end of their name: a stranger's integers are numbers like others, and become floats. Folded
-    like what else is computed from constants, the codes would be lost.
+    like what else is computed from constants, the codes would be lost. Zero points, 0, are given: of int8 without them
+    ONNX Runtime's exact sessions make uint8 with a single one, which it then refuses beside scales along an axis.
     """
     nodes = {node.output: node for node in graph.nodes}
     constants = dict(graph.constants)
@@ -30,9 +31,15 @@ def with_dequantizers(graph: Graph) -> Graph:
         value = graph.constant_values[scale]
         axis = int(np.argmax(value.shape)) if value.size > 1 else None
         constants[scale] = Constant(value.reshape(() if axis is None else -1))
+        zero_point = fresh_name(graph, f"{node.output}_zero_point")
+        constants[zero_point] = Constant(np.zeros(constants[scale].value.shape, graph.constant_values[found[0]].dtype))
         attributes = () if axis is None else (("axis", axis),)
         nodes[node.output] = Node(
-            op_type="DequantizeLinear", inputs=found, outputs=node.outputs, attributes=attributes, name=node.name
+            op_type="DequantizeLinear",
+            inputs=(*found, zero_point),
+            outputs=node.outputs,
+            attributes=attributes,
+            name=node.name,
         )
     return replace(graph, nodes=tuple(nodes.values()), constants=tuple(sorted(constants.items())))
 

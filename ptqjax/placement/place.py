@@ -176,7 +176,7 @@ def _weight(plan: _Plan, tensor: str) -> Site:
     if table is None or plan.settings[table].off:
         return site
     other = _weight_site(plan, table)
-    is_same = is_transposed(site, other) and not differs(plan.settings[tensor], other)
+    is_same = is_transposed(site, other)
     if plan.run_time:
         check_tied(site, other, is_same=is_same)
     return replace(site, root=table, reason=f"{site.reason}; the table '{table}' transposed") if is_same else site

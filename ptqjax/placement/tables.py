@@ -42,7 +42,7 @@ def is_transposed(site: Site, table: Site) -> bool:
     axes = [axis % _MATRIX for axis in (site.axis, table.axis) if axis is not None]
     return sorted(axes) in ([], [0, 1]) and all(
         getattr(site, field) == getattr(table, field)
-        for field in ("dtype", "symmetric", "block_size", "power_of_two", "scale_bits", "ranges")
+        for field in ("dtype", "symmetric", "block_size", "power_of_two", "scale_bits", "ranges", "fixed_range")
     )
 
 

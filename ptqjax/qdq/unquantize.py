@@ -23,6 +23,7 @@ from ptqjax.qdq.table_codes import gather_floats
 
 _OURS = "ptqjax."
 _STATIC = ("QLinear", "QGemm", "QAttention", "QEmbed", "QOrdered", "MulInteger")
+_PACKED = ("MatMulNBits", "GatherBlockQuantized")
 
 
 def unquantize(model: Model) -> tuple[Model, Encodings, Report]:
@@ -43,7 +44,8 @@ def unquantize(model: Model) -> tuple[Model, Encodings, Report]:
 
     Raises:
         ModelError: An operator works on integers (QLinearConv, or another between QuantizeLinear and DequantizeLinear),
-            or a tensor is quantized and dequantized on two different grids.
+            or holds them packed (MatMulNBits, GatherBlockQuantized), or a tensor is quantized and dequantized on two
+            different grids.
     """
     _check_operators(model.graph)
     model = gather_floats(without_empty_clips(model))
@@ -76,6 +78,11 @@ def _check_operators(graph: Graph) -> None:
             raise ModelError(
                 f"{place_of(node)} works on integers; expected QuantizeLinear and DequantizeLinear around operators on "
                 "floats: read the file in QDQ form that this one was made from"
+            )
+        if node.op_type in _PACKED:
+            raise ModelError(
+                f"{place_of(node)} holds its weight packed, which is not read back; expected MatMul or Gather behind "
+                "DequantizeLinear: export with weights='integer' to read again, or keep the encodings file"
             )
 
 

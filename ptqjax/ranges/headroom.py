@@ -35,7 +35,7 @@ def widened(
 ) -> Encodings:
     """Returns the encodings with the ranges of activations wider than the data's, but no wider than is provable.
 
-    `factor` times as wide; where `config.headroom` is None, at least as wide as the number of values that a range is
+    `factor` times as wide, and, unless `config.headroom` is 1, at least as wide as the number of values that a range is
     from asks for (`headroom_of_few`). Where operators bound a tensor (a Clip, bounds per channel), what lies beyond
     never occurs. The zero point stays, and a power of two goes to the nearest one. Tensors that share an encoding share
     the new one; ranges that are known beforehand stay, and so do casts
@@ -62,8 +62,8 @@ def widened(
 
 
 def _least(num_values: int, config: QuantizationConfig) -> float:
-    is_ours = config.headroom is None and config.compatibility is None
-    return headroom_of_few(num_values) if is_ours else 1.0
+    is_off = config.headroom == 1 or config.compatibility is not None
+    return 1.0 if is_off else headroom_of_few(num_values)
 
 
 def _widened(encoding: Encoding, factor: float, bounds: Bounds | None, site: Site) -> Encoding:

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from ptqjax.data import pictures as images
-from ptqjax.data.files import Batches, Samples, load_samples
+from ptqjax.data.batches import num_samples
+from ptqjax.data.files import Batches, Samples, load_samples, load_sequences
+from ptqjax.data.past import interface_of
+from ptqjax.decoders import decoding_batches
 from ptqjax.errors import DataError
-from ptqjax.ir import Graph
+from ptqjax.ir import Graph, Model
 from ptqjax.metrics.labels import joined_labels
 from ptqjax.recipes.recipe import Pictures
 from ptqjax.recipes.store import digest_of, file_digest
@@ -34,7 +37,13 @@ class Data:
 
 
 def load(
-    source: Path | Pictures, graph: Graph, *, batch: int, keep: bool, axes: Mapping[str, int | None] | None = None
+    source: Path | Pictures,
+    graph: Graph,
+    *,
+    batch: int,
+    keep: bool,
+    axes: Mapping[str, int | None] | None = None,
+    decoder: Model | None = None,
 ) -> Data:
     """Returns the data that a recipe names.
 
@@ -44,6 +53,8 @@ def load(
         batch: Samples at a time, where the model does not fix it.
         keep: Whether pictures are decoded once and kept in memory, for data that are gone through often.
         axes: The axis of the samples by input, where it is told.
+        decoder: The model, which makes its past itself where it takes one and the file holds token ids alone; None: it
+            has to hold the past.
 
     Raises:
         DataError: They are missing or do not fit the model.
@@ -51,12 +62,30 @@ def load(
     """
     if isinstance(source, Pictures):
         return _pictures(source, graph, batch, keep=keep)
+    if decoder is not None and (decoded := _decoded(source, decoder, batch)) is not None:
+        return decoded
     parts = load_samples(source, graph, axes=axes)
     return Data(
         batches=Batches(parts, graph, size=batch),
         labels=joined_labels([part.labels for part in parts]),
         num_samples=sum(part.num_samples for part in parts),
         digest=_digest(parts, axes),
+    )
+
+
+def _decoded(source: Path, decoder: Model, batch: int) -> Data | None:
+    """Returns the steps of a decoder with past, where the file holds token ids alone; they are told by these."""
+    found = interface_of(decoder.graph)
+    sequences = None if found is None else load_sequences([source], found)
+    if sequences is None:
+        return None
+    steps = decoding_batches(decoder, sequences.ids, labels=sequences.labels, others=sequences.others, size=batch)
+    held: dict[str, list[np.ndarray]] = {"ids": sequences.ids, "labels": sequences.labels or [], **sequences.others}
+    return Data(
+        batches=steps,
+        labels=steps.labels,
+        num_samples=sum(map(num_samples, steps)),
+        digest=digest_of([[name, *map(_array_digest, rows)] for name, rows in sorted(held.items())]),
     )
 
 
@@ -91,6 +120,12 @@ def _samples_digest(samples: Samples) -> str:
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _array_digest(array: np.ndarray) -> str:
+    """Returns a hash of an array."""
+    head = f"{array.dtype.str} {array.shape}\n".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def _pictures(source: Pictures, graph: Graph, batch: int, *, keep: bool) -> Data:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from ptqjax import onnx_io
+from ptqjax.decoders import read_with_past
 from ptqjax.errors import ConfigError, OutputError
 from ptqjax.exporting import fingerprint
 from ptqjax.places import RUN
@@ -148,15 +148,15 @@ def run_stages(
 
 
 def task_of(recipe: Recipe, *, follow: Follow, place: Callable[[Iterable[Any]], Iterable[Any]]) -> Task:
-    """Returns what a recipe is to be done on: model and data, read and checked."""
-    model = onnx_io.read(recipe.model)
+    """Returns what a recipe is to be done on: model and data, read and checked; of merged branches that with past."""
+    model = read_with_past(recipe.model)
     device = device_of(recipe.device)
 
     def loaded(source: Path | Pictures | None, *, keep: bool) -> recipe_data.Data | None:
         if source is None:
             return None
         axes = dict(recipe.batch_axes)
-        return recipe_data.load(source, model.graph, batch=recipe.batch, keep=keep, axes=axes)
+        return recipe_data.load(source, model.graph, batch=recipe.batch, keep=keep, axes=axes, decoder=model)
 
     return Task(
         recipe=recipe,

@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from ptqjax import onnx_io, pipeline, report
+from ptqjax.decoders import like_model
 from ptqjax.drafts import Draft, Result, Stage, drafted
 from ptqjax.encoding_files import write_whole
 from ptqjax.encoding_files.tensors import encodings_of_tensors, tensors_of_encodings
@@ -132,7 +133,7 @@ def _evaluate(task: Task, root: Path, folder: Path) -> None:
             root / "export" / "model.onnx",
             task.follow(data.batches, "evaluate"),
             labels=labels,
-            reference=task.recipe.model,
+            reference=like_model(task.recipe.model, task.model.graph),
             metrics=[name for name in asked if _is_of_its_own(name, labels)],
             device=task.recipe.device,
         )
