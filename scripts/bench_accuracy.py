@@ -8,9 +8,10 @@
 
 A cell holds top-1 in % with the standard error of its difference to the float file's on the same samples, agreement
 with the float file's top-1 in %, and the SQNR of the logits, 10 log10(sum y^2 / sum (y - y_q)^2), in dB; where the
-samples have no labels, the last two. Seconds are those of reading, quantizing and exporting in the first column,
-compilation included. Calibration samples carry no labels; evaluation samples are shown to finished files alone, so they
-influence nothing. Nothing is kept between runs but what --json asks for: a line for each cell, once it is measured.
+samples have no labels, the last two. Processor seconds, of all cores together, are those of reading, quantizing and
+exporting in the first column, compilation included (columns behind it find programs compiled). Calibration samples
+carry no labels; evaluation samples are shown to finished files alone, so they influence nothing. Nothing is kept
+between runs but what --json asks for: a line for each cell, once it is measured.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir
 from dataclasses import dataclass, replace
@@ -114,7 +114,7 @@ class Cell:
     measured: str
     """Date, device and versions."""
     seconds: float | None = None
-    """What it took to make the file."""
+    """Processor seconds that it took to make the file, of all cores and of child processes."""
     top1: float | None = None
     """Share of samples whose class is right."""
     top1_error: float | None = None
@@ -323,13 +323,18 @@ def figures(logits: np.ndarray, reference: np.ndarray, classes: np.ndarray | Non
     return found
 
 
+def processor_seconds() -> float:
+    """Returns the processor time of this process and of the children that it has waited for, in seconds."""
+    return sum(os.times()[:4])
+
+
 def measured(cell: Cell, task: Task, reference: np.ndarray, quantize: Way) -> Cell:
     """Returns the cell with its figures, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        start = processor_seconds()
         try:
             file = quantize(task, Path(folder), COLUMNS[cell.column])
-            seconds = time.perf_counter() - start
+            seconds = processor_seconds() - start
             logits = run(file, task)
         except Exception as error:  # noqa: BLE001 - a way that fails is a result, and the others are still wanted
             return replace(cell, failure=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
@@ -371,7 +376,7 @@ def _table(found: Sequence[Cell]) -> str:
     lines = [
         f"**{one.network}**, {one.num_evaluation} samples, calibrated on {one.num_calibration}",
         "",
-        f"| | {' | '.join(columns)} | seconds |",
+        f"| | {' | '.join(columns)} | processor s |",
         f"|---|{'---|' * len(columns)}---|",
     ]
     for row in _in_order(cell.row for cell in found):

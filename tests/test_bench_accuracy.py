@@ -1,6 +1,7 @@
 """The table of the accuracy bench: figures, filters, and a record that survives an interruption."""
 
 import importlib
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,12 @@ def test_of_cells_measured_twice_the_later_one_is_shown(bench):
     text = bench.markdown([cell(bench, row="float", column="", top1=0.6), first, replace(first, top1=0.55)])
     assert "| float | 60.0 | |" in text
     assert "| fold | 55.0 ± 1.0 / 75.0 / 12.0 | 3 |" in text
+
+
+def test_processor_seconds_are_those_of_children_too(bench):
+    start = bench.processor_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    assert bench.processor_seconds() - start > 0.05
 
 
 def test_a_failure_is_a_footnote(bench):
