@@ -251,6 +251,14 @@ def test_a_tensor_that_overflows_is_named_with_the_first_bad_batch(model: Model,
         calibrate(model, [DATA[0], huge, DATA[1]], QuantizationConfig(ranges=ranges))
 
 
+def test_a_parameter_that_is_not_finite_is_named_with_what_it_makes() -> None:
+    params = {"w": np.ones((2, 3, 1, 1), np.float32), "b": np.array([0, np.inf], np.float32)}
+    nodes = [node("Conv", ["x", "w", "b"], "c"), node("Relu", ["c"], "r"), node("Conv", ["r", "v"], "y")]
+    model = build(nodes, params | {"v": np.ones((1, 2, 1, 1), np.float32)}, input_shape=("N", 3, 4, 4), outputs=["y"])
+    with pytest.raises(DataError, match="'r' is NaN or infinite in batch 0, as is the parameter 'b'"):
+        calibrate(model, [{"x": np.ones((1, 3, 4, 4), np.float32)}], MIN_MAX)
+
+
 @pytest.mark.parametrize("observer", [EXTREMES, MEAN_EXTREMES, DISTRIBUTION], ids=lambda each: each.name)
 def test_one_nan_among_many_numbers_is_seen(observer: Observer) -> None:
     value = floats(4, 3, 12, 12)

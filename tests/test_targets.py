@@ -196,6 +196,7 @@ def test_what_a_target_does_not_take_is_an_error_with_the_remedy(target: str, se
         ("[fixed_ranges]\nTanh = [1]", "expected a table: operator = \\[low, high\\]"),
         ("[allowed]\nweight = []", "allowed: unknown key 'weight'"),
         ('[[exceptions]]\ndtyp = "int8"', "exceptions: a rule has the unknown key 'dtyp'; near names: dtype"),
+        ('[[exceptions]]\nmatch = "x"', "a rule has the unknown key 'match'; expected one of tensors, "),
         ('[rounded_parameters]\nLSTM = ["w"]', "expected a table: operator = \\[positions\\]"),
     ],
 )

@@ -197,7 +197,8 @@ def rule_of(table: Mapping[str, Any]) -> Rule:
     """
     for key in table:
         if key not in field_names():
-            raise SettingError(key, f"a rule has the unknown key {key!r}{near_names(key, field_names())}")
+            known = near_names(key, field_names()) or f"; expected one of {', '.join(field_names())}"
+            raise SettingError(key, f"a rule has the unknown key {key!r}{known}")
     settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     return Rule(**settings)
 

@@ -196,7 +196,7 @@ def _advance(
         running.append((part, is_finite, (means, sizes)))
     # Waits for the step: JAX would otherwise run ahead and hold many batches at once.
     for part, is_finite, _ in running:
-        _check_finite(plan, np.asarray(is_finite), part.place)
+        _check_finite(plan, params, np.asarray(is_finite), part.place)
     return [(part.start, *jax.device_get(kept)) for part, _, kept in running]
 
 
@@ -314,11 +314,27 @@ def _check_order(wanted: Sequence[Wanted], parts: Parts, index: int) -> None:
         )
 
 
-def _check_finite(plan: _Plan, is_finite: np.ndarray, where: str) -> None:
+def _check_finite(plan: _Plan, params: Mapping[Any, Any], is_finite: np.ndarray, where: str) -> None:
     if not is_finite.all():
         place = _places(plan.graph)
-        bad = (name for name, fine in zip(plan.tensors, is_finite, strict=True) if not fine)
+        healthy = {name for name, fine in zip(plan.tensors, is_finite, strict=True) if fine}
+        bad = min((name for name in plan.tensors if name not in healthy), key=place.__getitem__)
+        cause = _cause(plan.graph, next(iter(params.values())), bad, healthy)
         raise DataError(
-            f"tensor '{min(bad, key=place.__getitem__)}' is NaN or infinite in {where}; "
-            "check the model in float on that batch, or exclude the tensor"
+            f"tensor '{bad}' is NaN or infinite in {where}{cause}; check the model in float on that batch, or exclude "
+            "the tensor"
         )
+
+
+def _cause(graph: Graph, params: Mapping[str, Any], tensor: str, healthy: set[str]) -> str:
+    """Returns which parameter makes a tensor NaN or infinite, to be said; "" where none does behind healthy tensors."""
+    waiting, seen = [tensor], set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in params and not np.isfinite(np.asarray(params[name])).all():
+            return f", as is the parameter '{name}' that it is made of"
+        node = graph.producers.get(name)
+        if node is not None and name not in healthy | seen:
+            waiting += reversed(node.inputs)
+        seen.add(name)
+    return ""

@@ -12,7 +12,7 @@ from ptqjax.errors import ModelError
 from ptqjax.ir import Model, Node, Record, Report, Statistics, fresh_name, only_reader, place_of
 from ptqjax.kernels.folding import batch_norm_as_affine, fold_after, fold_before
 from ptqjax.kernels.precision import is_traced, widened
-from ptqjax.transforms.fold_adds import fold_constant_adds
+from ptqjax.transforms.fold_adds import fold_constant_steps, fold_gemm_factors
 from ptqjax.transforms.linear import (
     HOSTS,
     Edit,
@@ -70,7 +70,8 @@ _Attempt: TypeAlias = Callable[[Survey, Node], "Fold | str"]
 def fold_batch_norms(model: Model) -> tuple[Model, Report]:
     """Returns the model with its batch norms folded into linear layers, and what was done with each.
 
-    First, constant Adds behind layers become their biases (`fold_constant_adds`).
+    First, a Gemm's alpha and beta and the constants that are added to layers or multiply them become parts of their
+    parameters (`fold_gemm_factors`, `fold_constant_steps`).
 
     A batch norm is folded into the layer that produces its input (Conv, ConvTranspose, Gemm, MatMul, MatMul and Add);
     what the layer's way led to then has the batch norm's name. Else it is folded into the layer that alone reads its
@@ -90,13 +91,14 @@ def fold_batch_norms(model: Model) -> tuple[Model, Report]:
     """
     for node in norms_of(model):
         check_values(model, node)
-    model, added = fold_constant_adds(model)
+    model, factors = fold_gemm_factors(model)
+    model, steps = fold_constant_steps(model)
     order = [node.output for node in norms_of(model)]
     model = model.replace(statistics=implied_statistics(model) | model.statistics)
     model, behind = _repeat(model, fold_behind)
     model, ahead = _repeat(model, fold_ahead)
     model, rest = _written_out(model)
-    return model, (*added, *sorted((*behind, *ahead, *rest), key=lambda record: order.index(record.where[0])))
+    return model, (*factors, *steps, *sorted((*behind, *ahead, *rest), key=lambda record: order.index(record.where[0])))
 
 
 def norms_of(model: Model) -> tuple[Node, ...]:
