@@ -1,6 +1,6 @@
 """Compiles every program of the product for an NVIDIA H200, without one, and counts kernels, bytes and memory.
 
-    python scripts/gpu_programs.py --environment ~/gpu-programs --out counts.jsonl      # makes the environment, hours
+    python scripts/gpu_programs.py --environment ~/gpu-programs --out counts.jsonl      # makes the environment; an hour
     python scripts/gpu_programs.py --environment ~/gpu-programs --network mobilenet_v2 --batch 64 --out counts.jsonl
     python scripts/gpu_programs.py --table counts.jsonl                                 # the tables in Markdown
 
@@ -36,8 +36,12 @@ PROGRAMS = (
     "correction",
     "behaviour",
     "rounding",
+    "learned rounding",
     "learned scales",
 )
+_USUAL = frozenset({"float", "simulated", "integer", "calibration"})
+_ALSO = {("every_kind", 64): frozenset(PROGRAMS), ("mobilenet_v2", 64): frozenset({"correction", "behaviour"})}
+"""What is counted beside the usual where no program is named: those of many small programs take minutes to compile."""
 _SEQUENCE = 128  # of texts
 
 
@@ -52,7 +56,12 @@ def main() -> None:
     parser.add_argument(
         "--batch", action="append", type=int, help="may be given several times; 64, 1 and 256 by default"
     )
-    parser.add_argument("--program", action="append", choices=PROGRAMS, help="may be given several times")
+    parser.add_argument(
+        "--program",
+        action="append",
+        choices=PROGRAMS,
+        help="may be given several times; by default the usual four, and all others of few networks",
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu_programs.jsonl"), help="where the counts are added")
     parser.add_argument("--table", type=Path, help="print the tables of a file of counts, and compile nothing")
     options = parser.parse_args()
@@ -95,16 +104,17 @@ def count_all(options: argparse.Namespace) -> None:
     done = {(each["network"], each["batch"], each["call"]) for each in _records(options.out) if each["program"] == ""}
     for batch in options.batch or BATCHES:
         for network in options.network or NETWORKS:
-            model = _model(network, options.models)
-            if model is None:
+            usual = _USUAL | _ALSO.get((network, batch), frozenset())
+            calls = options.program or [each for each in PROGRAMS if each in usual]
+            calls = [call for call in calls if (network, batch, call) not in done]
+            model = _model(network, options.models) if calls else None
+            if calls and model is None:
                 print(f"{network}: no file in {options.models}; left out", flush=True)
-                continue
-            for call in options.program or PROGRAMS:
-                if (network, batch, call) not in done:
-                    for record in _counted(network, model, batch, call):
-                        with options.out.open("a") as file:
-                            print(json.dumps(record), file=file)
-                        print(_summary(record), flush=True)
+            for call in calls if model is not None else ():
+                for record in _counted(network, model, batch, call):
+                    with options.out.open("a") as file:
+                        print(json.dumps(record), file=file)
+                    print(_summary(record), flush=True)
 
 
 def _summary(record: Mapping[str, Any]) -> str:
@@ -183,6 +193,7 @@ def prepared_calls(model: Any, batch: int) -> dict[str, Callable[[], Callable[[]
     """Returns for each of `PROGRAMS` what makes a call of the public function ready, and gives it."""
     import ptqjax  # noqa: PLC0415
     from ptqjax.fit.behaviour import observe_behaviour  # noqa: PLC0415
+    from ptqjax.fit.learned_rounding import RoundingLearning, learn_rounding  # noqa: PLC0415
     from ptqjax.fit.learned_scales import Learning, learn_scales  # noqa: PLC0415
     from ptqjax.fit.rounding import solve_rounding  # noqa: PLC0415
 
@@ -215,6 +226,9 @@ def prepared_calls(model: Any, batch: int) -> dict[str, Callable[[], Callable[[]
         "correction": with_encodings(lambda grids: ptqjax.correct_biases(model, grids, [inputs])),
         "behaviour": lambda: lambda: observe_behaviour(model, [inputs]),
         "rounding": with_encodings(lambda grids: solve_rounding(model, grids, [inputs])),
+        "learned rounding": with_encodings(
+            lambda grids: learn_rounding(model, grids, [inputs], learning=RoundingLearning(num_steps=1))
+        ),
         "learned scales": lambda: (
             lambda: learn_scales(
                 model, [inputs_of(model, 2 * batch)], learning=Learning(num_steps=1, batch_size=batch, held_back=0.5)

@@ -8,12 +8,15 @@ import pytest
 from ptqjax import QuantizationConfig, calibrate, simulate
 from ptqjax.encodings.activations import Switches, fake_quantize_activation
 from ptqjax.encodings.encoding import dynamic_encoding, fake_quantize, make_encoding
+from ptqjax.kernels.convolution import convolve as convolve_in_floats
 from ptqjax.kernels.depthwise import convolve_depthwise
 from ptqjax.kernels.fixed_part import in_two_parts
-from ptqjax.kernels.gpu_integer import Integers, multiply_matrices, signed
+from ptqjax.kernels.gpu_integer import Integers, convolve, multiply_matrices, signed
 from ptqjax.kernels.platforms import current, made_for, told
 from ptqjax.kernels.ways import WAYS, kind_of_convolution, way_of
+from ptqjax.kernels.windows import are_tiles
 from ptqjax.lowering import interpret
+from ptqjax.ops.integer import matmul_integer
 from tests.models import Chain
 from tests.test_depthwise import WINDOWS, arrays
 
@@ -27,6 +30,7 @@ def network():
     chain.depthwise(pad=1, bias=True).clip().conv(16, kernel=1, bias=True)
     chain.add("Add", start).add("Relu").conv(32, pads=(0, 1, 1, 0), group=2, bias=True).add("Relu")
     chain.conv(32, group=8, pad=1, bias=True).add("Relu").depthwise(pad=1, strides=(2, 2), bias=True)
+    chain.conv(32, kernel=2, strides=(2, 2), bias=True)
     return chain.add("GlobalAveragePool").add("Flatten", axis=1).gemm(7).build()
 
 
@@ -109,7 +113,26 @@ def test_kinds_of_convolutions():
         ((64, 32, 3, 3), 2): "groups",
     }
     assert {key: kind_of_convolution(*key) for key in shapes} == shapes
-    assert set(shapes.values()) <= set(WAYS)
+    assert kind_of_convolution((8, 4, 2, 2), 1, has_tiles=True) == "tiles"
+    assert {*shapes.values(), "tiles"} == set(WAYS)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_windows_side_by_side_see_what_other_windows_see(rank, groups):
+    """With padding, and a rest behind the last window; the sums are those of int64, in any order."""
+    random = np.random.default_rng(0)
+    x = random.integers(-128, 128, (2, *range(9, 9 + rank), 12)).astype(np.int8)
+    w = random.integers(-128, 128, (24, 12 // groups, *(4, 2, 3)[:rank])).astype(np.int8)
+    strides, ones, padding = (4, 2, 3)[:rank], (1,) * rank, ((1, 2), (0, 1), (2, 0))[:rank]
+    window = {"strides": strides, "padding": padding, "dilations": ones, "groups": groups}
+    assert are_tiles(w.shape[2:], strides=strides, dilations=ones)
+    assert not are_tiles(w.shape[2:], strides=strides, dilations=(2,) * rank)
+    zero = np.full((1,) * (rank + 2), 5, np.int32)
+    found = convolve(Integers(jnp.asarray(x), jnp.asarray(zero)), Integers(jnp.asarray(w), None), **window)
+    numbers, kernels = jnp.moveaxis(jnp.asarray(x, jnp.float32), -1, 1) - 5, jnp.asarray(w, jnp.float32)
+    expected = jnp.moveaxis(convolve_in_floats(numbers, kernels, **window), 1, -1)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("case", WINDOWS)
@@ -218,6 +241,24 @@ def test_products_of_bytes_are_exact(types, columns):
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(Integers(jnp.asarray([[1]], jnp.int8), None).centred(), [[1]])
+
+
+@pytest.mark.parametrize("shapes", [((5, 40), (40, 6)), ((2, 5, 40), (40, 6)), ((2, 3, 5, 12), (2, 3, 12, 6))])
+@pytest.mark.parametrize("rows", [False, True])
+def test_integer_products_for_gpus_are_those_for_cpus(shapes, rows):
+    """MatMulInteger: a zero for each row and column, numbers of terms that are no multiple of 16."""
+    random = np.random.default_rng(0)
+    a, b = (
+        jnp.asarray(random.integers(low, low + 256, size), t)
+        for low, size, t in zip((0, -128), shapes, ("uint8", "int8"), strict=True)
+    )
+    a_zero = random.integers(0, 256, (a.shape[-2], 1) if rows else ()).astype(np.uint8)
+    b_zero = random.integers(-128, 128, b.shape[-1]).astype(np.int8)
+    expected = matmul_integer(a, b, jnp.asarray(a_zero), jnp.asarray(b_zero))
+    with made_for("gpu"):
+        found = matmul_integer(a, b, jnp.asarray(a_zero), jnp.asarray(b_zero))
+        assert "f32" not in str(jax.make_jaxpr(matmul_integer)(a, b, a_zero, b_zero))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_program_in_two_parts_is_the_program():
