@@ -102,6 +102,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def count_all(options: argparse.Namespace) -> None:
     """Compiles what is not in the file yet, and adds what it counts, program by program."""
     done = {(each["network"], each["batch"], each["call"]) for each in _records(options.out) if each["program"] == ""}
+    prepared: dict[str, dict[tuple[str, str], Any]] = {}
     for batch in options.batch or BATCHES:
         for network in options.network or NETWORKS:
             usual = _USUAL | _ALSO.get((network, batch), frozenset())
@@ -111,7 +112,7 @@ def count_all(options: argparse.Namespace) -> None:
             if calls and model is None:
                 print(f"{network}: no file in {options.models}; left out", flush=True)
             for call in calls if model is not None else ():
-                for record in _counted(network, model, batch, call):
+                for record in _counted(network, model, batch, call, prepared.setdefault(network, {})):
                     with options.out.open("a") as file:
                         print(json.dumps(record), file=file)
                     print(_summary(record), flush=True)
@@ -137,8 +138,13 @@ def _model(network: str, folder: Path) -> Any:
     return ptqjax.fold_batch_norms(ptqjax.read(path))[0] if path.exists() else None
 
 
-def _counted(network: str, model: Any, batch: int, call: str) -> Iterator[dict[str, Any]]:
-    """Yields a record for each program of a call, and one without a program's name for the call as a whole."""
+def _counted(
+    network: str, model: Any, batch: int, call: str, prepared_before: dict[tuple[str, str], Any]
+) -> Iterator[dict[str, Any]]:
+    """Yields a record for each program of a call, and one without a program's name for the call as a whole.
+
+    Counts of what is prepared are looked up in `prepared_before`, by call and program, and added to it.
+    """
     from described_gpu import count, placed  # noqa: PLC0415
     from recorded_programs import recording  # noqa: PLC0415
 
@@ -158,12 +164,14 @@ def _counted(network: str, model: Any, batch: int, call: str) -> Iterator[dict[s
         for program in programs:
             began = time.perf_counter()
             try:
-                found = count(program.lower(placed).compile())
+                found = prepared_before.get((call, program.name)) or count(program.lower(placed).compile())
             except Exception as failure:  # noqa: BLE001
                 error = f"{program.name}: {type(failure).__name__}: {failure}"[:300]
                 yield {**record, "program": program.name, "error": error, "seconds": time.perf_counter() - began}
                 continue
             counts = {key: value for key, value in asdict(found).items() if key != "by_kind"}
+            if program.name.endswith("_prepared"):  # for parameters and encodings, whatever the batch
+                prepared_before[call, program.name] = found
             total["kernels"] += found.kernels
             total["num_bytes"] += found.num_bytes
             total["temporary"] = max(total["temporary"], found.temporary)
