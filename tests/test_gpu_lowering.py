@@ -1,5 +1,7 @@
 """Laws of the programs for GPUs, which run on CPUs too: the functions, and the integers, of the programs for CPUs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,6 +183,37 @@ def test_a_chain_rounds_as_the_grid_does_and_has_its_derivatives(dtype, axis):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), found[2], expected[2])
     np.testing.assert_array_equal(left, x)
     np.testing.assert_array_equal(known, expected[0])
+
+
+@pytest.mark.parametrize("zero_point", [0, 3])
+def test_a_chain_cuts_nothing_off_below_where_nothing_is_negative(zero_point):
+    x = jnp.asarray([0, 0.1, 0.125, 0.3, 7, 62, 63, 64, 1e9, np.inf], jnp.float32)
+    encoding = make_encoding(np.float32(0.25), np.float32(zero_point), dtype="uint8")
+
+    def outcome(function):
+        return function(x, encoding), jax.grad(lambda x: jnp.sum(jnp.cos(function(x, encoding)[:-1])))(x)
+
+    with made_for("gpu"):
+        found = outcome(partial(fake_quantize_activation, is_on=True, has_negatives=False))
+        operations = str(
+            jax.make_jaxpr(partial(fake_quantize_activation, is_on=True, has_negatives=False))(x, encoding)
+        )
+    jax.tree.map(np.testing.assert_array_equal, found, outcome(fake_quantize))
+    assert " max " not in operations
+
+
+@pytest.mark.parametrize("lowest", [0, 3])
+def test_only_a_grid_with_zero_on_it_cuts_nothing_off_below(lowest):
+    """Behind Relu, a grid of 3 to 255 whose zero point is 0 gives no 0."""
+    model = Chain(3, dtype=np.float32, size=4).add("Relu").build()
+    grid = make_encoding(np.float32(0.1), np.float32(0), dtype="uint8").replace(qmin=np.float32(lowest))
+    run = simulate(model, {model.graph.outputs[0].name: grid})
+    x = {"x": np.linspace(-1, 30, 48, dtype=np.float32).reshape(1, 3, 4, 4)}
+    (expected,) = run(model.params, {model.graph.outputs[0].name: grid}, x).values()
+    with made_for("gpu"):
+        (found,) = run(model.params, {model.graph.outputs[0].name: grid}, x).values()
+    np.testing.assert_array_equal(found, expected)
+    assert found.min() == np.float32(lowest) * np.float32(0.1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
