@@ -125,10 +125,11 @@ def count_all(options: argparse.Namespace) -> None:
 def _prepared(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[tuple[str, str], Any]]:
     """Returns by network, call and program the counts of what is prepared for parameters and encodings."""
     from described_gpu import Counts  # noqa: PLC0415
+    from gpu_tables import is_prepared  # noqa: PLC0415
 
     found: dict[str, dict[tuple[str, str], Any]] = {}
     for record in records:
-        if record["program"].endswith("_prepared") and "kernels" in record:
+        if is_prepared(record["program"]) and "kernels" in record:
             counts = {each.name: record[each.name] for each in fields(Counts) if each.name in record}
             found.setdefault(record["network"], {})[record["call"], record["program"]] = Counts(by_kind={}, **counts)
     return found
@@ -162,6 +163,7 @@ def _counted(
     Counts of what is prepared are looked up in `prepared_before`, by call and program, and added to it.
     """
     from described_gpu import count, placed  # noqa: PLC0415
+    from gpu_tables import is_prepared  # noqa: PLC0415
     from recorded_programs import recording  # noqa: PLC0415
 
     from ptqjax.kernels.platforms import made_for  # noqa: PLC0415
@@ -186,7 +188,7 @@ def _counted(
                 yield {**record, "program": program.name, "error": error, "seconds": time.perf_counter() - began}
                 continue
             counts = {key: value for key, value in asdict(found).items() if key != "by_kind"}
-            if program.name.endswith("_prepared"):  # for parameters and encodings, whatever the batch
+            if is_prepared(program.name):  # for parameters and encodings, whatever the batch
                 prepared_before[call, program.name] = found
             total["kernels"] += found.kernels
             total["num_bytes"] += found.num_bytes
