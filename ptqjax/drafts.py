@@ -105,6 +105,13 @@ class Draft:
         return replace(self, encodings=encodings, reports=reports, means=means)
 
     @property
+    def known(self) -> Calibrated | None:
+        """What calibrating this draft alone gives, where the choice of scales did it on the way."""
+        if self.calibrated is None or self.frozen or self.calibrated[0] != self.config:
+            return None
+        return self.calibrated[1]
+
+    @property
     def config_as_chosen(self) -> QuantizationConfig:
         """The settings that give the same scaled model without a search, where there are such."""
         scaling = self.config.scaling if self.scaling is None else self.scaling

@@ -13,20 +13,14 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from ptqjax.config import QuantizationConfig
 from ptqjax.drafts import Draft, Result, alike, drafted
-from ptqjax.encodings.encoding import Encoding, make_encoding
-from ptqjax.exporting import check_opset
+from ptqjax.encodings.encoding import Encoding
 from ptqjax.fit.adapting import adapt_each
 from ptqjax.fit.bias_correction import layer_axes
 from ptqjax.fit.selection import scale_each
-from ptqjax.ir import Model
 from ptqjax.placement.own_reads import with_own_reads
-from ptqjax.placement.place import place
-from ptqjax.placement.tensors import check_not_quantized
-from ptqjax.ranges.calibrate import Calibrated, calibrate_and_measure
+from ptqjax.ranges.calibrate import calibrate_and_measure
 from ptqjax.ranges.headroom import widened
 from ptqjax.transforms import fold_batch_norms, prepare, without_absorption
 
@@ -109,7 +103,7 @@ def calibrated(drafts: Sequence[Draft], batches: Batches) -> list[Draft]:
     for positions in alike(drafts, lambda draft: draft.shared).values():
         some = [drafts[position] for position in positions]
         model = some[0].model
-        seen = _known(some) or calibrate_and_measure(
+        seen = (some[0].known if len(some) == 1 else None) or calibrate_and_measure(
             model,
             batches,
             [draft.config for draft in some],
@@ -122,13 +116,6 @@ def calibrated(drafts: Sequence[Draft], batches: Batches) -> list[Draft]:
             kept = wide | {name: encodings[name] for name in draft.frozen}
             found[position] = draft.encoded("calibrate", kept, report, means=seen.means)
     return [found[position] for position in range(len(drafts))]
-
-
-def _known(drafts: Sequence[Draft]) -> Calibrated | None:
-    """Returns what calibrating the drafts gives, where the choice of scales did it on the way."""
-    known = drafts[0].calibrated
-    is_theirs = known is not None and not drafts[0].frozen and [known[0]] == [draft.config for draft in drafts]
-    return known[1] if known is not None and is_theirs else None
 
 
 def corrected(drafts: Sequence[Draft], batches: Batches) -> list[Draft]:
@@ -155,21 +142,3 @@ STAGES: Mapping[str, Callable[[Sequence[Draft], Batches], Iterable[Draft]]] = Ma
     {"fold": folded, "equalize": equalized, "calibrate": calibrated, "correct": corrected}
 )
 """The stages by name, in order: each takes drafts of one model and calibration data, and returns them further on."""
-
-
-def check_exportable(model: Model, config: QuantizationConfig) -> None:
-    """Checks that `export` can bring the model, quantized as `config` says, to an opset that has its grids.
-
-    Costs no pass over data: what is rounded to which types follows from the graph and the settings.
-
-    Raises:
-        ModelError, ConfigError: It cannot, as `export` would say in the end; or nothing can be placed.
-    """
-    check_not_quantized(model)
-    lean, _ = fold_batch_norms(model)
-    one, zero = np.float32(1), np.float32(0)
-    grids = {
-        site.tensor: make_encoding(one, zero, dtype=site.dtype, axis=site.axis, block_size=site.block_size)
-        for site in place(lean, config).sites
-    }
-    check_opset(lean, grids)

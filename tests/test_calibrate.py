@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -19,6 +20,7 @@ from ptqjax.placement.place import place
 from ptqjax.qdq.insert import insert_qdq
 from ptqjax.ranges.calibrate import calibrate, calibrate_and_report
 from ptqjax.ranges.observers import DISTRIBUTION, EXTREMES, MEAN_EXTREMES, SAMPLES, Observer
+from ptqjax.ranges.observing import channel_means
 from ptqjax.ranges.schemes import find_scheme
 from ptqjax.ranges.search import choose_encoding
 from ptqjax.simulation import simulate
@@ -369,3 +371,13 @@ def test_aimet_ranges_come_out_of_calibration(model: Model, ranges: str) -> None
     expected = choose_encoding(batches, dtype="uint8", ranges=ranges, compatibility="aimet")
     np.testing.assert_array_equal(found["x"].scale, expected.scale)
     np.testing.assert_array_equal(found["x"].zero_point, expected.zero_point)
+
+
+@pytest.mark.parametrize("shape", [(2, 112, 112, 5), (1, 400, 402, 3), (2, 9000, 4), (3, 40, 40, 2), (4, 7)])
+def test_channel_means_of_large_maps_are_those_of_a_lattice_that_meets_what_alternates(shape: tuple[int, ...]) -> None:
+    """Means over a lattice are those over all positions of what varies slowly, and of a checkerboard."""
+    places = np.indices(shape[1:-1], dtype=np.float32)
+    board, slow = places.sum(0) % 2, np.sin(places / 20).sum(0)
+    value = np.broadcast_to((3 * board + slow)[None, ..., None], shape) * (1 + np.arange(shape[-1], dtype=np.float32))
+    found = channel_means(jnp.asarray(value), len(shape) - 1, None)
+    np.testing.assert_allclose(found, value.reshape(-1, shape[-1]).mean(0), rtol=0.03, atol=0.02)

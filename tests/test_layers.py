@@ -32,7 +32,7 @@ LEVELS: list[tuple[tuple[str, ...], set[str] | None]] = [
     (("agreement", "fit"), None),
     (("outputs", "decoders"), None),
     (("evaluation",), None),
-    (("drafts",), None),
+    (("drafts", "exportable"), None),
     (("pipeline",), None),
     (("experiments",), None),
     (("report",), None),

@@ -13,11 +13,11 @@ from ptqjax.commands.cli import commands
 from ptqjax.config import QuantizationConfig
 from ptqjax.encodings.encoding import make_encoding
 from ptqjax.errors import ConfigError, ModelError
+from ptqjax.exportable import check_exportable
 from ptqjax.exporting import check_opset, quantized_model
 from ptqjax.ir import Model
 from ptqjax.onnx_io import read, to_proto
 from ptqjax.onnx_io.opset import CONVERTED, blocking_node, with_opset
-from ptqjax.pipeline import check_exportable
 from ptqjax.ranges.calibrate import calibrate
 from ptqjax.simulation import simulate
 

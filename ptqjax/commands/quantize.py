@@ -87,7 +87,7 @@ def job_done(job: Job, folder: Path, *, device: str, watch: Stopwatch, follow: F
         follow: Shows passes over samples.
     """
     import ptqjax
-    from ptqjax.pipeline import check_exportable
+    from ptqjax.exportable import check_exportable
 
     with watch("read"):
         metrics = metrics_of(job.metrics)

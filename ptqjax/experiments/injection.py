@@ -13,6 +13,8 @@ _OTHER = "::other"
 """Behind a parameter's name: what it is on the other side of its rounding."""
 _ROUNDED = "::rounded"
 """Behind a tensor's name: what it is rounded."""
+_STILL = "::still"
+"""Behind a tensor's name: the same, with no derivative."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,8 @@ class Injection:
     """Parameters that groups round: each with the name under which the graph reads its other side."""
     rounded: tuple[tuple[str, str], ...]
     """Copies that are to be rounded, with the tensors whose grids they are rounded to."""
+    still: frozenset[str]
+    """What copies read in place of activations: the same without a derivative, which nobody asks copies for."""
     num_groups: int
     """How many groups there are."""
 
@@ -79,6 +83,7 @@ def injection_of(graph: Graph, groups: Sequence[Group], *, from_float: bool) -> 
         places=tuple(writer.places),
         others=others,
         rounded=tuple((name + _ROUNDED, name) for name in writer.rounded),
+        still=frozenset(name + _STILL for name in writer.still),
         num_groups=len(groups),
     )
 
@@ -89,6 +94,7 @@ class _Writer:
     def __init__(self, graph: Graph, numbers: Mapping[str, int], *, from_float: bool) -> None:
         self.nodes: list[Node] = []
         self.rounded: dict[str, None] = {}
+        self.still: dict[str, None] = {}
         self._numbers = numbers
         self._from_float = from_float
         self._fixed = {name for name, _ in graph.constants} | set(graph.parameters)
@@ -133,12 +139,18 @@ class _Writer:
         """Returns the name of a copy of the tensor that is to be rounded."""
         if name + _OTHER in self._versions.get(name, {}).values():
             return name + _OTHER
-        if name not in self.rounded:
-            self.rounded[name] = None
-            self.nodes.append(Node(op_type="Identity", inputs=(name,), outputs=(name + _ROUNDED,)))
-        return name + _ROUNDED
+        return self._once(name, _ROUNDED, self.rounded)
 
-    def _copied(self, node: Node, renamed: Mapping[str, str], suffix: str) -> Node:
+    def _once(self, name: str, suffix: str, known: dict[str, None]) -> str:
+        """Returns the name of a tensor beside another, which is written where it is asked for first."""
+        if name not in known:
+            known[name] = None
+            self.nodes.append(Node(op_type="Identity", inputs=(name,), outputs=(name + suffix,)))
+        return name + suffix
+
+    def _copied(self, node: Node, renamed: dict[str, str], suffix: str) -> Node:
+        moving = (name for name in (*node.inputs, *captured(node)) if name and name not in self._fixed)
+        renamed = {name: self._once(name, _STILL, self.still) for name in moving if name not in renamed} | renamed
         copy = replace(_reading(node, renamed), name="", outputs=tuple(_with_suffix(node.outputs, suffix)))
         self.nodes.append(copy)
         return copy

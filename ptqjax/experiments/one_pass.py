@@ -269,8 +269,10 @@ class _Program:
         grids, others = dict(self._injection.rounded), self._injection.copies
 
         def intercept(name: str, value: jax.Array, axis: int | None) -> tuple[jax.Array, None]:
+            if name in self._injection.still:
+                return jax.lax.stop_gradient(value), None
             if name in grids:
-                return self._round(grids[name], value, axis)[0], None
+                return self._round(grids[name], jax.lax.stop_gradient(value), axis)[0], None
             if name in others:
                 copies[name] = value
                 return value, None
@@ -278,7 +280,7 @@ class _Program:
                 return value, None
             result = value if self._is_alone else self._round(name, value, axis)[0]
             for place in self._places.get(name, ()):
-                error = jax.lax.stop_gradient(self._error(place, value, copies, axis))
+                error = self._error(place, jax.lax.stop_gradient(value), copies, axis)
                 result += (self._amplitude(place, value, by_sample, common) * error).astype(value.dtype)
             return result, None
 

@@ -72,7 +72,12 @@ def fake_quantize(x: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any, *, 
     x = jnp.asarray(x)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     grid = (jnp.asarray(value).astype(dtype) for value in (scale, zero_point, qmin, qmax))
-    return jnp.where(enabled, _straight_through(x.astype(dtype), *grid).astype(x.dtype), x)
+    return _rounded_where(enabled, x, *grid)
+
+
+@jax.jit  # traced once for each shape, not once for each tensor
+def _rounded_where(enabled: Any, x: Any, *grid: Any) -> Any:
+    return jnp.where(enabled, _straight_through(x.astype(grid[0].dtype), *grid).astype(x.dtype), x)
 
 
 @jax.custom_jvp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,7 @@ Means: TypeAlias = Mapping[tuple[int, int], Mapping[str, np.ndarray]]
 MANY = 4096
 """Values of a tensor beyond which their number is not counted: then its extremes tell what is to come."""
 
+_POSITIONS = 2048  # of a map that channel means are taken over, at most
 _MOST_BYTES_OF_MEANS = 2**28  # beyond, they are measured again by those who need them: memory stays bounded
 
 
@@ -253,7 +255,7 @@ def _counted(value: jax.Array, way: Counting | None, channel_axis: int | None) -
 
 
 def channel_means(value: jax.Array, axis: int, channel_axis: int | None) -> Float[Array, " c"]:
-    """Returns the mean of each channel of a value that the interpreter holds.
+    """Returns the mean of each channel of a value that the interpreter holds; of maps, over positions of a lattice.
 
     Args:
         value: The value, in whatever layout.
@@ -261,7 +263,24 @@ def channel_means(value: jax.Array, axis: int, channel_axis: int | None) -> Floa
         channel_axis: Where ONNX's axis 1 lies in the value, as `interpret` tells it.
     """
     kept = axis_in_layout(axis % value.ndim, channel_axis)
-    return jnp.mean(value, axis=tuple(i for i in range(value.ndim) if i != kept))
+    return jnp.mean(_on_lattice(value, kept), axis=tuple(i for i in range(value.ndim) if i != kept))
+
+
+def _on_lattice(value: jax.Array, channels: int) -> jax.Array:
+    """Returns every third position along the axes of large maps, of very large ones every ninth, and so on.
+
+    An odd step meets both halves of what alternates, as the results of transposed convolutions do; the second position
+    is the first, so that borders count no more than they are. MobileNetV2's means over all positions take a third of
+    the time of its forward pass.
+    """
+    axes = [i for i in range(1, value.ndim) if i != channels]
+    step = 1
+    while math.prod(-(-value.shape[i] // step) for i in axes) > _POSITIONS:
+        step *= 3
+    spread = tuple(
+        slice(1, None, step) if i in axes and value.shape[i] > step > 1 else slice(None) for i in range(value.ndim)
+    )
+    return value[spread] if step > 1 else value
 
 
 @partial(compiled, donated=1, is_brief=True)

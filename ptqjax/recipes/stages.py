@@ -23,6 +23,7 @@ from ptqjax.encoding_files import write_whole
 from ptqjax.encoding_files.tensors import encodings_of_tensors, tensors_of_encodings
 from ptqjax.encodings.encoding import Encodings, concrete
 from ptqjax.evaluation import Evaluation, evaluate
+from ptqjax.exportable import check_exportable
 from ptqjax.exporting import export, fingerprint
 from ptqjax.ir import Model, Record, Report
 from ptqjax.ir.graph import Statistics
@@ -79,7 +80,7 @@ def _drafted(task: Task, model: Model) -> Draft:
 
 
 def _fold(task: Task, _: Path, folder: Path) -> None:
-    pipeline.check_exportable(task.model, task.recipe.config)
+    check_exportable(task.model, task.recipe.config)
     (draft,) = pipeline.folded([_drafted(task, task.model)], None)
     write_model(folder, draft.model)
     _write_records(folder, draft.reports["fold"])
