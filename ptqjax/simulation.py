@@ -92,9 +92,10 @@ def fake_quantization(model: Model, encodings: Encodings, *, are_on: bool = Fals
     Args:
         model: The model.
         encodings: The grids by tensor.
-        are_on: Whether all encodings are known to be enabled, so that programs for GPUs need not ask.
+        are_on: Whether all encodings are known to be enabled, with 0 on their grids: programs for GPUs need not ask.
     """
     graph, grids = model.graph, _with_biases(model, encodings)
+    positive = {node.output for node in graph.nodes if are_on and (node.domain, node.op_type) == ("", "Relu")}
 
     def intercept(name: str, value: jax.Array, channel_axis: int | None) -> tuple[jax.Array, None]:
         if name not in grids:
@@ -102,7 +103,7 @@ def fake_quantization(model: Model, encodings: Encodings, *, are_on: bool = Fals
         if name in graph.parameters:
             return _rounded_parameter(value, grids[name]), None
         grid = _in_layout(grids[name], value.ndim, channel_axis)
-        return fake_quantize_activation(value, grid, is_on=are_on), None
+        return fake_quantize_activation(value, grid, is_on=are_on, has_negatives=name not in positive), None
 
     return intercept
 

@@ -46,6 +46,7 @@ device_description_str: "NVIDIA H200"
 _WIDTHS = {"64": 8, "32": 4, "16": 2}
 _FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"})
 _PARTS = frozenset({"slice", "dynamic-slice", "gather"})
+_WHOLE = frozenset({"dot", "scatter", "dynamic-update-slice", "sort", "reduce", "reduce-window", "convolution"})
 _INNER = {"while": "body", "call": "to_apply", "async-start": "calls", "call-start": "to_apply"}
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ((?:\((?:[^()]|\([^()]*\))*\))|(?:\S+)) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -155,31 +156,28 @@ def _kernels(name: str, computations: Mapping[str, list[str]], times: int = 1) -
 
 
 def _read(lines: list[str], operands: list[int]) -> list[int]:
-    """Returns how many bytes a fusion reads of each operand: of one that it only takes parts of, those parts."""
-    parameters: dict[str, int] = {}
-    parts: dict[str, list[int]] = collections.defaultdict(list)
-    whole: set[str] = set()
-    same: dict[str, str] = {}
-    for line in lines[1:]:
-        match = _INSTRUCTION.match(line)
-        if not match:
-            continue
-        _, result, shape, operation, rest = match.groups()
-        named = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
-        inner = [same.get(str(each), str(each)) for each in named]
-        if operation == "parameter":
-            parameters[result] = int(rest.split(")", 1)[0])
-        elif operation == "bitcast":
-            same[result] = inner[0]
-        elif operation in _PARTS and inner:
-            parts[inner[0]].append(_size(shape))
-            whole.update(inner[1:])
-        else:
-            whole.update(inner)
+    """Returns how many bytes a fusion reads of each operand: of one that it only takes parts of, those parts.
+
+    From the result back: what takes parts wants as many elements as it has, what goes element by element as many as are
+    wanted of it, anything else all.
+    """
+    found = [match.groups() for match in map(_INSTRUCTION.match, lines[1:]) if match]
+    sizes = {result: _num_elements(shape) for _, result, shape, _, _ in found}
+    wanted: dict[str, int] = collections.defaultdict(int)
     read = list(operands)
-    for name, position in parameters.items():
-        if name not in whole and name in parts:
-            read[position] = min(operands[position], sum(parts[name]))
+    for root, result, shape, operation, rest in reversed(found):
+        inputs = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
+        share = sizes[result] if root else min(wanted[result], sizes[result])
+        if operation == "parameter":
+            position = int(rest.split(")", 1)[0])
+            read[position] = min(operands[position], share * _size(shape) // max(sizes[result], 1))
+        elif operation in _PARTS:
+            wanted[inputs[0]] += share
+            wanted.update({each: sizes.get(each, 0) for each in inputs[1:]})
+        else:
+            for each in inputs:
+                size = sizes.get(each, 0)
+                wanted[each] += share if size == sizes[result] and operation not in _WHOLE else size
     return read
 
 
@@ -200,6 +198,12 @@ def _size(shape: str) -> int:
     return sum(
         _width(kind) * int(np.prod([int(size) for size in sizes.split(",") if size] or [1]))
         for kind, sizes in _SHAPE.findall(shape)
+    )
+
+
+def _num_elements(shape: str) -> int:
+    return sum(
+        int(np.prod([int(size) for size in sizes.split(",") if size] or [1])) for _, sizes in _SHAPE.findall(shape)
     )
 
 

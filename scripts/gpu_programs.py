@@ -1,6 +1,6 @@
 """Compiles every program of the product for an NVIDIA H200, without one, and counts kernels, bytes and memory.
 
-    python scripts/gpu_programs.py --environment ~/gpu-programs --out counts.jsonl      # makes the environment, hours
+    python scripts/gpu_programs.py --environment ~/gpu-programs --out counts.jsonl      # makes the environment; an hour
     python scripts/gpu_programs.py --environment ~/gpu-programs --network mobilenet_v2 --batch 64 --out counts.jsonl
     python scripts/gpu_programs.py --table counts.jsonl                                 # the tables in Markdown
 
@@ -19,8 +19,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,16 @@ PROGRAMS = (
     "correction",
     "behaviour",
     "rounding",
+    "learned rounding",
     "learned scales",
 )
+_USUAL = frozenset({"float", "simulated", "integer", "calibration"})
+_ALSO = {
+    ("every_kind", 64): frozenset(PROGRAMS) - {"rounding"},
+    ("mobilenet_v2", 64): frozenset({"correction", "behaviour"}),
+}
+"""What is counted beside the usual where no program is named: what is of many programs takes minutes to compile. What
+solves for roundings is part of what learns them."""
 _SEQUENCE = 128  # of texts
 
 
@@ -52,7 +60,12 @@ def main() -> None:
     parser.add_argument(
         "--batch", action="append", type=int, help="may be given several times; 64, 1 and 256 by default"
     )
-    parser.add_argument("--program", action="append", choices=PROGRAMS, help="may be given several times")
+    parser.add_argument(
+        "--program",
+        action="append",
+        choices=PROGRAMS,
+        help="may be given several times; by default the usual four, and all others of few networks",
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu_programs.jsonl"), help="where the counts are added")
     parser.add_argument("--table", type=Path, help="print the tables of a file of counts, and compile nothing")
     options = parser.parse_args()
@@ -93,18 +106,33 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def count_all(options: argparse.Namespace) -> None:
     """Compiles what is not in the file yet, and adds what it counts, program by program."""
     done = {(each["network"], each["batch"], each["call"]) for each in _records(options.out) if each["program"] == ""}
+    prepared = _prepared(_records(options.out))
     for batch in options.batch or BATCHES:
         for network in options.network or NETWORKS:
-            model = _model(network, options.models)
-            if model is None:
+            usual = _USUAL | _ALSO.get((network, batch), frozenset())
+            calls = options.program or [each for each in PROGRAMS if each in usual]
+            calls = [call for call in calls if (network, batch, call) not in done]
+            model = _model(network, options.models) if calls else None
+            if calls and model is None:
                 print(f"{network}: no file in {options.models}; left out", flush=True)
-                continue
-            for call in options.program or PROGRAMS:
-                if (network, batch, call) not in done:
-                    for record in _counted(network, model, batch, call):
-                        with options.out.open("a") as file:
-                            print(json.dumps(record), file=file)
-                        print(_summary(record), flush=True)
+            for call in calls if model is not None else ():
+                for record in _counted(network, model, batch, call, prepared.setdefault(network, {})):
+                    with options.out.open("a") as file:
+                        print(json.dumps(record), file=file)
+                    print(_summary(record), flush=True)
+
+
+def _prepared(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[tuple[str, str], Any]]:
+    """Returns by network, call and program the counts of what is prepared for parameters and encodings."""
+    from described_gpu import Counts  # noqa: PLC0415
+    from gpu_tables import is_prepared  # noqa: PLC0415
+
+    found: dict[str, dict[tuple[str, str], Any]] = {}
+    for record in records:
+        if is_prepared(record["program"]) and "kernels" in record:
+            counts = {each.name: record[each.name] for each in fields(Counts) if each.name in record}
+            found.setdefault(record["network"], {})[record["call"], record["program"]] = Counts(by_kind={}, **counts)
+    return found
 
 
 def _summary(record: Mapping[str, Any]) -> str:
@@ -127,9 +155,15 @@ def _model(network: str, folder: Path) -> Any:
     return ptqjax.fold_batch_norms(ptqjax.read(path))[0] if path.exists() else None
 
 
-def _counted(network: str, model: Any, batch: int, call: str) -> Iterator[dict[str, Any]]:
-    """Yields a record for each program of a call, and one without a program's name for the call as a whole."""
+def _counted(
+    network: str, model: Any, batch: int, call: str, prepared_before: dict[tuple[str, str], Any]
+) -> Iterator[dict[str, Any]]:
+    """Yields a record for each program of a call, and one without a program's name for the call as a whole.
+
+    Counts of what is prepared are looked up in `prepared_before`, by call and program, and added to it.
+    """
     from described_gpu import count, placed  # noqa: PLC0415
+    from gpu_tables import is_prepared  # noqa: PLC0415
     from recorded_programs import recording  # noqa: PLC0415
 
     from ptqjax.kernels.platforms import made_for  # noqa: PLC0415
@@ -148,12 +182,14 @@ def _counted(network: str, model: Any, batch: int, call: str) -> Iterator[dict[s
         for program in programs:
             began = time.perf_counter()
             try:
-                found = count(program.lower(placed).compile())
+                found = prepared_before.get((call, program.name)) or count(program.lower(placed).compile())
             except Exception as failure:  # noqa: BLE001
                 error = f"{program.name}: {type(failure).__name__}: {failure}"[:300]
                 yield {**record, "program": program.name, "error": error, "seconds": time.perf_counter() - began}
                 continue
             counts = {key: value for key, value in asdict(found).items() if key != "by_kind"}
+            if is_prepared(program.name):  # for parameters and encodings, whatever the batch
+                prepared_before[call, program.name] = found
             total["kernels"] += found.kernels
             total["num_bytes"] += found.num_bytes
             total["temporary"] = max(total["temporary"], found.temporary)
@@ -183,6 +219,7 @@ def prepared_calls(model: Any, batch: int) -> dict[str, Callable[[], Callable[[]
     """Returns for each of `PROGRAMS` what makes a call of the public function ready, and gives it."""
     import ptqjax  # noqa: PLC0415
     from ptqjax.fit.behaviour import observe_behaviour  # noqa: PLC0415
+    from ptqjax.fit.learned_rounding import RoundingLearning, learn_rounding  # noqa: PLC0415
     from ptqjax.fit.learned_scales import Learning, learn_scales  # noqa: PLC0415
     from ptqjax.fit.rounding import solve_rounding  # noqa: PLC0415
 
@@ -215,6 +252,9 @@ def prepared_calls(model: Any, batch: int) -> dict[str, Callable[[], Callable[[]
         "correction": with_encodings(lambda grids: ptqjax.correct_biases(model, grids, [inputs])),
         "behaviour": lambda: lambda: observe_behaviour(model, [inputs]),
         "rounding": with_encodings(lambda grids: solve_rounding(model, grids, [inputs])),
+        "learned rounding": with_encodings(
+            lambda grids: learn_rounding(model, grids, [inputs], learning=RoundingLearning(num_steps=1))
+        ),
         "learned scales": lambda: (
             lambda: learn_scales(
                 model, [inputs_of(model, 2 * batch)], learning=Learning(num_steps=1, batch_size=batch, held_back=0.5)

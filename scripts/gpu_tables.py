@@ -51,9 +51,12 @@ def _row(records: Sequence[Mapping[str, Any]], record: Mapping[str, Any], plain:
 def _parts(records: Sequence[Mapping[str, Any]], call: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Returns the programs of a call, but for those that run once for parameters and encodings."""
     same = [each for each in records if all(each[key] == call[key] for key in ("network", "batch", "call"))]
-    return [
-        each for each in same if "kernels" in each and each["program"] and not each["program"].endswith("_prepared")
-    ]
+    return [each for each in same if "kernels" in each and each["program"] and not is_prepared(each["program"])]
+
+
+def is_prepared(program: str) -> bool:
+    """Tells whether a program is the first of two parts (`lowering/two_parts.py`); the solver has a `_prepared` too."""
+    return program.endswith("_prepared") and program != "_prepared"
 
 
 def _counts(record: Mapping[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """Laws of the programs for GPUs, which run on CPUs too: the functions, and the integers, of the programs for CPUs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,15 @@ import pytest
 from ptqjax import QuantizationConfig, calibrate, simulate
 from ptqjax.encodings.activations import Switches, fake_quantize_activation
 from ptqjax.encodings.encoding import dynamic_encoding, fake_quantize, make_encoding
+from ptqjax.kernels.convolution import convolve as convolve_in_floats
 from ptqjax.kernels.depthwise import convolve_depthwise
 from ptqjax.kernels.fixed_part import in_two_parts
-from ptqjax.kernels.gpu_integer import Integers, multiply_matrices, signed
+from ptqjax.kernels.gpu_integer import Integers, convolve, multiply_matrices, signed
 from ptqjax.kernels.platforms import current, made_for, told
 from ptqjax.kernels.ways import WAYS, kind_of_convolution, way_of
+from ptqjax.kernels.windows import are_tiles
 from ptqjax.lowering import interpret
+from ptqjax.ops.integer import matmul_integer
 from tests.models import Chain
 from tests.test_depthwise import WINDOWS, arrays
 
@@ -27,6 +32,7 @@ def network():
     chain.depthwise(pad=1, bias=True).clip().conv(16, kernel=1, bias=True)
     chain.add("Add", start).add("Relu").conv(32, pads=(0, 1, 1, 0), group=2, bias=True).add("Relu")
     chain.conv(32, group=8, pad=1, bias=True).add("Relu").depthwise(pad=1, strides=(2, 2), bias=True)
+    chain.conv(32, kernel=2, strides=(2, 2), bias=True)
     return chain.add("GlobalAveragePool").add("Flatten", axis=1).gemm(7).build()
 
 
@@ -109,7 +115,26 @@ def test_kinds_of_convolutions():
         ((64, 32, 3, 3), 2): "groups",
     }
     assert {key: kind_of_convolution(*key) for key in shapes} == shapes
-    assert set(shapes.values()) <= set(WAYS)
+    assert kind_of_convolution((8, 4, 2, 2), 1, has_tiles=True) == "tiles"
+    assert {*shapes.values(), "tiles"} == set(WAYS)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_windows_side_by_side_see_what_other_windows_see(rank, groups):
+    """With padding, and a rest behind the last window; the sums are those of int64, in any order."""
+    random = np.random.default_rng(0)
+    x = random.integers(-128, 128, (2, *range(9, 9 + rank), 12)).astype(np.int8)
+    w = random.integers(-128, 128, (24, 12 // groups, *(4, 2, 3)[:rank])).astype(np.int8)
+    strides, ones, padding = (4, 2, 3)[:rank], (1,) * rank, ((1, 2), (0, 1), (2, 0))[:rank]
+    window = {"strides": strides, "padding": padding, "dilations": ones, "groups": groups}
+    assert are_tiles(w.shape[2:], strides=strides, dilations=ones)
+    assert not are_tiles(w.shape[2:], strides=strides, dilations=(2,) * rank)
+    zero = np.full((1,) * (rank + 2), 5, np.int32)
+    found = convolve(Integers(jnp.asarray(x), jnp.asarray(zero)), Integers(jnp.asarray(w), None), **window)
+    numbers, kernels = jnp.moveaxis(jnp.asarray(x, jnp.float32), -1, 1) - 5, jnp.asarray(w, jnp.float32)
+    expected = jnp.moveaxis(convolve_in_floats(numbers, kernels, **window), 1, -1)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("case", WINDOWS)
@@ -158,6 +183,37 @@ def test_a_chain_rounds_as_the_grid_does_and_has_its_derivatives(dtype, axis):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), found[2], expected[2])
     np.testing.assert_array_equal(left, x)
     np.testing.assert_array_equal(known, expected[0])
+
+
+@pytest.mark.parametrize("zero_point", [0, 3])
+def test_a_chain_cuts_nothing_off_below_where_nothing_is_negative(zero_point):
+    x = jnp.asarray([0, 0.1, 0.125, 0.3, 7, 62, 63, 64, 1e9, np.inf], jnp.float32)
+    encoding = make_encoding(np.float32(0.25), np.float32(zero_point), dtype="uint8")
+
+    def outcome(function):
+        return function(x, encoding), jax.grad(lambda x: jnp.sum(jnp.cos(function(x, encoding)[:-1])))(x)
+
+    with made_for("gpu"):
+        found = outcome(partial(fake_quantize_activation, is_on=True, has_negatives=False))
+        operations = str(
+            jax.make_jaxpr(partial(fake_quantize_activation, is_on=True, has_negatives=False))(x, encoding)
+        )
+    jax.tree.map(np.testing.assert_array_equal, found, outcome(fake_quantize))
+    assert " max " not in operations
+
+
+@pytest.mark.parametrize("lowest", [0, 3])
+def test_only_a_grid_with_zero_on_it_cuts_nothing_off_below(lowest):
+    """Behind Relu, a grid of 3 to 255 whose zero point is 0 gives no 0."""
+    model = Chain(3, dtype=np.float32, size=4).add("Relu").build()
+    grid = make_encoding(np.float32(0.1), np.float32(0), dtype="uint8").replace(qmin=np.float32(lowest))
+    run = simulate(model, {model.graph.outputs[0].name: grid})
+    x = {"x": np.linspace(-1, 30, 48, dtype=np.float32).reshape(1, 3, 4, 4)}
+    (expected,) = run(model.params, {model.graph.outputs[0].name: grid}, x).values()
+    with made_for("gpu"):
+        (found,) = run(model.params, {model.graph.outputs[0].name: grid}, x).values()
+    np.testing.assert_array_equal(found, expected)
+    assert found.min() == np.float32(lowest) * np.float32(0.1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -218,6 +274,24 @@ def test_products_of_bytes_are_exact(types, columns):
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(Integers(jnp.asarray([[1]], jnp.int8), None).centred(), [[1]])
+
+
+@pytest.mark.parametrize("shapes", [((5, 40), (40, 6)), ((2, 5, 40), (40, 6)), ((2, 3, 5, 12), (2, 3, 12, 6))])
+@pytest.mark.parametrize("rows", [False, True])
+def test_integer_products_for_gpus_are_those_for_cpus(shapes, rows):
+    """MatMulInteger: a zero for each row and column, numbers of terms that are no multiple of 16."""
+    random = np.random.default_rng(0)
+    a, b = (
+        jnp.asarray(random.integers(low, low + 256, size), t)
+        for low, size, t in zip((0, -128), shapes, ("uint8", "int8"), strict=True)
+    )
+    a_zero = random.integers(0, 256, (a.shape[-2], 1) if rows else ()).astype(np.uint8)
+    b_zero = random.integers(-128, 128, b.shape[-1]).astype(np.int8)
+    expected = matmul_integer(a, b, jnp.asarray(a_zero), jnp.asarray(b_zero))
+    with made_for("gpu"):
+        found = matmul_integer(a, b, jnp.asarray(a_zero), jnp.asarray(b_zero))
+        assert "f32" not in str(jax.make_jaxpr(matmul_integer)(a, b, a_zero, b_zero))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_program_in_two_parts_is_the_program():

@@ -14,7 +14,7 @@ from ptqjax.kernels.platforms import current
 from ptqjax.kernels.precision import is_traced
 
 
-def fake_quantize_activation(x: Any, encoding: Encoding, *, is_on: bool = False) -> Any:
+def fake_quantize_activation(x: Any, encoding: Encoding, *, is_on: bool = False, has_negatives: bool = True) -> Any:
     """Returns `fake_quantize` of an activation; for GPUs by a chain, which costs no kernel of its own.
 
     There, a zero point that is no integer may move the ends in their last bit. Grids that are found at run time, and
@@ -24,26 +24,28 @@ def fake_quantize_activation(x: Any, encoding: Encoding, *, is_on: bool = False)
         x: The activation.
         encoding: Its grid.
         is_on: Whether the encoding is known to be enabled; else a value is read a second time, to be left as it is.
+        has_negatives: Whether a value may be below 0; else, with 0 on the grid, nothing is cut off below.
     """
     if current().platform != "gpu" or encoding.float_format is not None or encoding.is_dynamic:
         return fake_quantize(x, encoding)
     scale, zero_point = (along_axis(v, encoding, np.shape(x)) for v in (encoding.scale, encoding.zero_point))
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    grid = (scale, encoding.qmin - zero_point, encoding.qmax - zero_point)
-    rounded = round_in_a_chain(x.astype(dtype), *(jnp.asarray(each).astype(dtype) for each in grid)).astype(x.dtype)
+    low, high = encoding.qmin - zero_point if has_negatives else None, encoding.qmax - zero_point
+    grid = jax.tree.map(lambda each: jnp.asarray(each).astype(dtype), (scale, low, high))
+    rounded = round_in_a_chain(x.astype(dtype), *grid).astype(x.dtype)
     return rounded if is_on else jnp.where(encoding.enabled, rounded, x)
 
 
 class Switches:
-    """What tells whether all encodings are on; of the same arrays it is looked up once, which waits for a GPU."""
+    """What tells whether all encodings are on, with 0 on their grids; of the same arrays it is looked up once."""
 
     def __init__(self) -> None:
         self._last: tuple[Any, ...] = ()
         self._are_on = False
 
     def are_on(self, encodings: Encodings) -> bool:
-        """Returns whether all are known to be on, where programs for GPUs are made; elsewhere False: none asks."""
-        switches = tuple(encoding.enabled for encoding in encodings.values())
+        """Returns whether all are known to be, where programs for GPUs are made (it waits for one); elsewhere False."""
+        switches = tuple(each for e in encodings.values() for each in (e.enabled, e.qmin, e.zero_point))
         if current().platform != "gpu" or any(map(is_traced, switches)):
             return False
         if not all(isinstance(each, jax.Array) for each in switches):
@@ -54,4 +56,5 @@ class Switches:
 
 
 def _all(switches: tuple[Any, ...]) -> bool:
-    return all(bool(np.all(each)) for each in switches)
+    on, lowest, zeros = switches[::3], switches[1::3], switches[2::3]
+    return all(map(np.all, on)) and all(np.all(low <= zero) for low, zero in zip(lowest, zeros, strict=True))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Shaped
 
 from ptqjax.kernels.depthwise import convolve_depthwise
 from ptqjax.kernels.ways import kind_of_convolution, way_of
-from ptqjax.kernels.windows import Padding, output_sizes, pad_spatial, seen_by_tap
+from ptqjax.kernels.windows import Padding, are_tiles, output_sizes, pad_spatial, seen_by_tap, seen_by_windows
 
 _EXACT = lax.Precision.HIGHEST  # float32 products, never TF32 or bfloat16
 
@@ -28,7 +28,8 @@ def convolve_on_gpu(
     groups: int,
 ) -> Shaped[Array, "n *out o"]:
     """Returns the cross-correlation of a channels-last `x` with kernels in ONNX's layout. The program is for GPUs."""
-    way = way_of(kind_of_convolution(w.shape, groups))
+    has_tiles = are_tiles(w.shape[2:], strides=strides, dilations=dilations)
+    way = way_of(kind_of_convolution(w.shape, groups, has_tiles=has_tiles))
     return _BY_WAY[way](x, w, groups, strides=strides, padding=padding, dilations=dilations)
 
 
@@ -76,12 +77,8 @@ def _convolution(x: Any, w: Any, groups: int, *, strides: Any, padding: Any, dil
 def _columns(x: Any, w: Any, _: int, *, strides: Any, padding: Any, dilations: Any) -> Any:
     kernel = w.shape[2:]
     counts = output_sizes(x.shape[1:-1], kernel=kernel, strides=strides, dilations=dilations, padding=padding)
-    padded = pad_spatial(x, padding)
-    seen = [
-        seen_by_tap(padded, tap, counts=counts, strides=strides, dilations=dilations)
-        for tap in product(*map(range, kernel))
-    ]
-    columns = jnp.concatenate(seen, axis=-1).reshape(-1, len(seen) * x.shape[-1])
+    seen = seen_by_windows(pad_spatial(x, padding), kernel=kernel, counts=counts, strides=strides, dilations=dilations)
+    columns = seen.reshape(-1, seen.shape[-2] * seen.shape[-1])
     kernels = w.reshape(*w.shape[:2], -1).transpose(2, 1, 0).reshape(-1, w.shape[0])
     return jnp.dot(columns, kernels, precision=_EXACT).reshape(x.shape[0], *counts, w.shape[0])
 

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, Shaped
 
 from ptqjax.kernels.integer import HALF, turned
+from ptqjax.kernels.platforms import written_out
 from ptqjax.kernels.ways import kind_of_convolution
-from ptqjax.kernels.windows import Padding, output_sizes, pad_spatial, seen_by_tap
+from ptqjax.kernels.windows import Padding, output_sizes, pad_spatial, seen_by_tap, seen_by_windows
 
 _ALIGNMENT = 16  # terms of a sum: XLA's kernels for products of int8 want them so, zeros fill up
 
@@ -51,20 +53,30 @@ def signed(q: Shaped[Array, "..."], zero_point: Shaped[Array, "..."] | None) -> 
     return Integers(turned(q), (jnp.zeros((1,) * q.ndim, jnp.int32) if zero is None else zero) - HALF)
 
 
-def multiply_matrices(a: Integers, b: Integers, *, num_terms: int | None = None) -> Int[Array, "... m n"]:
-    """Returns the product of matrices, exactly; the zero of `a` is one, that of `b` one or one for each column.
-
-    `num_terms` are those of each sum, where the values of both are filled up with zeros behind them.
-    """
-    count = a.values.shape[-1] if num_terms is None else num_terms
-    total = jnp.matmul(a.values, b.values, preferred_element_type=jnp.int32)
+def multiply_matrices(a: Integers, b: Integers) -> Int[Array, "... m n"]:
+    """Returns the product of matrices, exactly; zeros are one, or one for each row of `a` and each column of `b`."""
+    left, right = _aligned(a.values, -1), _aligned(b.values, -2)
+    count = a.values.shape[-1]
+    total = jnp.matmul(left, right, preferred_element_type=jnp.int32)
     if a.zero is not None:
-        total = total - a.zero * jnp.sum(b.values, axis=-2, keepdims=True, dtype=jnp.int32)
+        columns = jnp.sum(b.values, axis=-2, keepdims=True, dtype=jnp.int32)
+        total = total - _ranked(a.zero, total) * _ranked(columns, total)
     if b.zero is not None:
         rows = jnp.sum(a.values, axis=-1, keepdims=True, dtype=jnp.int32)
         rows = rows if a.zero is None else rows - a.zero * count
-        total = total - rows * b.zero
+        total = total - _ranked(rows, total) * _ranked(b.zero, total)
     return total
+
+
+def _ranked(values: Any, like: Any) -> Any:
+    return values.reshape((1,) * (like.ndim - values.ndim) + values.shape)
+
+
+def _aligned(values: Any, axis: int) -> Any:
+    """Returns values filled up with zeros along an axis to what XLA's kernels want."""
+    config = [(0, 0, 0)] * values.ndim
+    config[axis] = (0, -values.shape[axis] % _ALIGNMENT, 0)
+    return lax.pad(values, np.int8(0), config) if config[axis][1] else values
 
 
 def convolve(
@@ -111,22 +123,16 @@ def _columns(x: Integers, w: Integers, groups: int, *, strides: Any, padding: An
     sizes = x.values.shape[1:-1]
     counts = output_sizes(sizes, kernel=kernel, strides=strides, dilations=dilations, padding=padding)
     padded = pad_spatial(x.values, padding, fill=0 if x.zero is None else x.zero.reshape(()))
-    seen = [
-        seen_by_tap(padded, tap, counts=counts, strides=strides, dilations=dilations)
-        for tap in product(*map(range, kernel))
-    ]
-    # [n, *out, taps, c]; XLA's kernels of products fail on int8 that they would have to gather themselves
-    columns = seen[0] if len(seen) == 1 else lax.optimization_barrier(jnp.stack(seen, axis=-2))
-    shape = (-1, groups, len(seen) * num_inputs, num_outputs // groups)
+    columns = seen_by_windows(padded, kernel=kernel, counts=counts, strides=strides, dilations=dilations)
+    taps = columns.shape[-2]
+    columns = columns if taps == 1 else written_out(columns)
+    shape = (-1, groups, taps * num_inputs, num_outputs // groups)
     if groups == 1:
-        missing = -shape[2] % _ALIGNMENT
-        rows = jnp.pad(columns.reshape(-1, shape[2]), ((0, 0), (0, missing)))
-        kernels = jnp.pad(_matrix(w.values).reshape(shape[2], num_outputs), ((0, missing), (0, 0)))
+        rows, kernels = columns.reshape(-1, shape[2]), _matrix(w.values).reshape(shape[2], num_outputs)
         zero = None if w.zero is None else w.zero.reshape(1, -1)
-        both = Integers(rows, _of_rank(x.zero, 2)), Integers(kernels, zero)
-        total = multiply_matrices(*both, num_terms=shape[2])
+        total = multiply_matrices(Integers(rows, _of_rank(x.zero, 2)), Integers(kernels, zero))
         return total.reshape(x.values.shape[0], *counts, num_outputs)
-    split = columns.reshape(-1, len(seen), groups, num_inputs)
+    split = columns.reshape(-1, taps, groups, num_inputs)
     rows = jnp.moveaxis(split, 2, 0).reshape(groups, -1, shape[2])
     kernels = jnp.moveaxis(_matrix(w.values).reshape(shape[2], groups, shape[3]), 1, 0)
     zero = None if w.zero is None else jnp.broadcast_to(w.zero.reshape(-1), (num_outputs,)).reshape(groups, 1, shape[3])

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ptqjax.kernels.platforms import written_out
 from ptqjax.kernels.windows import Padding
 
 
@@ -91,7 +92,7 @@ def _strides_of(sizes: Sequence[int]) -> list[int]:
 
 def moments(rows: Float[Array, "r c taps"], float_rows: Float[Array, "r c taps"], groups: int) -> Moments:
     """Returns the sums over rows of one set of outputs."""
-    x, exact = (_by_group(each, groups) for each in (rows, float_rows))
+    x, exact = (written_out(_by_group(each, groups)) for each in (rows, float_rows))
 
     def products(one: Any, other: Any) -> Any:
         return jnp.einsum("rgk,rgl->gkl", one, other, precision=lax.Precision.HIGHEST)

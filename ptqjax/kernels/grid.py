@@ -104,11 +104,16 @@ def round_in_a_chain(x: Any, step: Any, low: Any, high: Any) -> Any:
 
     XLA's compiler for GPUs takes such a chain into the kernel of the matrix product in front of it. A value that is
     read twice, to tell whether it is to be rounded, it writes to memory, and rounds it in a kernel of its own.
-    Compilers for GPUs divide by a broadcast scalar, so that nothing need keep them from anything else.
+    Compilers for GPUs divide by a broadcast scalar, so that nothing need keep them from anything else. With `low` None
+    nothing is cut off below: three scalars beside a value are what XLA takes into a product behind it.
 
     The derivatives are those of `fake_quantize`; that in an end is `step` where it clips.
     """
-    return jnp.minimum(jnp.maximum(jnp.round(x / step), low), high) * step
+    return _cut(jnp.round(x / step), low, high) * step
+
+
+def _cut(steps: Any, low: Any, high: Any) -> Any:
+    return jnp.minimum(steps if low is None else jnp.maximum(steps, low), high)
 
 
 @round_in_a_chain.defjvp
@@ -116,9 +121,9 @@ def _round_in_a_chain_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -
     (x, step, low, high), (dx, dstep, dlow, dhigh) = primals, tangents
     steps = x / step
     wanted = jnp.round(steps)
-    codes = jnp.minimum(jnp.maximum(wanted, low), high)
+    codes = _cut(wanted, low, high)
     inside = wanted == codes
-    ends = jnp.where(wanted < low, dlow, dhigh) * step
+    ends = (dhigh if low is None else jnp.where(wanted < low, dlow, dhigh)) * step
     slope = codes - jnp.where(inside, steps, 0)
     return codes * step, jnp.where(inside, dx, ends) + slope * dstep
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 
 _GPU = frozenset({"gpu", "cuda", "rocm"})  # what JAX calls them in one place and another
 
@@ -68,3 +69,11 @@ def made_for(platform: str, ways: Mapping[str, str] | None = None) -> Iterator[N
         yield
     finally:
         _told.reset(token)
+
+
+def written_out(x: Any) -> Any:
+    """Returns a tree of arrays that programs for GPUs hold in memory as they are; elsewhere nothing is changed.
+
+    XLA's kernels of products take what orders their operands into themselves, and then find no tiles for some orders.
+    """
+    return lax.optimization_barrier(x) if current().platform == "gpu" else x

@@ -188,11 +188,9 @@ def _folded(
             window_dilation=(1, *dilations, 1),
         )
     counts = output_sizes(x.shape[1:-1], kernel=kernel, strides=strides, dilations=dilations, padding=padding)
-    # without the barrier XLA would compute what comes before once for each tap; on GPUs the padding costs nothing there
-    if current().platform == "gpu":
-        padded = pad_spatial(lax.optimization_barrier(x), padding, fill=initial)
-    else:
-        padded = lax.optimization_barrier(pad_spatial(x, padding, fill=initial))
+    padded = pad_spatial(x, padding, fill=initial)
+    if current().platform != "gpu":  # without the barrier XLA for CPUs computes what comes before once for each tap
+        padded = lax.optimization_barrier(padded)
     return reduce(
         combine,
         (

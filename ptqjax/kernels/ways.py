@@ -37,6 +37,11 @@ WAYS: Mapping[str, Way] = MappingProxyType(
             others=("columns",),
             reason="cuDNN reads each element once, with padding, bias and Relu inside; columns write each nine times",
         ),
+        "tiles": Way(
+            way="columns",
+            others=("convolution",),
+            reason="windows side by side: their columns are the image in another order; then as pointwise",
+        ),
         "depthwise": Way(
             way="taps",
             others=("convolution",),
@@ -59,11 +64,16 @@ WAYS: Mapping[str, Way] = MappingProxyType(
 Where a device can be had, `scripts/bench_gpu.py` measures the others. Integers have one way, see `gpu_integer`."""
 
 
-def kind_of_convolution(shape: Sequence[int], groups: int) -> str:
-    """Returns the kind of a convolution with kernels of this shape, [o, i, *kernel]: a key of `WAYS`."""
+def kind_of_convolution(shape: Sequence[int], groups: int, *, has_tiles: bool = False) -> str:
+    """Returns the kind of a convolution with kernels of this shape, [o, i, *kernel]: a key of `WAYS`.
+
+    `has_tiles` tells whether its windows lie side by side, see `windows.are_tiles`.
+    """
     outputs, inputs, *kernel = shape
+    if groups == 1 and math.prod(kernel) == 1:
+        return "pointwise"
     if groups == 1:
-        return "pointwise" if math.prod(kernel) == 1 else "dense"
+        return "tiles" if has_tiles else "dense"
     if inputs == 1 and outputs == groups:
         return "depthwise"
     return "small groups" if inputs == 1 or max(inputs, outputs // groups) <= FEW_CHANNELS else "groups"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, TypeAlias
 
 import jax
@@ -74,6 +75,35 @@ def seen_by_tap(
         (padded.shape[0], *stops, padded.shape[-1]),
         (1, *strides, 1),
     )
+
+
+def seen_by_windows(
+    padded: jax.Array, *, kernel: Sequence[int], counts: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> jax.Array:
+    """Returns what every window sees, [n, *counts, taps, c] from [n, *padded, c]."""
+    if are_tiles(kernel, strides=strides, dilations=dilations):
+        return _tiles(padded, kernel, counts)
+    window = {"counts": counts, "strides": strides, "dilations": dilations}
+    return jnp.stack([seen_by_tap(padded, tap, **window) for tap in product(*map(range, kernel))], axis=-2)
+
+
+def are_tiles(kernel: Sequence[int], *, strides: Sequence[int], dilations: Sequence[int]) -> bool:
+    """Tells whether windows lie side by side: each is as long as the step to the next."""
+    return all(
+        taps == stride and 1 in {taps, dilation}
+        for taps, stride, dilation in zip(kernel, strides, dilations, strict=True)
+    )
+
+
+def _tiles(padded: jax.Array, kernel: Sequence[int], counts: Sequence[int]) -> jax.Array:
+    """The elements of windows that lie side by side are those of the array in another order: none is gathered."""
+    n, *_, c = padded.shape
+    rank = len(kernel)
+    lengths = [count * taps for count, taps in zip(counts, kernel, strict=True)]
+    cut = lax.slice(padded, (0,) * padded.ndim, (n, *lengths, c))
+    split = cut.reshape(n, *(size for pair in zip(counts, kernel, strict=True) for size in pair), c)
+    side_by_side = split.transpose(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+    return side_by_side.reshape(n, *counts, -1, c)
 
 
 def pad_spatial(x: jax.Array, padding: Padding, *, fill: Any = 0) -> jax.Array:

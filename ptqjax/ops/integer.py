@@ -7,7 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ptqjax.kernels import integer
+from ptqjax.kernels import gpu_integer, integer
+from ptqjax.kernels.platforms import current
 from ptqjax.ops.convolution import conv
 from ptqjax.ops.layout import with_rank
 from ptqjax.ops.registry import lowers
@@ -48,6 +49,12 @@ def matmul_integer(a: Any, b: Any, a_zero_point: Any = None, b_zero_point: Any =
     Zero points are one, one per row of `a` or per column of `b`, or of the operand's rank.
     """
     rank = max(a.ndim, b.ndim)
+    a_zero, b_zero = (
+        _aligned(a_zero_point, a.ndim, vector=(-1, 1)),
+        _aligned(b_zero_point, b.ndim, vector=(1, -1)),
+    )
+    if current().platform == "gpu" and gpu_integer.are_narrow(a, b) and min(a.ndim, b.ndim) > 1:
+        return gpu_integer.multiply_matrices(gpu_integer.signed(a, a_zero), gpu_integer.signed(b, b_zero))
 
     def product(x: Any, w: Any) -> Any:
         if a.ndim > 1 and b.ndim > 1:
@@ -58,8 +65,8 @@ def matmul_integer(a: Any, b: Any, a_zero_point: Any = None, b_zero_point: Any =
         product,
         a,
         b,
-        _aligned(a_zero_point, a.ndim, vector=(-1, 1)),
-        _aligned(b_zero_point, b.ndim, vector=(1, -1)),
+        a_zero,
+        b_zero,
         num_terms=a.shape[-1],
     )
 
