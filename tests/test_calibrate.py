@@ -24,6 +24,7 @@ from ptqjax.ranges.observing import channel_means
 from ptqjax.ranges.schemes import find_scheme
 from ptqjax.ranges.search import choose_encoding
 from ptqjax.simulation import simulate
+from tests.models import build, node
 
 RNG = np.random.default_rng(0)
 

@@ -56,7 +56,7 @@ def _check_run_time(config: QuantizationConfig) -> None:
     """Checks that nothing is set that activations without a grid beforehand cannot obey."""
     if config.activations not in RUN_TIME:
         return
-    remedies = dict.fromkeys(("activations_symmetric", "activation_ranges", "headroom"), "leave it out")
+    remedies: dict[str, str] = dict.fromkeys(("activations_symmetric", "activation_ranges", "headroom"), "leave it out")
     if config.activations == "dynamic":
         remedies["power_of_two"] = "set it by a rule with of='weights' for weights alone"
     for key, remedy in remedies.items():
