@@ -30,7 +30,7 @@ from ptqjax.encodings.encoding import dynamic_encoding, fake_quantize
 from ptqjax.errors import ConfigError, ModelError
 from ptqjax.experiments import Budget, mixed_precision
 from ptqjax.exporting import fingerprint, quantized_model
-from ptqjax.fit.selection import scale_as_configured, scale_each
+from ptqjax.fit.selection import reading_apart, scale_as_configured, scale_each
 from ptqjax.ir import Model
 from ptqjax.onnx_io import read
 from ptqjax.pipeline import Result
@@ -377,4 +377,5 @@ def test_a_model_scaled_for_one_plan_of_activations_is_not_that_of_another() -> 
     configs = [QuantizationConfig(scaling="noise", activations=each, effort="fast") for each in ("uint8", "dynamic")]
     alone = [fingerprint(scale_as_configured(model, batches, config).model) for config in configs]
     assert alone[0] != alone[1]
-    assert [fingerprint(choice.model) for choice in scale_each(model, batches, configs)] == alone
+    choices = zip(scale_each(model, batches, configs), configs, strict=True)
+    assert [fingerprint(reading_apart(choice, config).model) for choice, config in choices] == alone

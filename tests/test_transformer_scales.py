@@ -92,14 +92,14 @@ def test_a_shift_that_no_bias_can_take_is_left():
     assert not centre_channels(model, ties, observe_behaviour(model, [samples(model, 4)]))[2]
 
 
-@pytest.mark.parametrize(("make", "gain"), [(encoder, 1.0), (speech_encoder, 0.0), (decoder, 1.0)])
+@pytest.mark.parametrize(("make", "gain"), [(encoder, 1.0), (speech_encoder, 0.0), (decoder, 0.5)])
 def test_scales_of_a_transformer_keep_its_function_and_lessen_its_noise(make, gain):
     """Of stand-ins with channels twelve times as large as others, on samples that took no part.
 
     Their weights are random, so that large channels count for much: of trained ones they do not, and more is gained.
     """
     model = make()
-    used, fresh = (samples(model, 32, seed) for seed in (0, 1))
+    used, fresh = samples(model, 64, 0), samples(model, 32, 1)  # scales are found on half of 64
     ways = Ways(model, [used])
     scaled, report = ways.of_least_noise(_DEFAULTS, 32)
     wanted, found = (apply(each.graph, each.params, fresh) for each in (model, scaled))
