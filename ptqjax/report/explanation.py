@@ -34,7 +34,7 @@ from ptqjax.report.histograms import histogram_facts, weight_histogram
 
 _SAMPLES = {"fast": 8, "balanced": 8, "thorough": 32}
 _TABLE_SAMPLES = {"fast": 64.0, "balanced": 64.0, "thorough": math.inf}  # that stages are compared on, without labels
-_RUNTIME_SAMPLES = 16  # that ONNX Runtime's integers are compared on; each of them is exact
+_RUNTIME_SAMPLES = {"fast": 4, "balanced": 4, "thorough": 16}  # that all of ONNX Runtime's integers are compared on
 _SECONDS = {"fast": 0.2, "balanced": 0.5, "thorough": 1.0}  # that runs are timed
 _WORST_GROUPS = 10  # of the runtime's that are told one by one
 _SCALE = ("scale_channels", "learn_scales")  # the transforms after which a model has other grids
@@ -275,11 +275,7 @@ def _runtime_facts(
     result: Result, config: QuantizationConfig, file: str | Path | None, batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Returns how the exported file in ONNX Runtime compares with what is simulated, or why that cannot be told."""
-    chosen, count = [], 0
-    for batch in batches:
-        if count < _RUNTIME_SAMPLES:
-            chosen.append(batch)
-            count += num_samples(batch)
+    chosen = list(pieces(result.model.graph, batches, _RUNTIME_SAMPLES[config.effort]))
     with tempfile.TemporaryDirectory() as folder:
         try:
             if file is None:
