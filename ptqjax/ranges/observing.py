@@ -269,9 +269,9 @@ def channel_means(value: jax.Array, axis: int, channel_axis: int | None) -> Floa
 def _on_lattice(value: jax.Array, channels: int) -> jax.Array:
     """Returns every third position along the axes of large maps, of very large ones every ninth, and so on.
 
-    An odd step meets both halves of what alternates, as the results of transposed convolutions do; the second position
-    is the first, so that borders count no more than they are. MobileNetV2's means over all positions take a third of
-    the time of its forward pass.
+    An odd step meets both halves of what alternates, as the results of transposed convolutions do. The lattice begins
+    at position 1, so that borders do not count for more than they are. Over all positions, means would cost a third of
+    a forward pass (MobileNetV2, 2 cores, measured once: 12 ms a sample beside 33).
     """
     axes = [i for i in range(1, value.ndim) if i != channels]
     step = 1
